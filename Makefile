@@ -1,0 +1,40 @@
+# The two commands are `make demo` and `make test`; each sets up what it needs.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+ENV := source tests/tools/env.sh
+
+.PHONY: help demo demo-down test tools build crds lint deny clean
+
+help:
+	@echo "make demo       train, reclaim, resume, serve and chat on a real local cluster, and leave it up"
+	@echo "make demo-down  remove every trace of it"
+	@echo "make test       all tests, the cluster suite included"
+	@echo "make lint       formatting and clippy;  make deny: licences, advisories and sources of dependencies"
+	@echo "make crds       regenerate crds/yaml and the CRD chart from the types in crds/src"
+
+tools:
+	@tests/tools/all.sh
+
+build: tools
+	@$(ENV) && cargo build --release --locked --workspace --bins
+
+demo: build
+	@$(ENV) && "$$CARGO_TARGET_DIR/release/demo" up
+
+demo-down:
+	@$(ENV) && "$$CARGO_TARGET_DIR/release/demo" down
+
+test: tools
+	@tests/run.sh
+
+crds:
+	@$(ENV) && cargo run --release --locked -p vicuna-crds --bin crdgen
+
+lint:
+	@$(ENV) && cargo fmt --all --check && cargo clippy --release --locked --workspace --all-targets -- -D warnings
+
+deny:
+	@$(ENV) && tests/tools/deny.sh && cargo deny --locked check
+
+clean:
+	@$(ENV) && cargo clean

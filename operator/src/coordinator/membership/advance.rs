@@ -1,0 +1,508 @@
+//! What follows from what is known: one function for each state of design.md's table.
+
+use super::{Body, Effect, Happening, Membership, Millis, PodUid, State};
+use crate::coordinator::manifest::{Base, extend_history};
+use crate::coordinator::record::{Member, Record};
+use std::collections::{BTreeMap, BTreeSet};
+use vicuna_protocol::coordinator as wire;
+use wire::shutdown::Why;
+
+/// Transitions that one event can set off: Adopting → Collecting → Held → Planning is the longest way.
+const MAX_TRANSITIONS: usize = 8;
+
+impl Membership {
+    pub(super) fn advance(&mut self, now: Millis) {
+        if self.target.is_none() {
+            return;
+        }
+        for _ in 0..MAX_TRANSITIONS {
+            let moved = match self.state.clone() {
+                State::Adopting { since, first_hello, answered } => {
+                    self.adopting(now, since, first_hello, &answered)
+                }
+                State::Held { not_before, enough_since, eager } => {
+                    self.held(now, not_before, enough_since, eager)
+                }
+                State::Moving { since, ready } => self.moving(now, since, &ready),
+                State::Steady { since, progressed } => self.steady(now, since, progressed),
+                State::Collecting { planned, limit, answered, .. } => {
+                    self.collecting(now, planned, limit, &answered)
+                }
+                State::Stopped => self.suspended(now),
+                State::Finished(_) => self.complete(),
+                State::Planning(_) | State::Finishing(_) => false,
+            };
+            if !moved {
+                return;
+            }
+        }
+    }
+
+    /// A new leader goes on with the generation only when every member still is in it.
+    fn adopting(
+        &mut self,
+        now: Millis,
+        since: Millis,
+        first_hello: Option<Millis>,
+        answered: &BTreeSet<PodUid>,
+    ) -> bool {
+        let members = self.members().to_vec();
+        let here = |member: &&Member| answered.contains(&member.pod_uid);
+        if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
+            self.interrupt();
+            self.collect(now, false, "a rank went while there was no leader".to_owned(), 0);
+            return true;
+        }
+        if members.iter().filter(here).count() == members.len() {
+            return self.go(now);
+        }
+        let limit = match first_hello {
+            Some(first) => first + self.limits.adopt_ms,
+            None => since + self.limits.first_hello_ms,
+        };
+        if now >= limit {
+            let reason = "a new leader does not hear from every rank".to_owned();
+            self.collect(now, false, reason, 0);
+        }
+        now >= limit
+    }
+
+    /// Waits for enough ranks.
+    fn held(
+        &mut self,
+        now: Millis,
+        not_before: Millis,
+        enough_since: Option<Millis>,
+        eager: bool,
+    ) -> bool {
+        if self.target.is_some_and(|target| target.suspend) {
+            self.interrupted = false;
+            self.state = State::Stopped;
+            return true;
+        }
+        let candidates = self.candidates();
+        if candidates.len() < self.target.map_or(1, |target| target.min.max(1)) {
+            self.state = State::Held { not_before, enough_since: None, eager: false };
+            return false;
+        }
+        let since = enough_since.unwrap_or(now);
+        let settled = eager || candidates.len() >= self.max() || self.is_settled(now, since);
+        if now < not_before || !settled {
+            self.state = State::Held { not_before, enough_since: Some(since), eager };
+            return false;
+        }
+        self.plan(candidates);
+        true
+    }
+
+    /// Whether waiting longer for more ranks is of no use.
+    fn is_settled(&self, now: Millis, since: Millis) -> bool {
+        let newest = self.ranks.values().map(|rank| rank.prepared_at).max().unwrap_or(0);
+        let quiet = now >= newest.max(since).saturating_add(self.limits.settle_ms);
+        let joining = self.ranks.iter().any(|(pod, rank)| {
+            rank.is_joining() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod)
+        });
+        quiet && (!joining || now >= since.saturating_add(self.limits.joining_ms))
+    }
+
+    /// Ranks that the next generation may have, at most `max`: members first, so that the work stays
+    /// where it is; those that are to leave some time last.
+    pub(super) fn candidates(&self) -> Vec<PodUid> {
+        let former: BTreeMap<&str, usize> = self
+            .record
+            .iter()
+            .flat_map(|record| &record.members)
+            .enumerate()
+            .map(|(rank, member)| (member.pod_uid.as_str(), rank))
+            .collect();
+        let mut fit: Vec<_> = self
+            .ranks
+            .iter()
+            .filter(|(pod, rank)| {
+                rank.is_fit() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod)
+            })
+            .map(|(pod, rank)| {
+                let place = former.get(pod.as_str()).copied().unwrap_or(usize::MAX);
+                (self.departure(pod).is_some(), place, rank.order, pod)
+            })
+            .collect();
+        fit.sort_unstable();
+        fit.into_iter().take(self.max()).map(|(.., pod)| pod.clone()).collect()
+    }
+
+    /// Plan: chooses the base and has the record swapped. No rank hears of it before that is done.
+    fn plan(&mut self, candidates: Vec<PodUid>) {
+        let generation = self.generation();
+        let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
+        let base = self.manifests.newest_valid(generation, history).cloned();
+        let base_step = base.as_ref().map_or(0, |manifest| manifest.step);
+        let mut history = history.to_vec();
+        extend_history(&mut history, Base { generation: generation + 1, step: base_step });
+        let lost = self.step.saturating_sub(base_step);
+        if lost > 0 {
+            self.counters.lost_steps += lost;
+            self.happened(Happening::StepsLost { steps: lost, base_step });
+        }
+        self.step = base_step;
+        let record = Record {
+            generation: generation + 1,
+            members: candidates.iter().filter_map(|pod| self.member(pod)).collect(),
+            base_step,
+            base,
+            history,
+            finish: None,
+        };
+        self.effects.push(Effect::WriteRecord(record.clone()));
+        self.state = State::Planning(record);
+    }
+
+    fn member(&self, pod: &str) -> Option<Member> {
+        self.ranks.get(pod).map(|rank| Member {
+            pod_uid: pod.to_owned(),
+            pod_name: rank.pod_name.clone(),
+            node: rank.node.clone(),
+            address: rank.address.clone(),
+        })
+    }
+
+    /// The record is in place: tells its members.
+    pub(super) fn move_to(&mut self, now: Millis, record: Record) {
+        for rank in self.ranks.values_mut() {
+            rank.step = None;
+        }
+        self.happened(Happening::Formed {
+            generation: record.generation,
+            members: record.members.len(),
+            base_step: record.base_step,
+        });
+        self.effects.push(Effect::Form(record));
+        self.state = State::Moving { since: now, ready: BTreeMap::new() };
+    }
+
+    fn moving(&mut self, now: Millis, since: Millis, ready: &BTreeMap<PodUid, String>) -> bool {
+        let members = self.members().to_vec();
+        if let Some(reason) = self.obstacle(now, &members) {
+            self.fruitless += 1;
+            self.collect(now, false, reason, 0);
+            return true;
+        }
+        if members.iter().all(|member| ready.contains_key(&member.pod_uid)) {
+            let digests: BTreeSet<&String> = ready.values().collect();
+            if digests.len() <= 1 {
+                return self.go(now);
+            }
+            self.fruitless += 1;
+            self.happened(Happening::StateMismatch { generation: self.generation() });
+            self.collect(now, false, "ranks loaded different states".to_owned(), 0);
+            return true;
+        }
+        let waits = members.iter().any(|member| {
+            self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.blocked.is_some())
+        });
+        let overdue = !waits && now >= since.saturating_add(self.limits.move_ms);
+        if overdue {
+            self.fruitless += 1;
+            self.collect(now, false, "a rank does not get ready".to_owned(), 0);
+        }
+        overdue
+    }
+
+    /// What keeps a generation from starting.
+    fn obstacle(&mut self, now: Millis, members: &[Member]) -> Option<String> {
+        if self.target.is_some_and(|target| target.suspend) {
+            return Some("the training is suspended".to_owned());
+        }
+        if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
+            self.interrupt();
+            return Some("a rank is gone".to_owned());
+        }
+        let absent = |member: &Member| {
+            let away = self.ranks.get(&member.pod_uid).and_then(|rank| rank.away_since);
+            away.is_some_and(|since| now >= since.saturating_add(self.limits.stall_ms))
+        };
+        if members.iter().any(absent) {
+            return Some("a rank is out of reach".to_owned());
+        }
+        let leaver = members.iter().find(|member| self.leaves_in_a_hurry(&member.pod_uid))?;
+        self.interrupt();
+        Some(self.why_it_leaves(leaver))
+    }
+
+    /// From here on time counts as recovery.
+    fn interrupt(&mut self) {
+        self.interrupted |= self.progress.is_some();
+    }
+
+    fn go(&mut self, now: Millis) -> bool {
+        let generation = self.generation();
+        for member in self.members().to_vec() {
+            self.send(&member.pod_uid, Body::Go(wire::Go { generation }));
+        }
+        self.state = State::Steady { since: now, progressed: false };
+        true
+    }
+
+    fn steady(&mut self, now: Millis, since: Millis, progressed: bool) -> bool {
+        let members = self.members().to_vec();
+        if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
+            self.interrupt();
+            self.collect(now, false, "a rank is gone".to_owned(), 0);
+            return true;
+        }
+        if self.is_stalled(now, since) {
+            self.interrupt();
+            self.suspect_laggards(now, &members);
+            self.collect(now, false, "no step was made in time".to_owned(), 0);
+            return true;
+        }
+        if let Some((reason, deadline_ms)) = self.wish(now, &members, progressed) {
+            self.collect(now, true, reason, deadline_ms);
+            return true;
+        }
+        self.release_surplus(&members);
+        false
+    }
+
+    /// A reason for a planned change, and its deadline.
+    fn wish(&mut self, now: Millis, members: &[Member], progressed: bool) -> Option<(String, Millis)> {
+        let target = self.target?;
+        let leaver = members.iter().find(|member| self.leaves_in_a_hurry(&member.pod_uid));
+        if let Some(leaver) = leaver {
+            self.interrupt();
+            return Some((self.why_it_leaves(leaver), self.earliest_deadline(members)));
+        }
+        if target.suspend {
+            return Some(("the training is suspended".to_owned(), 0));
+        }
+        if members.len() > self.max() || members.len() < target.min {
+            let (min, max) = (target.min, self.max());
+            return Some((format!("{min} to {max} ranks are asked for"), 0));
+        }
+        (progressed && self.can_grow(now, members)).then(|| ("ranks join".to_owned(), 0))
+    }
+
+    fn why_it_leaves(&self, member: &Member) -> String {
+        let source = self.departure(&member.pod_uid).map_or("", |departure| &departure.source);
+        format!("{} on node {} leaves: {source}", member.pod_name, member.node)
+    }
+
+    fn earliest_deadline(&self, members: &[Member]) -> Millis {
+        members
+            .iter()
+            .filter_map(|member| self.departure(&member.pod_uid))
+            .filter(|departure| departure.hurry && departure.deadline_ms > 0)
+            .map(|departure| departure.deadline_ms)
+            .min()
+            .unwrap_or(0)
+    }
+
+    /// Whether newcomers make the generation larger, or take the place of one that is to leave.
+    fn can_grow(&self, now: Millis, members: &[Member]) -> bool {
+        let room = members.len() < self.max() || self.anyone_leaves(members);
+        let newest = self
+            .ranks
+            .iter()
+            .filter(|(pod, rank)| {
+                rank.is_fit()
+                    && !self.is_member(pod)
+                    && !self.is_gone(pod)
+                    && self.departure(pod).is_none()
+            })
+            .map(|(_, rank)| rank.prepared_at)
+            .max();
+        room && newest.is_some_and(|newest| self.is_settled(now, newest))
+    }
+
+    fn anyone_leaves(&self, members: &[Member]) -> bool {
+        members.iter().any(|member| self.departure(&member.pod_uid).is_some())
+    }
+
+    /// Sends home whom a full generation does not need.
+    fn release_surplus(&mut self, members: &[Member]) {
+        if members.len() < self.max() || self.anyone_leaves(members) {
+            return;
+        }
+        let surplus: Vec<PodUid> = self
+            .ranks
+            .iter()
+            .filter(|(pod, rank)| !rank.released && rank.connected && !self.is_member(pod))
+            .map(|(pod, _)| pod.clone())
+            .collect();
+        for pod in surplus {
+            self.release(&pod, Why::Released);
+        }
+    }
+
+    pub(super) fn release(&mut self, pod: &str, why: Why) {
+        self.send(pod, Body::Shutdown(wire::Shutdown { why: why.into() }));
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.released = true;
+        }
+    }
+
+    fn is_stalled(&self, now: Millis, since: Millis) -> bool {
+        // Ranks that are all out of reach may well be training: it is we who are cut off.
+        let in_reach = |member: &Member| {
+            self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.connected)
+        };
+        if !self.members().iter().any(in_reach) {
+            return false;
+        }
+        let patience = match self.step_ms {
+            Some(step_ms) => self.limits.stall_ms.max(5 * step_ms),
+            None => self.limits.first_step_ms,
+        };
+        now >= self.last_step_at.max(since).saturating_add(patience)
+    }
+
+    /// Others wait on the ranks that are behind. (All are level when none of them can finish a step:
+    /// then those that do not answer the stop are out.)
+    fn suspect_laggards(&mut self, now: Millis, members: &[Member]) {
+        let step_of = |member: &Member| self.ranks.get(&member.pod_uid).and_then(|rank| rank.step);
+        let ahead = members.iter().filter_map(step_of).max();
+        let laggards: Vec<PodUid> = members
+            .iter()
+            .filter(|member| step_of(member).is_some_and(|step| Some(step) < ahead))
+            .map(|member| member.pod_uid.clone())
+            .collect();
+        for pod in laggards {
+            self.suspect(now, &pod);
+        }
+    }
+
+    fn suspect(&mut self, now: Millis, pod: &str) {
+        let Some(rank) = self.ranks.get_mut(pod) else { return };
+        if rank.suspect_since.is_none() {
+            rank.suspect_since = Some(now);
+            let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
+            self.effects.push(Effect::Happened(Happening::Hung { pod, node }));
+        }
+    }
+
+    /// Collect: tells every member to leave the generation for ever.
+    pub(super) fn collect(&mut self, now: Millis, planned: bool, reason: String, deadline_ms: Millis) {
+        let generation = self.generation();
+        let answered = BTreeSet::new();
+        self.send_stop(planned, &reason, deadline_ms, &answered);
+        self.happened(Happening::Stopping { generation, planned, reason: reason.clone() });
+        let limit = if planned {
+            self.planned_limit(now, deadline_ms)
+        } else {
+            now + self.limits.collect_ms
+        };
+        self.state = State::Collecting { planned, limit, deadline: deadline_ms, reason, answered };
+    }
+
+    fn planned_limit(&self, now: Millis, deadline_ms: Millis) -> Millis {
+        let patience = self.limits.planned_ms + 5 * self.step_ms.unwrap_or(0);
+        match deadline_ms {
+            0 => now.saturating_add(patience),
+            // What cannot be finished in time is not waited for, so that the others go on at once.
+            deadline => deadline.clamp(now, now.saturating_add(patience)),
+        }
+    }
+
+    fn send_stop(&mut self, planned: bool, reason: &str, deadline_ms: Millis, answered: &BTreeSet<PodUid>) {
+        let stop = wire::Stop {
+            generation: self.generation(),
+            planned,
+            reason: reason.to_owned(),
+            deadline_ms,
+        };
+        let members = self.record.as_ref().map_or(Vec::new(), |record| record.members.clone());
+        for member in members {
+            if !answered.contains(&member.pod_uid) {
+                self.send(&member.pod_uid, Body::Stop(stop.clone()));
+            }
+        }
+    }
+
+    fn collecting(&mut self, now: Millis, planned: bool, limit: Millis, answered: &BTreeSet<PodUid>) -> bool {
+        let waiting: Vec<PodUid> = self
+            .members()
+            .iter()
+            .map(|member| &member.pod_uid)
+            .filter(|pod| !answered.contains(*pod))
+            .cloned()
+            .collect();
+        let (gone, waiting): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|pod| self.is_gone(pod));
+        if planned && !waiting.is_empty() && !gone.is_empty() {
+            self.interrupt();
+            return self.cut_short(now, "a rank went during the planned stop");
+        }
+        if waiting.is_empty() {
+            return self.disband(now);
+        }
+        if now < limit || (planned && self.store_is_in_the_way(&waiting)) {
+            return false;
+        }
+        if planned {
+            return self.cut_short(now, "the planned stop took too long");
+        }
+        for pod in waiting {
+            self.suspect(now, &pod);
+        }
+        self.disband(now)
+    }
+
+    /// A checkpoint that cannot be written is waited for, unless somebody is about to go.
+    fn store_is_in_the_way(&self, waiting: &[PodUid]) -> bool {
+        let hurried = matches!(&self.state, State::Collecting { deadline, .. } if *deadline > 0);
+        !hurried
+            && waiting.iter().any(|pod| {
+                self.ranks.get(pod).is_some_and(|rank| rank.connected && rank.blocked.is_some())
+            })
+    }
+
+    /// A planned stop that does not come to its end becomes an unplanned one.
+    fn cut_short(&mut self, now: Millis, why: &str) -> bool {
+        let State::Collecting { deadline, reason, answered, .. } = self.state.clone() else {
+            return false;
+        };
+        let reason = format!("{reason}; {why}");
+        self.send_stop(false, &reason, deadline, &answered);
+        let limit = now + self.limits.collect_ms;
+        self.state = State::Collecting { planned: false, limit, deadline, reason, answered };
+        true
+    }
+
+    /// All have left the generation, or are out.
+    fn disband(&mut self, now: Millis) -> bool {
+        let pause_ms = match self.fruitless {
+            0 | 1 => 0,
+            many => 1000u64 << many.min(6),
+        };
+        self.state = State::Held {
+            not_before: now + pause_ms,
+            enough_since: None,
+            eager: true,
+        };
+        true
+    }
+
+    /// No pods are needed until the training is resumed.
+    fn suspended(&mut self, now: Millis) -> bool {
+        if !self.target.is_some_and(|target| target.suspend) {
+            self.state = State::held(now);
+            return true;
+        }
+        self.release_everyone(Why::Suspended)
+    }
+
+    fn complete(&mut self) -> bool {
+        self.release_everyone(Why::Complete)
+    }
+
+    fn release_everyone(&mut self, why: Why) -> bool {
+        let connected: Vec<PodUid> = self
+            .ranks
+            .iter()
+            .filter(|(_, rank)| rank.connected && !rank.released)
+            .map(|(pod, _)| pod.clone())
+            .collect();
+        for pod in connected {
+            self.release(&pod, why);
+        }
+        false
+    }
+}

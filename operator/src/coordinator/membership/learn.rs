@@ -1,0 +1,451 @@
+//! What an event says. Nothing here decides; see `advance.rs`.
+
+use super::rank::Rank;
+use super::{
+    Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, State,
+};
+use crate::coordinator::manifest::Manifest;
+use crate::coordinator::record::{Finish, Record};
+use crate::coordinator::report::{
+    Blockage, CheckpointReport, Happening, PodUid, RankFailure, StepReport,
+};
+use std::collections::BTreeMap;
+use vicuna_protocol::coordinator::rank_message::Body as Said;
+use vicuna_protocol::coordinator as wire;
+
+impl Membership {
+    pub(super) fn learn(&mut self, now: Millis, event: Event) {
+        match event {
+            Event::Joined(hello) => self.joined(now, hello),
+            Event::Disconnected(pod) => {
+                if let Some(rank) = self.ranks.get_mut(&pod) {
+                    rank.connected = false;
+                    rank.away_since = Some(now);
+                }
+            }
+            Event::Said(pod, body) => self.said(now, &pod, body),
+            Event::Pods(pods) => self.pods(pods),
+            Event::Target(target) => self.target = Some(target),
+            Event::Tick => {}
+            Event::RecordWritten => self.record_written(now),
+            Event::RecordConflict(record) => self.record_conflict(now, record),
+        }
+    }
+
+    fn joined(&mut self, now: Millis, hello: wire::Hello) {
+        let pod = hello.pod_uid.clone();
+        if self.ranks.len() >= MAX_RANKS && !self.ranks.contains_key(&pod) {
+            return;
+        }
+        // Caches lag behind calls: the service has just seen the pod.
+        self.pods.entry(pod.clone()).or_default();
+        let member = self.is_member(&pod);
+        if hello.generation != 0 && !(member && hello.generation == self.generation()) {
+            self.rejoin_as_newcomer(&pod, &hello);
+            return;
+        }
+        self.remember(&hello);
+        if let State::Finished(_) = self.state {
+            return self.release(&pod, wire::shutdown::Why::Complete);
+        }
+        self.effects.push(Effect::Welcome(pod.clone()));
+        match (member, hello.generation) {
+            (true, 0) => self.dropped_out(now, &pod),
+            (true, _) => self.came_back(now, &pod, hello.step),
+            (false, _) => {}
+        }
+    }
+
+    fn rejoin_as_newcomer(&mut self, pod: &str, hello: &wire::Hello) {
+        self.remember(hello);
+        let generation = hello.generation;
+        if let State::Finished(_) = self.state {
+            return self.release(pod, wire::shutdown::Why::Complete);
+        }
+        self.send(pod, Body::Stale(wire::Stale { generation }));
+    }
+
+    /// A member that says hello as a newcomer has lost its place.
+    fn dropped_out(&mut self, now: Millis, pod: &str) {
+        match &mut self.state {
+            State::Collecting { answered, .. } => {
+                answered.insert(pod.to_owned());
+            }
+            _ => {
+                self.collect(now, false, "a rank started anew".to_owned(), 0);
+                self.answered(pod);
+            }
+        }
+    }
+
+    fn came_back(&mut self, now: Millis, pod: &str, step: u64) {
+        let generation = self.generation();
+        match &mut self.state {
+            State::Adopting { first_hello, answered, .. } => {
+                first_hello.get_or_insert(now);
+                answered.insert(pod.to_owned());
+                self.step = self.step.max(step);
+                if let Some(rank) = self.ranks.get_mut(pod) {
+                    rank.prepared = true;
+                }
+            }
+            State::Steady { since, .. } => {
+                *since = now;
+                self.send(pod, Body::Go(wire::Go { generation }));
+            }
+            State::Collecting { planned, deadline, reason, answered, .. } if !answered.contains(pod) => {
+                let stop = wire::Stop {
+                    generation,
+                    planned: *planned,
+                    reason: reason.clone(),
+                    deadline_ms: *deadline,
+                };
+                self.send(pod, Body::Stop(stop));
+            }
+            _ => {}
+        }
+    }
+
+    fn remember(&mut self, hello: &wire::Hello) {
+        let order = self.joined;
+        self.joined += 1;
+        let rank = self.ranks.entry(hello.pod_uid.clone()).or_insert_with(|| Rank {
+            pod_name: hello.pod_name.clone(),
+            node: hello.node.clone(),
+            address: hello.peer_address.clone(),
+            order,
+            connected: true,
+            away_since: None,
+            prepared: false,
+            prepared_at: 0,
+            blocked: None,
+            own_notice: None,
+            failed: false,
+            released: false,
+            suspect_since: None,
+            step: None,
+            noticed: false,
+        });
+        rank.connected = true;
+        rank.away_since = None;
+        rank.address.clone_from(&hello.peer_address);
+        rank.suspect_since = None;
+        if hello.generation == 0 {
+            rank.prepared = false;
+            rank.blocked = None;
+        }
+    }
+
+    fn said(&mut self, now: Millis, pod: &str, body: Said) {
+        if !self.ranks.contains_key(pod) {
+            return;
+        }
+        match body {
+            // The service turns it into `Event::Joined`.
+            Said::Hello(_) => {}
+            Said::Prepared(prepared) => self.prepared(now, pod, prepared),
+            Said::Blocked(blocked) => self.blocked(pod, blocked),
+            Said::Ready(ready) => self.ready(pod, ready),
+            Said::Progress(progress) => self.progressed(now, pod, &progress),
+            Said::Checkpointed(checkpointed) => self.checkpointed(now, pod, checkpointed),
+            Said::Notice(notice) => self.noticed(pod, notice),
+            Said::Stopped(stopped) => self.stopped(now, pod, stopped),
+            Said::Finished(finished) => self.finished(pod, finished),
+            Said::Failed(failed) => self.failed(pod, failed),
+            Said::LoadFailed(failed) => self.load_failed(now, failed),
+        }
+    }
+
+    fn prepared(&mut self, now: Millis, pod: &str, prepared: wire::Prepared) {
+        self.manifests.learn(prepared.manifests.into_iter().map(Manifest::from));
+        if prepared.micro_batches > 0 {
+            self.micro_batches = Some(prepared.micro_batches as usize);
+        }
+        self.steps = self.steps.max(prepared.steps);
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.prepared = true;
+            rank.prepared_at = now;
+            rank.blocked = None;
+        }
+    }
+
+    fn blocked(&mut self, pod: &str, blocked: wire::Blocked) {
+        let blockage = Blockage {
+            cause: blocked.cause(),
+            message: bounded(blocked.message),
+        };
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.blocked = Some(blockage);
+        }
+    }
+
+    fn unblock(&mut self, pod: &str) {
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.blocked = None;
+        }
+    }
+
+    fn ready(&mut self, pod: &str, said: wire::Ready) {
+        if said.generation != self.generation() || !self.is_member(pod) {
+            return;
+        }
+        self.unblock(pod);
+        if let State::Moving { ready, .. } = &mut self.state {
+            ready.insert(pod.to_owned(), said.state_digest);
+        }
+    }
+
+    fn progressed(&mut self, now: Millis, pod: &str, said: &wire::Progress) {
+        if said.generation != self.generation() || !self.is_member(pod) {
+            return;
+        }
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.step = rank.step.max(Some(said.step));
+        }
+        if matches!(self.state, State::Moving { .. }) || said.step <= self.step {
+            return;
+        }
+        self.stepped(now, step_report(said));
+    }
+
+    /// A step counts when the first rank says so.
+    fn stepped(&mut self, now: Millis, report: StepReport) {
+        if self.interrupted {
+            self.interrupted = false;
+            let after_ms = now.saturating_sub(self.last_step_at);
+            self.counters.last_recovery_ms = Some(after_ms);
+            self.happened(Happening::Recovered { after_ms });
+        }
+        self.step = report.step;
+        self.steps = self.steps.max(report.steps);
+        self.last_step_at = now;
+        self.step_ms = Some((report.step_seconds * 1000.0).clamp(0.0, 1e9) as u64);
+        self.fruitless = 0;
+        if let State::Steady { progressed, .. } = &mut self.state {
+            *progressed = true;
+        }
+        self.progress = Some(report.clone());
+        self.happened(Happening::Stepped(report));
+    }
+
+    fn checkpointed(&mut self, now: Millis, pod: &str, said: wire::Checkpointed) {
+        let Some(manifest) = said.manifest.map(Manifest::from) else { return };
+        if said.generation != self.generation() || manifest.generation != said.generation {
+            return;
+        }
+        self.unblock(pod);
+        let newer = self.checkpoint.as_ref().is_none_or(|last| last.step < manifest.step);
+        self.manifests.learn([manifest.clone()]);
+        if newer {
+            let report = CheckpointReport {
+                step: manifest.step,
+                uri: said.uri,
+                digest: manifest.digest,
+                at_ms: now,
+            };
+            self.checkpoint = Some(report.clone());
+            self.happened(Happening::Checkpointed(report));
+        }
+    }
+
+    fn noticed(&mut self, pod: &str, notice: wire::Notice) {
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.own_notice = Some(Departure {
+                source: notice.source,
+                deadline_ms: notice.deadline_ms,
+                hurry: true,
+                // SIGTERM comes with a deletion as well as with a reclaim: the node tells which.
+                reclaim: false,
+            });
+        }
+        self.count_notices();
+    }
+
+    fn stopped(&mut self, now: Millis, pod: &str, said: wire::Stopped) {
+        if said.generation != self.generation() || !self.is_member(pod) {
+            return;
+        }
+        self.unblock(pod);
+        self.manifests.learn(said.manifests.into_iter().map(Manifest::from));
+        self.step = self.step.max(said.step);
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.prepared = true;
+        }
+        if !matches!(self.state, State::Collecting { .. }) {
+            self.collect(now, false, "a rank lost its peers".to_owned(), 0);
+        }
+        self.answered(pod);
+    }
+
+    fn answered(&mut self, pod: &str) {
+        if let State::Collecting { answered, .. } = &mut self.state {
+            answered.insert(pod.to_owned());
+        }
+    }
+
+    fn finished(&mut self, pod: &str, said: wire::Finished) {
+        let ours = said.generation == self.generation() && self.is_member(pod);
+        if !ours || said.uri.is_empty() {
+            return;
+        }
+        let Some(mut record) = self.record.clone() else { return };
+        record.finish = Some(Finish {
+            step: said.step,
+            uri: said.uri,
+            digest: said.digest,
+            loss: said.loss,
+        });
+        self.step = self.step.max(said.step);
+        self.effects.push(Effect::WriteRecord(record.clone()));
+        self.state = State::Finishing(record);
+    }
+
+    fn failed(&mut self, pod: &str, said: wire::Failed) {
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.failed = true;
+        }
+        while self.failures.len() >= MAX_FAILURES {
+            self.failures.pop_first();
+        }
+        let failure = RankFailure {
+            cause: said.cause(),
+            message: bounded(said.message),
+            step: said.step,
+        };
+        self.failures.insert(pod.to_owned(), failure);
+    }
+
+    fn load_failed(&mut self, now: Millis, said: wire::LoadFailed) {
+        let Some(manifest) = said.manifest.map(Manifest::from) else { return };
+        if said.generation != self.generation() || !self.is_active() {
+            return;
+        }
+        if self.manifests.exclude(&manifest) {
+            self.happened(Happening::ManifestUnusable {
+                key: manifest.key,
+                message: bounded(said.message),
+            });
+        }
+        if matches!(self.state, State::Moving { .. }) {
+            self.collect(now, false, "the base cannot be loaded".to_owned(), 0);
+        }
+    }
+
+    fn pods(&mut self, pods: BTreeMap<PodUid, PodFact>) {
+        // What its departure was is needed after the pod is gone, to tell a reclaim from a deletion.
+        let before = std::mem::replace(&mut self.pods, pods);
+        for (pod, rank) in &self.ranks {
+            let last = before.get(pod);
+            if let (Some(fact), Some(last)) = (self.pods.get_mut(pod), last)
+                && fact.ended
+                && fact.departure.is_none()
+            {
+                fact.departure.clone_from(&last.departure);
+            }
+            let was_there = last.is_some_and(|fact| !fact.ended);
+            let now_gone = self.pods.get(pod).is_none_or(|fact| fact.ended);
+            if was_there && now_gone {
+                let fact = self.pods.get(pod).or(last);
+                let reclaim = fact.and_then(|fact| fact.departure.as_ref()).is_some_and(|it| it.reclaim);
+                let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
+                self.counters.reclaims += u64::from(reclaim);
+                self.effects.push(Effect::Happened(if reclaim {
+                    Happening::Reclaimed { pod, node }
+                } else {
+                    Happening::Lost { pod, node }
+                }));
+            }
+        }
+        self.count_notices();
+        self.forget_strangers();
+    }
+
+    /// Counts each rank's notice once, until it is taken back.
+    fn count_notices(&mut self) {
+        let hurried: Vec<(PodUid, Option<String>)> = self
+            .ranks
+            .keys()
+            .map(|pod| {
+                let departure = self.departure(pod).filter(|departure| departure.hurry);
+                (pod.clone(), departure.map(|departure| departure.source.clone()))
+            })
+            .collect();
+        for (pod, source) in hurried {
+            let Some(rank) = self.ranks.get_mut(&pod) else { continue };
+            let first = source.is_some() && !rank.noticed;
+            rank.noticed = source.is_some();
+            if let (true, Some(source)) = (first, source) {
+                self.counters.notices += 1;
+                self.effects.push(Effect::Happened(Happening::Noticed {
+                    pod: rank.pod_name.clone(),
+                    node: rank.node.clone(),
+                    source,
+                }));
+            }
+        }
+    }
+
+    /// Drops ranks whose pods are gone and that no generation counts on.
+    fn forget_strangers(&mut self) {
+        let kept: Vec<PodUid> = self
+            .ranks
+            .iter()
+            .filter(|(pod, rank)| {
+                rank.connected || self.pods.contains_key(*pod) || self.is_member(pod)
+            })
+            .map(|(pod, _)| pod.clone())
+            .collect();
+        self.ranks.retain(|pod, _| kept.binary_search(pod).is_ok());
+    }
+
+    fn record_written(&mut self, now: Millis) {
+        match std::mem::replace(&mut self.state, State::held(now)) {
+            State::Planning(record) => {
+                self.record = Some(record.clone());
+                self.move_to(now, record);
+            }
+            State::Finishing(record) => {
+                if let Some(finish) = &record.finish {
+                    self.state = State::Finished(finish.clone());
+                }
+                self.record = Some(record);
+            }
+            other => self.state = other,
+        }
+    }
+
+    fn record_conflict(&mut self, now: Millis, current: Option<Record>) {
+        let planned = match &self.state {
+            State::Planning(record) | State::Finishing(record) => Some(record.clone()),
+            _ => return,
+        };
+        if current == planned {
+            return self.record_written(now);
+        }
+        self.state = State::held(now);
+        self.record = None;
+        self.adopt(now, current);
+    }
+}
+
+fn step_report(said: &wire::Progress) -> StepReport {
+    StepReport {
+        generation: said.generation,
+        step: said.step,
+        steps: said.steps,
+        epoch: said.epoch,
+        loss: said.loss.is_finite().then_some(said.loss),
+        learning_rate: said.learning_rate,
+        tokens: said.tokens,
+        step_seconds: said.step_seconds,
+    }
+}
+
+/// Messages end in conditions, which hold 32 KiB at most.
+fn bounded(message: String) -> String {
+    const MOST: usize = 1024;
+    match message.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", &message[..end]),
+        None => message,
+    }
+}

@@ -1,0 +1,404 @@
+//! Who trains together: design.md's membership as a pure state machine. It has no client, clock or
+//! randomness: [`Membership::step`] takes the time and an event and returns what to do.
+//!
+//! An event first changes what is known (`learn.rs`), then the state follows from what is known
+//! (`advance.rs`). So no transition depends on which of two events came first, and a lost or repeated
+//! event does no harm: the next tick decides the same.
+//!
+//! In this version every change goes through a checkpoint: the base of a generation is always a
+//! manifest in the bucket, or the base model.
+
+mod advance;
+mod learn;
+mod rank;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+use super::manifest::Manifests;
+use super::record::{Finish, Member, Record};
+use super::report::{
+    CheckpointReport, Counters, Happening, Phase, PodUid, RankFailure, Report, StepReport,
+};
+use rank::Rank;
+use std::collections::{BTreeMap, BTreeSet};
+use vicuna_protocol::coordinator::coordinator_message::Body;
+use vicuna_protocol::coordinator::{self as wire, Cause};
+
+/// Unix time in ms, from a clock that never goes back.
+pub type Millis = u64;
+
+/// Ranks known of one training, at most.
+const MAX_RANKS: usize = 1024;
+/// Failures remembered, at most.
+const MAX_FAILURES: usize = 64;
+
+/// How long things may take.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// A new leader waits so long for hellos after the first one came.
+    pub adopt_ms: Millis,
+    /// … and so long for the first one.
+    pub first_hello_ms: Millis,
+    /// Answers to an unplanned stop.
+    pub collect_ms: Millis,
+    /// Answers to a planned stop without a deadline, beside five steps.
+    pub planned_ms: Millis,
+    /// No step for so long, and for five steps, means that a rank hangs.
+    pub stall_ms: Millis,
+    /// The first step of a run may take so long.
+    pub first_step_ms: Millis,
+    /// Loading the base and connecting to peers.
+    pub move_ms: Millis,
+    /// Joiners are taken in together when they come within this.
+    pub settle_ms: Millis,
+    /// A rank that is connected and still fetching is waited for so long.
+    pub joining_ms: Millis,
+    /// A rank that missed a stop may come back within this; then its pod is replaced.
+    pub suspect_ms: Millis,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            adopt_ms: 10_000,
+            first_hello_ms: 30_000,
+            collect_ms: 5_000,
+            planned_ms: 120_000,
+            stall_ms: 30_000,
+            first_step_ms: 300_000,
+            move_ms: 600_000,
+            settle_ms: 2_000,
+            joining_ms: 20_000,
+            suspect_ms: 15_000,
+        }
+    }
+}
+
+/// What the spec asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    pub min: usize,
+    pub max: usize,
+    pub suspend: bool,
+}
+
+/// Why and by when a pod goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Departure {
+    pub source: String,
+    /// 0: unknown.
+    pub deadline_ms: Millis,
+    /// Without hurry a replacement is awaited first.
+    pub hurry: bool,
+    /// The node is taken, rather than the pod removed by somebody.
+    pub reclaim: bool,
+}
+
+/// What the caches know of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodFact {
+    pub departure: Option<Departure>,
+    /// It runs no more.
+    pub ended: bool,
+}
+
+#[derive(Clone, Debug)]
+pub enum Event {
+    Joined(wire::Hello),
+    Disconnected(PodUid),
+    /// What a rank says after its hello.
+    Said(PodUid, wire::rank_message::Body),
+    /// All pods of the training that exist: a pod that is not there is gone.
+    Pods(BTreeMap<PodUid, PodFact>),
+    Target(Target),
+    Tick,
+    RecordWritten,
+    /// Somebody else changed the record: this is what it says.
+    RecordConflict(Option<Record>),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// The rank is one of ours: hand it the job.
+    Welcome(PodUid),
+    Send(PodUid, Body),
+    /// Make a fresh key, and send each member its place.
+    Form(Record),
+    /// Swap the record; answer with `RecordWritten` or `RecordConflict`.
+    WriteRecord(Record),
+    Happened(Happening),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum State {
+    Adopting {
+        since: Millis,
+        first_hello: Option<Millis>,
+        answered: BTreeSet<PodUid>,
+    },
+    Held {
+        /// Earliest time for the next generation.
+        not_before: Millis,
+        /// Since when there have been enough ranks.
+        enough_since: Option<Millis>,
+        /// Survivors of a generation do not wait for others.
+        eager: bool,
+    },
+    Planning(Record),
+    Moving {
+        since: Millis,
+        ready: BTreeMap<PodUid, String>,
+    },
+    Steady {
+        since: Millis,
+        /// A step was made.
+        progressed: bool,
+    },
+    Collecting {
+        planned: bool,
+        limit: Millis,
+        deadline: Millis,
+        reason: String,
+        answered: BTreeSet<PodUid>,
+    },
+    Stopped,
+    /// The record with the result is being written.
+    Finishing(Record),
+    Finished(Finish),
+}
+
+/// The membership of one training.
+#[derive(Clone, Debug)]
+pub struct Membership {
+    limits: Limits,
+    target: Option<Target>,
+    record: Option<Record>,
+    state: State,
+    ranks: BTreeMap<PodUid, Rank>,
+    pods: BTreeMap<PodUid, PodFact>,
+    manifests: Manifests,
+    /// The last step that anybody applied, in the branch that counts.
+    step: u64,
+    last_step_at: Millis,
+    step_ms: Option<u64>,
+    /// The membership was broken up since the last step, by what counts as a disruption.
+    interrupted: bool,
+    micro_batches: Option<usize>,
+    steps: u64,
+    /// Generations in a row that ended before their first step.
+    fruitless: u32,
+    progress: Option<StepReport>,
+    checkpoint: Option<CheckpointReport>,
+    counters: Counters,
+    failures: BTreeMap<PodUid, RankFailure>,
+    joined: u64,
+    effects: Vec<Effect>,
+}
+
+impl Membership {
+    /// A new leader's membership: `record` as it was read, `counters` as the status has them.
+    pub fn new(now: Millis, limits: Limits, record: Option<Record>, counters: Counters) -> Self {
+        let mut membership = Self {
+            limits,
+            target: None,
+            state: State::held(now),
+            ranks: BTreeMap::new(),
+            pods: BTreeMap::new(),
+            manifests: Manifests::default(),
+            step: record.as_ref().map_or(0, |record| record.base_step),
+            last_step_at: now,
+            step_ms: None,
+            interrupted: false,
+            micro_batches: None,
+            steps: 0,
+            fruitless: 0,
+            progress: None,
+            checkpoint: None,
+            counters,
+            failures: BTreeMap::new(),
+            joined: 0,
+            effects: Vec::new(),
+            record: None,
+        };
+        membership.adopt(now, record);
+        membership
+    }
+
+    /// Takes one event and returns what is to be done, in order.
+    pub fn step(&mut self, now: Millis, event: Event) -> Vec<Effect> {
+        self.learn(now, event);
+        self.advance(now);
+        std::mem::take(&mut self.effects)
+    }
+
+    fn adopt(&mut self, now: Millis, record: Option<Record>) {
+        let Some(record) = record else { return };
+        self.manifests.learn(record.base.clone());
+        self.state = match &record.finish {
+            Some(finish) => State::Finished(finish.clone()),
+            None if record.members.is_empty() => State::held(now),
+            None => State::Adopting {
+                since: now,
+                first_hello: None,
+                answered: BTreeSet::new(),
+            },
+        };
+        self.record = Some(record);
+    }
+
+    fn generation(&self) -> u64 {
+        self.record.as_ref().map_or(0, |record| record.generation)
+    }
+
+    /// Whether the record's members may be training right now.
+    fn is_active(&self) -> bool {
+        matches!(
+            self.state,
+            State::Adopting { .. }
+                | State::Moving { .. }
+                | State::Steady { .. }
+                | State::Collecting { .. }
+        )
+    }
+
+    /// Members of the generation that trains or forms.
+    fn members(&self) -> &[Member] {
+        match (&self.record, self.is_active()) {
+            (Some(record), true) => &record.members,
+            _ => &[],
+        }
+    }
+
+    fn is_member(&self, pod: &str) -> bool {
+        self.members().iter().any(|member| member.pod_uid == pod)
+    }
+
+    /// Whether the rank can take part no more.
+    fn is_gone(&self, pod: &str) -> bool {
+        let ended = self.pods.get(pod).is_none_or(|fact| fact.ended);
+        ended || self.ranks.get(pod).is_some_and(|rank| rank.failed)
+    }
+
+    /// Why and by when the rank goes: what its node says, or what it says itself.
+    fn departure(&self, pod: &str) -> Option<&Departure> {
+        let told = self.pods.get(pod).and_then(|fact| fact.departure.as_ref());
+        let own = self.ranks.get(pod).and_then(|rank| rank.own_notice.as_ref());
+        match (told, own) {
+            (Some(told), Some(own)) if !told.hurry && own.hurry => Some(own),
+            (Some(told), _) => Some(told),
+            (None, own) => own,
+        }
+    }
+
+    fn leaves_in_a_hurry(&self, pod: &str) -> bool {
+        self.departure(pod).is_some_and(|departure| departure.hurry)
+    }
+
+    /// Most ranks of use: more than micro-batches would have nothing to do.
+    fn max(&self) -> usize {
+        let asked = self.target.map_or(0, |target| target.max);
+        self.micro_batches.map_or(asked, |most| asked.min(most.max(1)))
+    }
+
+    fn send(&mut self, pod: &str, body: Body) {
+        if self.ranks.get(pod).is_some_and(|rank| rank.connected) {
+            self.effects.push(Effect::Send(pod.to_owned(), body));
+        }
+    }
+
+    fn happened(&mut self, happening: Happening) {
+        self.effects.push(Effect::Happened(happening));
+    }
+
+    /// Where the training stands.
+    pub fn report(&self, now: Millis) -> Report {
+        Report {
+            phase: self.state.phase(),
+            generation: self.generation(),
+            members: self.members().to_vec(),
+            ranks: self.ranks.iter().map(|(pod, rank)| (pod.clone(), self.view(pod, rank))).collect(),
+            progress: self.progress.clone(),
+            checkpoint: self.checkpoint.clone(),
+            disruptions: self.counters,
+            finish: match &self.state {
+                State::Finished(finish) => Some(finish.clone()),
+                _ => None,
+            },
+            failures: self.failures.clone(),
+            unresponsive: self.unresponsive(now),
+            activity: self.activity(),
+            steps: self.steps,
+        }
+    }
+
+    fn view(&self, pod: &str, rank: &Rank) -> super::report::RankView {
+        super::report::RankView {
+            connected: rank.connected,
+            prepared: rank.prepared,
+            leaving: self.leaves_in_a_hurry(pod),
+            released: rank.released,
+            blocked: rank.blocked.clone(),
+        }
+    }
+
+    fn unresponsive(&self, now: Millis) -> BTreeSet<PodUid> {
+        let overdue = |rank: &Rank| {
+            rank.suspect_since
+                .is_some_and(|since| now.saturating_sub(since) >= self.limits.suspect_ms)
+        };
+        self.ranks
+            .iter()
+            .filter(|(_, rank)| overdue(rank))
+            .map(|(pod, _)| pod.clone())
+            .collect()
+    }
+
+    fn activity(&self) -> String {
+        let min = self.target.map_or(0, |target| target.min);
+        match &self.state {
+            State::Adopting { answered, .. } => {
+                format!("a new leader waits for ranks: {} of {} answered", answered.len(), self.members().len())
+            }
+            State::Held { .. } => {
+                format!("{} of at least {min} ranks are ready to train", self.candidates().len())
+            }
+            State::Planning(record) => format!("records generation {}", record.generation),
+            State::Moving { ready, .. } => {
+                format!("ranks load the base of generation {}: {} of {} ready", self.generation(), ready.len(), self.members().len())
+            }
+            State::Steady { .. } => format!("generation {} trains with {} ranks", self.generation(), self.members().len()),
+            State::Collecting { reason, answered, .. } => {
+                format!("stops generation {}: {reason}; {} of {} answered", self.generation(), answered.len(), self.members().len())
+            }
+            State::Stopped => "suspended".to_owned(),
+            State::Finishing(_) => "records the result".to_owned(),
+            State::Finished(finish) => format!("complete after step {}", finish.step),
+        }
+    }
+}
+
+impl State {
+    fn held(now: Millis) -> Self {
+        Self::Held {
+            not_before: now,
+            enough_since: None,
+            eager: false,
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        match self {
+            Self::Adopting { .. } => Phase::Adopting,
+            Self::Held { .. } => Phase::Held,
+            Self::Planning(_) => Phase::Planning,
+            Self::Moving { .. } => Phase::Moving,
+            Self::Steady { .. } => Phase::Steady,
+            Self::Collecting { .. } => Phase::Collecting,
+            Self::Stopped => Phase::Stopped,
+            Self::Finishing(_) => Phase::Steady,
+            Self::Finished(_) => Phase::Finished,
+        }
+    }
+}

@@ -1,0 +1,445 @@
+//! Random runs against simulated ranks: whatever is lost, noticed, delayed or cut off, design.md's
+//! invariants hold, and once the trouble ends the training does.
+
+use super::*;
+use crate::coordinator::manifest::{Manifest, is_void};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use wire::rank_message::Body as Said;
+
+const STEPS: u64 = 40;
+const MIN: usize = 2;
+const MAX: usize = 4;
+const TICK_MS: Millis = 500;
+
+#[derive(Clone, Debug, PartialEq)]
+enum Doing {
+    Fetching,
+    Waiting,
+    Loading(Record),
+    Ready(Record),
+    Training(Record),
+}
+
+#[derive(Clone, Debug)]
+struct SimRank {
+    connected: bool,
+    doing: Doing,
+    step: u64,
+    /// A planned stop was heard.
+    stopping: bool,
+}
+
+struct World {
+    random: StdRng,
+    now: Millis,
+    membership: Membership,
+    stored: Option<Record>,
+    ranks: BTreeMap<PodUid, SimRank>,
+    facts: BTreeMap<PodUid, PodFact>,
+    bucket: Vec<Manifest>,
+    born: u64,
+    stepped: i64,
+    lost: i64,
+    finished: bool,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let now = 1_000_000;
+        let mut world = Self {
+            random: StdRng::seed_from_u64(seed),
+            now,
+            membership: Membership::new(now, Limits::default(), None, Counters::default()),
+            stored: None,
+            ranks: BTreeMap::new(),
+            facts: BTreeMap::new(),
+            bucket: Vec::new(),
+            born: 0,
+            stepped: 0,
+            lost: 0,
+            finished: false,
+        };
+        world.retarget();
+        world
+    }
+
+    fn retarget(&mut self) {
+        self.feed(Event::Target(Target { min: MIN, max: MAX, suspend: false }));
+    }
+
+    fn chance(&mut self, percent: u32) -> bool {
+        self.random.random_range(0..100) < percent
+    }
+
+    fn feed(&mut self, event: Event) {
+        let mut queue = vec![event];
+        while let Some(event) = queue.pop() {
+            for effect in self.membership.step(self.now, event) {
+                queue.extend(self.carry_out(effect));
+            }
+        }
+    }
+
+    fn carry_out(&mut self, effect: Effect) -> Option<Event> {
+        match effect {
+            Effect::Welcome(pod) => {
+                if let Some(rank) = self.ranks.get_mut(&pod)
+                    && rank.doing == Doing::Waiting
+                {
+                    rank.doing = Doing::Fetching;
+                }
+                None
+            }
+            Effect::Send(pod, body) => {
+                self.hear(&pod, body);
+                None
+            }
+            Effect::Form(record) => {
+                assert_eq!(self.stored.as_ref(), Some(&record), "the record comes first");
+                for member in &record.members {
+                    if let Some(rank) = self.ranks.get_mut(&member.pod_uid)
+                        && rank.connected
+                    {
+                        rank.doing = Doing::Loading(record.clone());
+                        rank.stopping = false;
+                    }
+                }
+                None
+            }
+            Effect::WriteRecord(record) => Some(self.write(record)),
+            Effect::Happened(Happening::Stepped(_)) => {
+                self.stepped += 0;
+                None
+            }
+            Effect::Happened(Happening::StepsLost { steps, .. }) => {
+                self.lost += steps as i64;
+                None
+            }
+            Effect::Happened(_) => None,
+        }
+    }
+
+    fn write(&mut self, record: Record) -> Event {
+        let last = self.stored.as_ref().map_or(0, |record| record.generation);
+        if record.finish.is_none() {
+            assert_eq!(record.generation, last + 1, "generations are issued once, in order");
+            assert!((MIN..=MAX).contains(&record.members.len()));
+            if let Some(base) = &record.base {
+                assert!(self.bucket.contains(base), "the base exists");
+                let history = self.stored.as_ref().map_or(&[][..], |record| &record.history);
+                assert!(!is_void(base, history));
+            }
+        }
+        self.stored = Some(record);
+        Event::RecordWritten
+    }
+
+    fn hear(&mut self, pod: &str, body: Body) {
+        let Some(rank) = self.ranks.get_mut(pod).filter(|rank| rank.connected) else { return };
+        match body {
+            Body::Go(go) => {
+                if let Doing::Ready(record) = &rank.doing
+                    && record.generation == go.generation
+                {
+                    rank.doing = Doing::Training(record.clone());
+                }
+            }
+            Body::Stop(stop) => {
+                if stop.planned && matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation) {
+                    rank.stopping = true;
+                } else {
+                    rank.stopping = false;
+                    self.leave(pod, stop.generation);
+                }
+            }
+            Body::Stale(_) => {
+                rank.doing = Doing::Waiting;
+                self.hello(pod);
+            }
+            Body::Shutdown(_) => {
+                self.ranks.remove(pod);
+                self.facts.remove(pod);
+            }
+            Body::Welcome(_) | Body::Form(_) => unreachable!("these are effects of their own"),
+        }
+    }
+
+    fn leave(&mut self, pod: &str, generation: u64) {
+        let Some(rank) = self.ranks.get_mut(pod) else { return };
+        rank.doing = Doing::Waiting;
+        let step = rank.step;
+        let manifests = self.newest_manifests();
+        self.feed(Event::Said(pod.to_owned(), Said::Stopped(wire::Stopped { generation, step, manifests })));
+    }
+
+    fn newest_manifests(&self) -> Vec<wire::ManifestRef> {
+        let mut all = self.bucket.clone();
+        all.sort();
+        all.into_iter().rev().take(16).map(Into::into).collect()
+    }
+
+    fn hello(&mut self, pod: &str) {
+        let Some(rank) = self.ranks.get(pod) else { return };
+        let (generation, step) = match &rank.doing {
+            Doing::Training(record) | Doing::Ready(record) | Doing::Loading(record) => (record.generation, rank.step),
+            _ => (0, 0),
+        };
+        self.feed(Event::Joined(wire::Hello {
+            pod_name: pod.to_owned(),
+            pod_uid: pod.to_owned(),
+            node: "n".into(),
+            peer_address: "10.0.0.1:1".into(),
+            generation,
+            step,
+            numerics_class: String::new(),
+        }));
+    }
+
+    fn round(&mut self, trouble: bool) {
+        self.now += TICK_MS;
+        self.replace_pods();
+        if trouble {
+            self.make_trouble();
+        }
+        for pod in self.ranks.keys().cloned().collect::<Vec<_>>() {
+            self.act(&pod, trouble);
+        }
+        self.train();
+        self.feed(Event::Pods(self.facts.clone()));
+        self.feed(Event::Tick);
+        self.check();
+    }
+
+    fn check(&mut self) {
+        let report = self.membership.report(self.now);
+        let counted = self.membership.step as i64;
+        assert!(counted <= STEPS as i64);
+        if self.finished {
+            assert_eq!(report.phase, Phase::Finished, "terminal stays terminal");
+        }
+        self.finished = report.finish.is_some();
+        for pod in report.unresponsive {
+            self.facts.remove(&pod);
+            self.ranks.remove(&pod);
+        }
+    }
+
+    /// What the reconciler does.
+    fn replace_pods(&mut self) {
+        let staying = self.facts.values().filter(|fact| fact.departure.is_none()).count();
+        if !self.finished && staying < MAX && self.chance(40) {
+            let pod = format!("pod-{:04}", self.born);
+            self.born += 1;
+            self.facts.insert(pod.clone(), PodFact::default());
+            self.ranks.insert(pod, SimRank { connected: false, doing: Doing::Waiting, step: 0, stopping: false });
+        }
+    }
+
+    fn make_trouble(&mut self) {
+        let Some(pod) = self.any_pod() else { return };
+        match self.random.random_range(0..60) {
+            0 => {
+                self.ranks.remove(&pod);
+                self.facts.remove(&pod);
+            }
+            1 => self.notice(&pod, true),
+            2 => self.notice(&pod, false),
+            3 => {
+                self.facts.insert(pod, PodFact::default());
+            }
+            4 => {
+                if let Some(rank) = self.ranks.get_mut(&pod) {
+                    rank.connected = false;
+                }
+                self.feed(Event::Disconnected(pod));
+            }
+            5 => self.change_leader(),
+            6 => self.bucket_rots(),
+            _ => {}
+        }
+    }
+
+    fn bucket_rots(&mut self) {
+        if self.chance(20) {
+            self.bucket.pop();
+        }
+    }
+
+    fn change_leader(&mut self) {
+        let counters = self.membership.counters;
+        self.membership = Membership::new(self.now, Limits::default(), self.stored.clone(), counters);
+        for rank in self.ranks.values_mut() {
+            rank.connected = false;
+        }
+        self.feed(Event::Pods(self.facts.clone()));
+        self.retarget();
+    }
+
+    fn notice(&mut self, pod: &str, hurry: bool) {
+        let departure = Departure {
+            source: "test".into(),
+            deadline_ms: self.now + 20_000,
+            hurry,
+            reclaim: true,
+        };
+        self.facts.insert(pod.to_owned(), PodFact { departure: Some(departure), ended: false });
+    }
+
+    fn any_pod(&mut self) -> Option<PodUid> {
+        let all: Vec<_> = self.ranks.keys().cloned().collect();
+        let index = self.random.random_range(0..all.len().max(1));
+        all.get(index).cloned()
+    }
+
+    fn act(&mut self, pod: &str, trouble: bool) {
+        let Some(rank) = self.ranks.get(pod).cloned() else { return };
+        if !rank.connected {
+            if !trouble || self.chance(50) {
+                if let Some(rank) = self.ranks.get_mut(pod) {
+                    rank.connected = true;
+                }
+                self.hello(pod);
+            }
+            return;
+        }
+        match rank.doing {
+            Doing::Fetching if self.chance(30) => {
+                if let Some(rank) = self.ranks.get_mut(pod) {
+                    rank.doing = Doing::Waiting;
+                }
+                let manifests = self.newest_manifests();
+                let prepared = wire::Prepared { manifests, micro_batches: 8, steps: STEPS };
+                self.feed(Event::Said(pod.to_owned(), Said::Prepared(prepared)));
+            }
+            Doing::Loading(record) if self.chance(50) => self.load(pod, record),
+            _ => {}
+        }
+    }
+
+    fn load(&mut self, pod: &str, record: Record) {
+        let generation = record.generation;
+        if let Some(base) = record.base.clone().filter(|base| !self.bucket.contains(base)) {
+            let failed = wire::LoadFailed { generation, manifest: Some(base.into()), message: "gone".into() };
+            return self.feed(Event::Said(pod.to_owned(), Said::LoadFailed(failed)));
+        }
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.step = record.base_step;
+            rank.doing = Doing::Ready(record);
+        }
+        let ready = wire::Ready { generation, state_digest: "same".into() };
+        self.feed(Event::Said(pod.to_owned(), Said::Ready(ready)));
+    }
+
+    /// Each generation whose members all train makes a step; there must be one such at most that counts.
+    fn train(&mut self) {
+        let training: BTreeMap<u64, Record> = self
+            .ranks
+            .values()
+            .filter_map(|rank| match &rank.doing {
+                Doing::Training(record) => Some((record.generation, record.clone())),
+                _ => None,
+            })
+            .collect();
+        for record in training.into_values() {
+            self.train_generation(&record);
+        }
+    }
+
+    fn train_generation(&mut self, record: &Record) {
+        let pods: Vec<PodUid> = record.members.iter().map(|member| member.pod_uid.clone()).collect();
+        let trains = |pod: &PodUid| {
+            matches!(self.ranks.get(pod).map(|rank| &rank.doing), Some(Doing::Training(theirs)) if theirs.generation == record.generation)
+        };
+        if !pods.iter().all(trains) {
+            return;
+        }
+        let stored = self.stored.as_ref().map_or(0, |record| record.generation);
+        let in_reach = pods.iter().any(|pod| self.ranks[pod].connected);
+        assert!(!in_reach || record.generation == stored, "one generation makes progress");
+        let step = self.ranks[&pods[0]].step + 1;
+        let stopping = pods.iter().any(|pod| self.ranks[pod].stopping);
+        if step <= STEPS {
+            self.make_step(record, &pods, step);
+        }
+        let step = step.min(STEPS);
+        if stopping || step % 5 == 0 {
+            self.bucket.push(Manifest {
+                step,
+                generation: record.generation,
+                key: format!("{}-{step}", record.generation),
+                digest: "d".into(),
+            });
+        }
+        if stopping {
+            for pod in pods {
+                if let Some(rank) = self.ranks.get_mut(&pod) {
+                    rank.doing = Doing::Waiting;
+                    rank.stopping = false;
+                }
+                if self.ranks.get(&pod).is_some_and(|rank| rank.connected) {
+                    self.leave(&pod, record.generation);
+                }
+            }
+        } else if step == STEPS {
+            self.finish(record, &pods);
+        }
+    }
+
+    fn make_step(&mut self, record: &Record, pods: &[PodUid], step: u64) {
+        for pod in pods {
+            if let Some(rank) = self.ranks.get_mut(pod) {
+                rank.step = step;
+            }
+        }
+        for pod in pods {
+            if self.ranks.get(pod).is_some_and(|rank| rank.connected) {
+                let progress = wire::Progress { generation: record.generation, step, steps: STEPS, step_seconds: 0.5, ..Default::default() };
+                self.feed(Event::Said(pod.clone(), Said::Progress(progress)));
+            }
+        }
+    }
+
+    fn finish(&mut self, record: &Record, pods: &[PodUid]) {
+        for pod in pods {
+            if self.ranks.get(pod).is_some_and(|rank| rank.connected) {
+                let finished = wire::Finished { generation: record.generation, step: STEPS, uri: "s3://b/r".into(), digest: "d".into(), loss: 0.0 };
+                self.feed(Event::Said(pod.clone(), Said::Finished(finished)));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_random_run_keeps_the_invariants_and_ends() {
+    for seed in 0..400 {
+        let mut world = World::new(seed);
+        for _ in 0..400 {
+            world.round(true);
+        }
+        for _ in 0..2_000 {
+            if world.finished {
+                break;
+            }
+            world.round(false);
+        }
+        assert!(world.finished, "seed {seed} hangs: {:?}", world.membership.report(world.now));
+    }
+}
+
+#[test]
+fn lost_steps_are_those_that_are_made_again() {
+    for seed in 0..50 {
+        let mut world = World::new(seed);
+        let mut made = 0i64;
+        let mut last = 0i64;
+        for _ in 0..600 {
+            world.round(true);
+            let step = world.membership.step as i64;
+            made += (step - last).max(0);
+            last = step;
+        }
+        let lost = world.lost;
+        assert!(made - lost <= STEPS as i64 && lost >= 0, "seed {seed}: {made} made, {lost} lost");
+    }
+}

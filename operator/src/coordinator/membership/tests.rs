@@ -1,0 +1,393 @@
+//! One protocol step at a time; whole runs are in `simulation.rs`.
+
+use super::*;
+use crate::coordinator::manifest::Manifest;
+use wire::rank_message::Body as Said;
+
+struct Fixture {
+    membership: Membership,
+    now: Millis,
+    pods: BTreeMap<PodUid, PodFact>,
+    effects: Vec<Effect>,
+}
+
+impl Fixture {
+    fn new(min: usize, max: usize) -> Self {
+        Self::with_record(None, min, max)
+    }
+
+    fn with_record(record: Option<Record>, min: usize, max: usize) -> Self {
+        let now = 1_000_000;
+        let mut fixture = Self {
+            membership: Membership::new(now, Limits::default(), record, Counters::default()),
+            now,
+            pods: BTreeMap::new(),
+            effects: Vec::new(),
+        };
+        fixture.apply(Event::Target(Target { min, max, suspend: false }));
+        fixture
+    }
+
+    fn apply(&mut self, event: Event) -> &mut Self {
+        let effects = self.membership.step(self.now, event);
+        self.effects.extend(effects);
+        self
+    }
+
+    fn say(&mut self, pod: &str, body: Said) -> &mut Self {
+        self.apply(Event::Said(pod.to_owned(), body))
+    }
+
+    fn after(&mut self, ms: Millis) -> &mut Self {
+        self.now += ms;
+        self.apply(Event::Tick)
+    }
+
+    fn join(&mut self, pod: &str, generation: u64) -> &mut Self {
+        self.pods.entry(pod.to_owned()).or_default();
+        self.sync();
+        self.apply(Event::Joined(wire::Hello {
+            pod_name: pod.to_owned(),
+            pod_uid: pod.to_owned(),
+            node: format!("node-of-{pod}"),
+            peer_address: "10.0.0.1:7600".to_owned(),
+            generation,
+            step: 0,
+            numerics_class: String::new(),
+        }))
+    }
+
+    fn prepare(&mut self, pod: &str, manifests: Vec<Manifest>) -> &mut Self {
+        let manifests = manifests.into_iter().map(Into::into).collect();
+        self.say(pod, Said::Prepared(wire::Prepared { manifests, micro_batches: 8, steps: 100 }))
+    }
+
+    fn ready(&mut self, pod: &str) -> &mut Self {
+        let generation = self.membership.generation();
+        self.say(pod, Said::Ready(wire::Ready { generation, state_digest: "same".to_owned() }))
+    }
+
+    fn progress(&mut self, pod: &str, step: u64) -> &mut Self {
+        let generation = self.membership.generation();
+        self.say(
+            pod,
+            Said::Progress(wire::Progress { generation, step, steps: 100, step_seconds: 1.0, loss: 2.0, ..Default::default() }),
+        )
+    }
+
+    fn stopped(&mut self, pod: &str, step: u64, manifests: Vec<Manifest>) -> &mut Self {
+        let generation = self.membership.generation();
+        let manifests = manifests.into_iter().map(Into::into).collect();
+        self.say(pod, Said::Stopped(wire::Stopped { generation, step, manifests }))
+    }
+
+    fn sync(&mut self) -> &mut Self {
+        self.apply(Event::Pods(self.pods.clone()))
+    }
+
+    fn lose(&mut self, pod: &str) -> &mut Self {
+        self.pods.remove(pod);
+        self.sync()
+    }
+
+    fn notice(&mut self, pod: &str, in_ms: Millis) -> &mut Self {
+        let departure = Departure {
+            source: "spot".to_owned(),
+            deadline_ms: self.now + in_ms,
+            hurry: true,
+            reclaim: true,
+        };
+        self.pods.insert(pod.to_owned(), PodFact { departure: Some(departure), ended: false });
+        self.sync()
+    }
+
+    fn written(&mut self) -> &mut Self {
+        self.apply(Event::RecordWritten)
+    }
+
+    fn take(&mut self) -> Vec<Effect> {
+        std::mem::take(&mut self.effects)
+    }
+
+    fn phase(&self) -> Phase {
+        self.membership.state.phase()
+    }
+
+    /// Two ranks, `a` and `b`, that train in generation 1.
+    fn training(min: usize, max: usize) -> Self {
+        let mut fixture = Self::new(min, max);
+        fixture.join("a", 0).join("b", 0).prepare("a", vec![]).prepare("b", vec![]);
+        fixture.after(30_000).written().ready("a").ready("b").progress("a", 1);
+        assert_eq!(fixture.phase(), Phase::Steady);
+        fixture.take();
+        fixture
+    }
+}
+
+fn manifest(generation: u64, step: u64) -> Manifest {
+    Manifest { step, generation, key: format!("{generation}/{step}"), digest: "d".to_owned() }
+}
+
+fn record_of(effects: &[Effect]) -> Record {
+    let records = effects.iter().filter_map(|effect| match effect {
+        Effect::WriteRecord(record) => Some(record.clone()),
+        _ => None,
+    });
+    records.last().expect("a record is written")
+}
+
+fn stops(effects: &[Effect]) -> Vec<(String, bool, Millis)> {
+    let stop = |effect: &Effect| match effect {
+        Effect::Send(pod, Body::Stop(stop)) => Some((pod.clone(), stop.planned, stop.deadline_ms)),
+        _ => None,
+    };
+    effects.iter().filter_map(stop).collect()
+}
+
+fn forms(effects: &[Effect]) -> bool {
+    effects.iter().any(|effect| matches!(effect, Effect::Form(_)))
+}
+
+#[test]
+fn no_rank_hears_of_a_generation_before_the_record_is_written() {
+    let mut fixture = Fixture::new(2, 2);
+    fixture.join("a", 0).join("b", 0).prepare("a", vec![]).prepare("b", vec![]);
+    let effects = fixture.take();
+    let record = record_of(&effects);
+    assert_eq!((record.generation, record.members.len(), record.base), (1, 2, None));
+    assert!(!forms(&effects));
+    fixture.written();
+    assert_eq!(fixture.take().last(), Some(&Effect::Form(record)));
+    fixture.ready("a");
+    assert!(fixture.take().is_empty());
+    fixture.ready("b");
+    let go = |pod: &str| Effect::Send(pod.to_owned(), Body::Go(wire::Go { generation: 1 }));
+    assert_eq!(fixture.take(), [go("a"), go("b")]);
+}
+
+#[test]
+fn fewer_than_min_ranks_wait() {
+    let mut fixture = Fixture::new(2, 3);
+    fixture.join("a", 0).prepare("a", vec![]).after(600_000);
+    assert_eq!(fixture.phase(), Phase::Held);
+    fixture.join("b", 0).prepare("b", vec![]);
+    assert_eq!(fixture.phase(), Phase::Held, "a third may follow at once");
+    fixture.after(2_000);
+    assert_eq!(fixture.phase(), Phase::Planning);
+}
+
+#[test]
+fn a_reclaim_with_notice_loses_no_step_and_goes_on_without_the_rank() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 7).notice("a", 30_000);
+    let deadline = fixture.now + 30_000;
+    let effects = fixture.take();
+    assert_eq!(stops(&effects), [("a".into(), true, deadline), ("b".into(), true, deadline)]);
+    fixture.progress("b", 8).stopped("a", 8, vec![]).stopped("b", 8, vec![manifest(1, 8)]);
+    let record = record_of(&fixture.take());
+    assert_eq!((record.generation, record.base_step), (2, 8));
+    assert_eq!(record.base, Some(manifest(1, 8)));
+    assert_eq!(record.members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["b"]);
+    fixture.written().ready("b").lose("a").after(1_000).progress("b", 9);
+    let counters = fixture.membership.report(fixture.now).disruptions;
+    assert_eq!((counters.notices, counters.reclaims, counters.lost_steps), (1, 1, 0));
+    assert_eq!(counters.last_recovery_ms, Some(1_000));
+}
+
+#[test]
+fn below_min_the_training_is_held_until_a_joiner_comes() {
+    let mut fixture = Fixture::training(2, 2);
+    fixture.notice("a", 30_000).stopped("a", 1, vec![manifest(1, 1)]).stopped("b", 1, vec![]);
+    assert_eq!(fixture.phase(), Phase::Held);
+    fixture.join("c", 0).prepare("c", vec![manifest(1, 1)]);
+    let record = record_of(&fixture.take());
+    assert_eq!(record.members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["b", "c"]);
+}
+
+#[test]
+fn a_notice_that_is_taken_back_brings_the_rank_back() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.notice("a", 30_000).stopped("a", 1, vec![manifest(1, 1)]).stopped("b", 1, vec![]);
+    fixture.written().ready("b").progress("b", 2).take();
+    fixture.after(60_000);
+    assert_eq!(fixture.phase(), Phase::Steady, "a stays on standby");
+    fixture.pods.insert("a".into(), PodFact::default());
+    fixture.sync();
+    assert_eq!(stops(&fixture.take()).len(), 1);
+    fixture.stopped("b", 3, vec![manifest(2, 3)]);
+    assert_eq!(record_of(&fixture.take()).members.len(), 2);
+}
+
+#[test]
+fn a_rank_that_vanishes_costs_the_steps_since_the_checkpoint() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 5);
+    fixture.say("a", Said::Checkpointed(wire::Checkpointed {
+        generation: 1,
+        manifest: Some(manifest(1, 4).into()),
+        ..Default::default()
+    }));
+    fixture.lose("b");
+    assert_eq!(stops(&fixture.take()), [("a".to_owned(), false, 0)]
+        .into_iter().chain([("b".to_owned(), false, 0)]).collect::<Vec<_>>());
+    fixture.stopped("a", 5, vec![]);
+    let effects = fixture.take();
+    assert_eq!(record_of(&effects).base_step, 4);
+    assert!(effects.contains(&Effect::Happened(Happening::StepsLost { steps: 1, base_step: 4 })));
+}
+
+#[test]
+fn who_does_not_answer_in_five_seconds_is_out_and_later_replaced() {
+    let mut fixture = Fixture::training(1, 3);
+    fixture.join("c", 0).lose("c").apply(Event::Disconnected("b".into()));
+    fixture.progress("a", 2).after(30_000).stopped("a", 2, vec![]);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.after(5_000);
+    let record = record_of(&fixture.take());
+    assert_eq!(record.members.len(), 1);
+    assert!(fixture.membership.report(fixture.now).unresponsive.is_empty());
+    fixture.after(15_000);
+    assert!(fixture.membership.report(fixture.now).unresponsive.contains("b"));
+}
+
+#[test]
+fn a_late_rank_of_an_older_generation_is_stale() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.lose("b").stopped("a", 1, vec![]).written().take();
+    fixture.join("b", 1);
+    let stale = Effect::Send("b".into(), Body::Stale(wire::Stale { generation: 1 }));
+    assert!(fixture.take().contains(&stale));
+    let generation = 1;
+    fixture.say("b", Said::Progress(wire::Progress { generation, step: 50, ..Default::default() }));
+    assert_ne!(fixture.membership.step, 50);
+}
+
+#[test]
+fn joiners_are_taken_in_through_a_planned_stop_once_a_step_is_made() {
+    let mut fixture = Fixture::training(1, 3);
+    fixture.join("c", 0).prepare("c", vec![]);
+    assert!(stops(&fixture.take()).is_empty());
+    fixture.after(2_000);
+    assert_eq!(stops(&fixture.take()).len(), 2);
+    fixture.stopped("a", 2, vec![manifest(1, 2)]).stopped("b", 2, vec![]);
+    let record = record_of(&fixture.take());
+    assert_eq!((record.members.len(), record.base_step), (3, 2));
+}
+
+#[test]
+fn a_base_that_cannot_be_loaded_is_left_out() {
+    let mut fixture = Fixture::new(1, 1);
+    fixture.join("a", 0).prepare("a", vec![manifest(0, 3), manifest(0, 9)]);
+    assert_eq!(record_of(&fixture.take()).base_step, 9);
+    fixture.written();
+    fixture.say("a", Said::LoadFailed(wire::LoadFailed {
+        generation: 1,
+        manifest: Some(manifest(0, 9).into()),
+        message: "digest differs".into(),
+    }));
+    fixture.stopped("a", 0, vec![]).after(10_000);
+    let record = record_of(&fixture.take());
+    assert_eq!((record.generation, record.base_step), (2, 3));
+}
+
+#[test]
+fn ranks_that_loaded_different_states_do_not_train() {
+    let mut fixture = Fixture::new(2, 2);
+    fixture.join("a", 0).join("b", 0).prepare("a", vec![]).prepare("b", vec![]).written();
+    fixture.ready("a");
+    fixture.say("b", Said::Ready(wire::Ready { generation: 1, state_digest: "other".into() }));
+    assert_eq!(fixture.phase(), Phase::Collecting);
+}
+
+#[test]
+fn a_new_leader_goes_on_when_every_member_says_hello() {
+    let mut first = Fixture::training(1, 2);
+    let record = first.membership.record.clone();
+    first.take();
+    let mut fixture = Fixture::with_record(record.clone(), 1, 2);
+    fixture.pods = first.pods.clone();
+    fixture.sync().join("a", 1);
+    assert_eq!(fixture.phase(), Phase::Adopting);
+    fixture.join("b", 1);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    assert!(stops(&fixture.take()).is_empty());
+
+    let mut fixture = Fixture::with_record(record, 1, 2);
+    fixture.pods = first.pods.clone();
+    fixture.sync().join("a", 1).after(10_000);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.stopped("a", 1, vec![manifest(1, 1)]).after(5_000);
+    assert_eq!(record_of(&fixture.take()).generation, 2);
+}
+
+#[test]
+fn a_lost_swap_reads_the_record_again_and_issues_a_higher_generation() {
+    let mut fixture = Fixture::new(1, 1);
+    fixture.join("a", 0).prepare("a", vec![]);
+    let mut theirs = record_of(&fixture.take());
+    theirs.generation = 5;
+    theirs.members[0].pod_uid = "z".into();
+    fixture.apply(Event::RecordConflict(Some(theirs))).after(60_000);
+    assert_eq!(record_of(&fixture.take()).generation, 6);
+}
+
+#[test]
+fn suspension_checkpoints_then_sends_everyone_home_and_resume_goes_on() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.apply(Event::Target(Target { min: 1, max: 2, suspend: true }));
+    assert_eq!(stops(&fixture.take()).len(), 2);
+    fixture.stopped("a", 4, vec![manifest(1, 4)]).stopped("b", 4, vec![]);
+    assert_eq!(fixture.phase(), Phase::Stopped);
+    let home = fixture.take().iter().filter(|effect| matches!(effect, Effect::Send(_, Body::Shutdown(_)))).count();
+    assert_eq!(home, 2);
+    for pod in ["a", "b"] {
+        fixture.apply(Event::Disconnected(pod.into())).lose(pod);
+    }
+    fixture.apply(Event::Target(Target { min: 1, max: 2, suspend: false }));
+    fixture.join("c", 0).prepare("c", vec![]).after(2_000);
+    assert_eq!(record_of(&fixture.take()).base_step, 4);
+}
+
+#[test]
+fn a_result_is_recorded_before_ranks_are_sent_home_and_stays() {
+    let mut fixture = Fixture::training(1, 2);
+    let finished = wire::Finished { generation: 1, step: 100, uri: "s3://b/result".into(), digest: "d".into(), loss: 1.0 };
+    fixture.say("a", Said::Finished(finished));
+    let effects = fixture.take();
+    let record = record_of(&effects);
+    assert_eq!(effects.len(), 1);
+    fixture.written();
+    assert_eq!(fixture.phase(), Phase::Finished);
+    assert_eq!(fixture.take().len(), 2);
+    fixture.lose("a").lose("b").after(60_000);
+    assert_eq!(fixture.phase(), Phase::Finished);
+    let again = Fixture::with_record(Some(record), 1, 2);
+    assert_eq!(again.phase(), Phase::Finished);
+}
+
+#[test]
+fn a_blocked_rank_is_reported_and_no_candidate_until_it_is_prepared() {
+    let mut fixture = Fixture::new(1, 1);
+    fixture.join("a", 0);
+    let cause = Cause::Store.into();
+    fixture.say("a", Said::Blocked(wire::Blocked { cause, message: "no bucket".into() }));
+    fixture.after(60_000);
+    assert_eq!(fixture.phase(), Phase::Held);
+    let report = fixture.membership.report(fixture.now);
+    assert_eq!(report.ranks["a"].blocked.as_ref().map(|it| it.message.as_str()), Some("no bucket"));
+    fixture.prepare("a", vec![]);
+    assert_eq!(fixture.phase(), Phase::Planning);
+}
+
+#[test]
+fn a_cordoned_member_stays_until_its_replacement_is_there() {
+    let mut fixture = Fixture::training(1, 2);
+    let cordon = Departure { source: "cordon".into(), deadline_ms: 0, hurry: false, reclaim: false };
+    fixture.pods.insert("a".into(), PodFact { departure: Some(cordon), ended: false });
+    fixture.sync().after(60_000 / 3);
+    assert!(stops(&fixture.take()).is_empty());
+    fixture.progress("b", 2).join("c", 0).prepare("c", vec![]).after(2_000);
+    fixture.stopped("a", 3, vec![manifest(1, 3)]).stopped("b", 3, vec![]);
+    let record = record_of(&fixture.take());
+    assert_eq!(record.members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["b", "c"]);
+}

@@ -1,0 +1,115 @@
+//! What a membership shows to the reconciler, and what it tells as it happens.
+
+use super::record::{Finish, Member};
+use std::collections::{BTreeMap, BTreeSet};
+use vicuna_protocol::coordinator::Cause;
+
+pub type PodUid = String;
+
+/// design.md's states; `Adopting` is a new leader's wait for hellos, `Planning` the swap of the record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    #[default]
+    Adopting,
+    Held,
+    Planning,
+    Moving,
+    Steady,
+    Collecting,
+    Stopped,
+    Finished,
+}
+
+/// A snapshot, replaced as a whole.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    pub phase: Phase,
+    pub generation: u64,
+    /// Members of the generation that trains or forms; empty while there is none.
+    pub members: Vec<Member>,
+    pub ranks: BTreeMap<PodUid, RankView>,
+    pub progress: Option<StepReport>,
+    pub checkpoint: Option<CheckpointReport>,
+    pub disruptions: Counters,
+    pub finish: Option<Finish>,
+    /// Ranks that ended by themselves, by pod.
+    pub failures: BTreeMap<PodUid, RankFailure>,
+    /// Pods whose ranks answer no more: to be replaced.
+    pub unresponsive: BTreeSet<PodUid>,
+    /// What the membership waits for or does, for people.
+    pub activity: String,
+    /// Steps in the whole run; 0 until a rank has read the data.
+    pub steps: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct RankView {
+    pub connected: bool,
+    pub prepared: bool,
+    pub leaving: bool,
+    /// Told to end, since it is not needed.
+    pub released: bool,
+    pub blocked: Option<Blockage>,
+}
+
+/// Something outside a rank that is in its way.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Blockage {
+    pub cause: Cause,
+    pub message: String,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct RankFailure {
+    pub cause: Cause,
+    pub message: String,
+    pub step: u64,
+}
+
+/// The last step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReport {
+    pub generation: u64,
+    pub step: u64,
+    pub steps: u64,
+    pub epoch: f64,
+    /// Absent when the step trained no token.
+    pub loss: Option<f64>,
+    pub learning_rate: f64,
+    pub tokens: u64,
+    pub step_seconds: f64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointReport {
+    pub step: u64,
+    pub uri: String,
+    pub digest: String,
+    /// Unix time in ms when we heard of it.
+    pub at_ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub notices: u64,
+    pub reclaims: u64,
+    pub lost_steps: u64,
+    pub last_recovery_ms: Option<u64>,
+}
+
+/// What is counted or told once.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Happening {
+    Stepped(StepReport),
+    Checkpointed(CheckpointReport),
+    Formed { generation: u64, members: usize, base_step: u64 },
+    Stopping { generation: u64, planned: bool, reason: String },
+    Noticed { pod: String, node: String, source: String },
+    Reclaimed { pod: String, node: String },
+    Lost { pod: String, node: String },
+    Hung { pod: String, node: String },
+    StepsLost { steps: u64, base_step: u64 },
+    Recovered { after_ms: u64 },
+    ManifestUnusable { key: String, message: String },
+    StateMismatch { generation: u64 },
+}

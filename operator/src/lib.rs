@@ -1,0 +1,1 @@
+//! Reconciles VicunaTraining and VicunaServing and coordinates the ranks of a training

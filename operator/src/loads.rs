@@ -1,0 +1,186 @@
+//! What gateways say is asked of each model. The coordinator's gRPC service writes it, the autoscaler
+//! of `serving/` reads it. Demand is unfinished requests at gateways, so that each is counted once.
+
+use parking_lot::Mutex;
+use std::collections::{BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+use vicuna_protocol::coordinator::{LoadReport, ModelLoad};
+
+/// Gateways kept at most; a report of one more replaces the oldest.
+const MAX_GATEWAYS: usize = 64;
+/// Models kept of one gateway's report, at most.
+const MAX_MODELS: usize = 2048;
+/// Worker names kept of one model and gateway, at most.
+const MAX_WORKERS: usize = 4096;
+
+/// A gateway that has not reported for so long is stale: its numbers may be too low.
+pub const STALE_AFTER: Duration = Duration::from_secs(10);
+/// A gateway that has not reported for so long is gone.
+pub const FORGET_AFTER: Duration = Duration::from_secs(120);
+
+/// What is asked of one model, summed over gateways.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Demand {
+    /// Requests taken and not yet ended, on a worker or queued.
+    pub unfinished: u32,
+    /// Those of `unfinished` that no worker has yet.
+    pub queued: u32,
+    pub tokens_per_second: f64,
+    /// Pod names of workers that at least one gateway can use.
+    pub workers: BTreeSet<String>,
+    /// When the gateway that has been silent longest reported last.
+    pub reported_at: Instant,
+    /// Gateways that count here.
+    pub gateways: usize,
+    /// Those of them that are silent for longer than [`STALE_AFTER`]: do not scale down on this demand
+    /// while there are any.
+    pub stale_gateways: usize,
+}
+
+/// The table of the last report of each gateway.
+#[derive(Debug, Default)]
+pub struct Loads {
+    gateways: Mutex<HashMap<String, Reported>>,
+}
+
+#[derive(Debug)]
+struct Reported {
+    at: Instant,
+    models: HashMap<String, ModelLoad>,
+}
+
+impl Loads {
+    /// The demand for `namespace/name`. `None`: no gateway has reported yet, so nothing is known; a
+    /// model that no gateway names has a demand of zero.
+    pub fn demand(&self, model: &str) -> Option<Demand> {
+        self.demand_at(model, Instant::now())
+    }
+
+    /// [`Loads::demand`] at a given time.
+    pub fn demand_at(&self, model: &str, now: Instant) -> Option<Demand> {
+        let mut gateways = self.gateways.lock();
+        gateways.retain(|_, reported| now.duration_since(reported.at) < FORGET_AFTER);
+        let reported_at = gateways.values().map(|reported| reported.at).min()?;
+        let mut demand = Demand {
+            unfinished: 0,
+            queued: 0,
+            tokens_per_second: 0.0,
+            workers: BTreeSet::new(),
+            reported_at,
+            gateways: gateways.len(),
+            stale_gateways: 0,
+        };
+        for reported in gateways.values() {
+            demand.add(reported, model, now);
+        }
+        Some(demand)
+    }
+
+    /// Takes one gateway's report in place of its last one.
+    pub fn record(&self, report: LoadReport, now: Instant) {
+        let mut gateways = self.gateways.lock();
+        gateways.retain(|_, reported| now.duration_since(reported.at) < FORGET_AFTER);
+        if gateways.len() >= MAX_GATEWAYS && !gateways.contains_key(&report.gateway) {
+            let oldest = gateways.iter().min_by_key(|(_, reported)| reported.at);
+            if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
+                gateways.remove(&oldest);
+            }
+        }
+        let models = report
+            .models
+            .into_iter()
+            .take(MAX_MODELS)
+            .map(|load| (load.model.clone(), load))
+            .collect();
+        gateways.insert(report.gateway, Reported { at: now, models });
+    }
+
+    /// Drops a gateway whose pod is known to be gone.
+    pub fn forget(&self, gateway: &str) {
+        self.gateways.lock().remove(gateway);
+    }
+
+    /// The gateways that have reported lately.
+    pub fn gateways(&self) -> Vec<String> {
+        self.gateways.lock().keys().cloned().collect()
+    }
+}
+
+impl Demand {
+    fn add(&mut self, reported: &Reported, model: &str, now: Instant) {
+        let stale = now.duration_since(reported.at) > STALE_AFTER;
+        self.stale_gateways += usize::from(stale);
+        let Some(load) = reported.models.get(model) else {
+            return;
+        };
+        self.unfinished = self.unfinished.saturating_add(load.unfinished);
+        self.queued = self.queued.saturating_add(load.queued);
+        if !stale {
+            self.tokens_per_second += load.tokens_per_second;
+            self.workers
+                .extend(load.workers.iter().take(MAX_WORKERS).cloned());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(gateway: &str, unfinished: u32, worker: &str) -> LoadReport {
+        LoadReport {
+            gateway: gateway.to_owned(),
+            models: vec![ModelLoad {
+                model: "ns/m".to_owned(),
+                unfinished,
+                queued: 1,
+                workers: vec![worker.to_owned()],
+                tokens_per_second: 10.0,
+                resumes: 0,
+            }],
+        }
+    }
+
+    #[test]
+    fn nothing_is_known_before_a_gateway_reports() {
+        assert_eq!(Loads::default().demand("ns/m"), None);
+    }
+
+    #[test]
+    fn each_gateway_counts_once_with_its_last_report() {
+        let loads = Loads::default();
+        let now = Instant::now();
+        loads.record(report("a", 7, "w1"), now);
+        loads.record(report("a", 3, "w1"), now);
+        loads.record(report("b", 4, "w1"), now);
+        let demand = loads.demand_at("ns/m", now).unwrap();
+        assert_eq!((demand.unfinished, demand.queued), (7, 2));
+        assert_eq!(demand.workers.len(), 1);
+        assert_eq!(loads.demand_at("ns/other", now).unwrap().unfinished, 0);
+    }
+
+    #[test]
+    fn a_silent_gateway_is_marked_then_forgotten() {
+        let loads = Loads::default();
+        let start = Instant::now();
+        loads.record(report("a", 5, "w1"), start);
+        let later = start + STALE_AFTER + Duration::from_secs(1);
+        loads.record(report("b", 1, "w2"), later);
+        let demand = loads.demand_at("ns/m", later).unwrap();
+        assert_eq!((demand.gateways, demand.stale_gateways), (2, 1));
+        assert_eq!(demand.unfinished, 6);
+        assert_eq!(demand.reported_at, start);
+        let demand = loads.demand_at("ns/m", start + FORGET_AFTER).unwrap();
+        assert_eq!((demand.gateways, demand.unfinished), (1, 1));
+    }
+
+    #[test]
+    fn the_table_is_bounded() {
+        let loads = Loads::default();
+        let now = Instant::now();
+        for index in 0..2 * MAX_GATEWAYS {
+            loads.record(report(&format!("g{index}"), 1, "w"), now);
+        }
+        assert_eq!(loads.gateways().len(), MAX_GATEWAYS);
+    }
+}

@@ -1,0 +1,16 @@
+//! Object storage, content-addressed blocks and manifests. No torch, no Kubernetes.
+//!
+//! A checkpoint is a set of *blocks*, objects named by the BLAKE3 of their bytes, and a *manifest*
+//! that lists them and is written last, create-only. So a checkpoint is either complete or does
+//! not exist, unchanged blocks are written once, and anything read back proves itself.
+//!
+//! - [`store`]: one API over S3 and local folders, with errors that a user can act on;
+//! - [`manifest`]: writing, listing and verified loading of checkpoints;
+//! - [`retention`]: mark and sweep.
+
+pub mod manifest;
+pub mod retention;
+pub mod store;
+
+pub use manifest::{BlockEntry, Cursor, Manifest, ManifestError, ManifestRef};
+pub use store::{Store, StoreError, fetch, upload_dir};

@@ -1,0 +1,114 @@
+//! What can go wrong with a store, in the words of someone who can repair it.
+
+use std::error::Error as _;
+use std::path::PathBuf;
+
+/// Each message says what was wrong, where, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("{uri} does not exist: check the path")]
+    NotFound { uri: String },
+    #[error("the bucket of {uri} does not exist: create it, or correct the URI")]
+    BucketMissing { uri: String },
+    #[error(
+        "the store refused the credentials for {uri} ({detail}): check the credentials Secret and the bucket's policy"
+    )]
+    CredentialsRefused { uri: String, detail: String },
+    #[error(
+        "the store of {uri} cannot be reached ({detail}): check AWS_ENDPOINT_URL and the network"
+    )]
+    Unreachable { uri: String, detail: String },
+    #[error("{uri} is not a URI that can be opened ({detail}): use s3://bucket/path or file:///path")]
+    BadUri { uri: String, detail: String },
+    #[error("{uri} has {bytes} bytes, more than the {limit} that are read at once: fetch it to disk")]
+    TooLarge { uri: String, bytes: u64, limit: u64 },
+    #[error("{path}: {source}; check free space and permissions of the folder")]
+    Disk {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the store failed on {uri}: {detail}")]
+    Other { uri: String, detail: String },
+}
+
+impl StoreError {
+    /// Whether waiting may help without anyone's action on the URI itself.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Other { .. })
+    }
+
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::NotFound { .. })
+    }
+
+    pub(super) fn disk(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Disk {
+            path: path.into(),
+            source,
+        }
+    }
+
+    /// Sorts an error of the store's client by status and by S3's error codes, which only the
+    /// text of the answer carries.
+    pub(super) fn classify(uri: &str, error: &object_store::Error) -> Self {
+        use object_store::Error as E;
+        let uri = uri.to_owned();
+        let text = chain(error);
+        let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
+        let detail = short(&text);
+        if says(&["NoSuchBucket"]) {
+            return Self::BucketMissing { uri };
+        }
+        if says(REFUSALS) || matches!(error, E::PermissionDenied { .. } | E::Unauthenticated { .. })
+        {
+            return Self::CredentialsRefused { uri, detail };
+        }
+        match error {
+            E::NotFound { .. } => Self::NotFound { uri },
+            _ if says(UNREACHABLE) => Self::Unreachable { uri, detail },
+            _ => Self::Other { uri, detail },
+        }
+    }
+}
+
+const REFUSALS: &[&str] = &[
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "AccessDenied",
+    "ExpiredToken",
+    "401 Unauthorized",
+    "403 Forbidden",
+];
+
+const UNREACHABLE: &[&str] = &[
+    "error sending request",
+    "Connection refused",
+    "dns error",
+    "timed out",
+    "connect error",
+    "connection closed",
+    "500 Internal Server Error",
+    "502 Bad Gateway",
+    "503 Service Unavailable",
+    "504 Gateway Timeout",
+];
+
+fn chain(error: &object_store::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// The first 300 characters on one line: answers of stores may be whole pages.
+fn short(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(300).collect()
+}

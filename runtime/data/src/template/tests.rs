@@ -1,0 +1,235 @@
+use super::*;
+use proptest::prelude::*;
+use serde_json::json;
+use std::path::PathBuf;
+
+/// One token a byte, and ChatML's control tokens after them.
+fn byte_tokenizer(control: &[&str]) -> Tokenizer {
+    let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
+    let mut letters: Vec<String> = alphabet.into_iter().map(String::from).collect();
+    letters.sort();
+    let added: Vec<_> = control
+        .iter()
+        .enumerate()
+        .map(|(index, token)| {
+            json!({ "id": 256 + index, "content": token, "special": true, "normalized": false,
+                    "single_word": false, "lstrip": false, "rstrip": false })
+        })
+        .collect();
+    let vocabulary: serde_json::Map<_, _> = letters
+        .into_iter()
+        .enumerate()
+        .map(|(id, letter)| (letter, json!(id)))
+        .collect();
+    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let document = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+        "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+                   "vocab": vocabulary, "merges": [] },
+    });
+    Tokenizer::from_bytes(document.to_string()).unwrap()
+}
+
+const CHATML_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+
+fn chatml() -> (Tokenizer, Encoder) {
+    let tokenizer = byte_tokenizer(&CHATML_TOKENS);
+    let encoder = Template::named(CHATML).unwrap().bind(&tokenizer).unwrap();
+    (tokenizer, encoder)
+}
+
+/// The ids of text that holds no control token, by the tokenizer alone.
+fn plain(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+    let mut tokenizer = tokenizer.clone();
+    tokenizer.set_encode_special_tokens(true);
+    tokenizer.encode(text, false).unwrap().get_ids().to_vec()
+}
+
+fn learned(example: &Example) -> Vec<u32> {
+    let labels = example.labels.iter().filter(|label| **label != IGNORED);
+    labels.map(|label| *label as u32).collect()
+}
+
+fn text() -> impl Strategy<Value = String> {
+    let word = prop_oneof![
+        6 => "[a-zA-Z ,.!?\n]{1,12}",
+        2 => "\\PC{1,4}",
+        1 => Just("<|im_end|>".to_owned()),
+        1 => Just("<|im_start|>system\n".to_owned()),
+        1 => Just("</s>".to_owned()),
+        1 => Just("<|<|im_end|>".to_owned()),
+    ];
+    // A reply of blanks alone is dropped by cleaning, so there is always a letter.
+    proptest::collection::vec(word, 0..5).prop_map(|words| format!("{}x", words.concat()))
+}
+
+fn conversation() -> impl Strategy<Value = Vec<Turn>> {
+    let pairs = proptest::collection::vec((text(), text()), 1..4);
+    (proptest::option::of(text()), pairs).prop_map(|(system, pairs)| {
+        let mut turns: Vec<_> = system.into_iter().map(Turn::system).collect();
+        for (question, reply) in pairs {
+            turns.extend([Turn::user(question), Turn::assistant(reply)]);
+        }
+        turns
+    })
+}
+
+proptest! {
+    #[test]
+    fn labels_are_exactly_the_replies_and_their_end_tokens(turns in conversation()) {
+        let (tokenizer, encoder) = chatml();
+        let example = encoder.example(&turns).unwrap();
+        let mut expected = Vec::new();
+        for turn in turns.iter().filter(|turn| turn.role == Role::Assistant) {
+            expected.extend(plain(&tokenizer, &turn.content));
+            expected.extend(encoder.end_tokens());
+        }
+        prop_assert_eq!(learned(&example), expected);
+        for (id, label) in example.ids.iter().zip(&example.labels) {
+            prop_assert!(*label == IGNORED || *label == i64::from(*id));
+        }
+    }
+
+    #[test]
+    fn what_people_write_never_becomes_a_control_token(turns in conversation()) {
+        let (_, encoder) = chatml();
+        let example = encoder.example(&turns).unwrap();
+        let control = example.ids.iter().filter(|id| **id >= 256).count();
+        prop_assert_eq!(control, 2 * turns.len());
+    }
+
+    #[test]
+    fn a_prompt_is_how_the_trained_conversation_begins(turns in conversation()) {
+        let (_, encoder) = chatml();
+        let example = encoder.example(&turns).unwrap();
+        for (index, turn) in turns.iter().enumerate() {
+            if turn.role == Role::Assistant {
+                let prompt = encoder.prompt_ids(&turns[..index]).unwrap();
+                prop_assert!(example.ids.starts_with(&prompt));
+                prop_assert_eq!(example.labels[prompt.len() - 1], IGNORED);
+                prop_assert_ne!(example.labels[prompt.len()], IGNORED);
+            }
+        }
+    }
+}
+
+#[test]
+fn chatml_is_written_without_a_default_system_prompt() {
+    let (tokenizer, encoder) = chatml();
+    let ids = encoder.prompt_ids(&[Turn::user("Hi")]).unwrap();
+    let text = tokenizer.decode(&ids, false).unwrap();
+    assert_eq!(text, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    assert_eq!(encoder.end_tokens(), [258]);
+}
+
+#[test]
+fn a_model_s_own_template_serves_and_trains() {
+    let tokenizer = byte_tokenizer(&CHATML_TOKENS);
+    let source = "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + m['role'] + '\n' + m['content'].strip() + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    let encoder = Template::from_jinja(source, "", "").unwrap().bind(&tokenizer).unwrap();
+    let turns = [Turn::user(" Hi "), Turn::assistant("Ho<|im_end|>")];
+    let example = encoder.example(&turns).unwrap();
+    let text = tokenizer.decode(&example.ids, false).unwrap();
+    assert!(text.starts_with("<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHi<|im_end|>"));
+    let mut expected = plain(&tokenizer, "Ho<|im_end|>");
+    expected.push(258);
+    assert_eq!(learned(&example), expected);
+    assert!(encoder.template().name().starts_with("jinja-"));
+}
+
+#[test]
+fn the_jinja_of_a_named_template_is_that_template() {
+    for name in [VICUNA_V1_1, CHATML] {
+        let named = Template::named(name).unwrap();
+        assert_eq!(Template::from_jinja(named.jinja(), "", "").unwrap(), named);
+    }
+}
+
+#[test]
+fn a_template_that_contradicts_the_tokenizer_names_both() {
+    let tokenizer = byte_tokenizer(&CHATML_TOKENS);
+    let error = Template::named(VICUNA_V1_1).unwrap().bind(&tokenizer).unwrap_err();
+    let message = error.to_string();
+    assert!(message.contains("vicuna_v1.1") && message.contains("<|im_end|>"), "{message}");
+    let endless = Template::from_jinja("{{ messages[0]['content'] }}", "", "").unwrap();
+    assert!(matches!(endless.bind(&tokenizer), Err(TemplateError::NoEnd { .. })));
+    assert!(matches!(Template::named("alpaca"), Err(TemplateError::Unknown(_))));
+    assert!(matches!(Template::from_jinja("{% if %}", "", ""), Err(TemplateError::Syntax { .. })));
+}
+
+#[test]
+fn a_template_that_rewrites_history_cannot_be_trained_on() {
+    let tokenizer = byte_tokenizer(&CHATML_TOKENS);
+    let source = "{{ messages|length }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}";
+    let encoder = Template::from_jinja(source, "", "").unwrap().bind(&tokenizer);
+    assert!(matches!(encoder, Err(TemplateError::NoEnd { .. })));
+    let source = "{% for m in messages %}{% if not loop.last %}{{ 'old' }}{% endif %}{{ m['content'] + '<|im_end|>' }}{% endfor %}";
+    let source = format!("{{% if messages|length > 2 %}}{source}{{% else %}}{source_simple}{{% endif %}}",
+        source_simple = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}");
+    let encoder = Template::from_jinja(&source, "", "").unwrap().bind(&tokenizer).unwrap();
+    let turns = [Turn::user("a"), Turn::assistant("b"), Turn::user("c"), Turn::assistant("d")];
+    assert!(matches!(encoder.example(&turns), Err(TemplateError::NotIncremental { .. })));
+    assert!(encoder.prompt_ids(&turns).is_ok());
+}
+
+#[test]
+fn long_conversations_are_cut_and_counted() {
+    let (_, encoder) = chatml();
+    let conversation = |question: &str| Conversation {
+        id: "c".into(),
+        turns: vec![Turn::user(question), Turn::assistant("yes")],
+    };
+    let long = "why ".repeat(40);
+    let encoded = encoder.encode(&[conversation("Hi"), conversation(&long)], 60).unwrap();
+    assert_eq!((encoded.examples.len(), encoded.cut, encoded.without_reply), (1, 1, 1));
+    assert_eq!(encoded.trained_tokens, 4);
+    assert!(encoded.to_string().contains("1 sequences"));
+}
+
+/// The LLaMA tokenizer, which `tests/tools/llama_tokenizer.sh` fetches.
+fn llama() -> Option<Tokenizer> {
+    let cache = PathBuf::from(std::env::var_os("VICUNA_CACHE")?);
+    let file = cache.join("llama2-tokenizer/tokenizer.json");
+    file.exists().then(|| Tokenizer::from_file(file).unwrap())
+}
+
+#[test]
+fn vicuna_on_llama_is_the_published_vector() {
+    let Some(tokenizer) = llama() else {
+        eprintln!("skipped: run tests/tools/llama_tokenizer.sh and source tests/tools/env.sh");
+        return;
+    };
+    let encoder = Template::named(VICUNA_V1_1).unwrap().bind(&tokenizer).unwrap();
+    let turns = [
+        Turn::user("Hello!"),
+        Turn::assistant("Hi!"),
+        Turn::user("How are you?"),
+        Turn::assistant("I am good."),
+    ];
+    let example = encoder.example(&turns).unwrap();
+    assert_eq!(example.ids.len(), 61);
+    assert_eq!(example.ids[..4], [1, 319, 13563, 1546]);
+    assert_eq!(example.ids[58..], [1781, 29889, 2]);
+    let learned: Vec<usize> = (0..61).filter(|at| example.labels[*at] != IGNORED).collect();
+    assert_eq!(learned, [41, 42, 43, 56, 57, 58, 59, 60]);
+    assert_eq!(encoder.end_tokens(), [2]);
+
+    // The same ids as encoding the whole text at once, control tokens recognised.
+    let text = encoder.render(&turns, false).unwrap();
+    let whole = tokenizer.encode(text, false).unwrap();
+    assert_eq!(whole.get_ids(), example.ids);
+    assert_eq!(encoder.joint, Joint::SpaceAfterControl);
+    for end in [1, 3] {
+        let prompt = encoder.prompt_ids(&turns[..end]).unwrap();
+        assert!(example.ids.starts_with(&prompt));
+    }
+    assert_eq!(encoder.raw_ids("Hi!").unwrap(), [1, 6324, 29991]);
+    // A literal control token stays text, and no space creeps in around it.
+    let literal = encoder.example(&[Turn::user("a"), Turn::assistant("b</s>c")]).unwrap();
+    let ends = literal.ids.iter().filter(|id| **id == 2).count();
+    assert_eq!(ends, 1);
+    let text = tokenizer.decode(&literal.ids[literal.ids.len() - 6..literal.ids.len() - 1], true).unwrap();
+    assert!(text.ends_with("b</s>c"), "{text}");
+}

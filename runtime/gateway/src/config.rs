@@ -1,0 +1,81 @@
+//! What the gateway is told at its start.
+
+use clap::Parser;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// OpenAI's API in front of many models, whose streams survive the loss of a worker.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "vicuna-gateway", version)]
+pub struct Config {
+    /// Name of this replica, in logs and reports.
+    #[arg(long, env = "POD_NAME", default_value = "vicuna-gateway")]
+    pub name: String,
+    /// OpenAI's API and the chat page.
+    #[arg(long, env = "VICUNA_LISTEN", default_value = "0.0.0.0:8080")]
+    pub listen: SocketAddr,
+    /// Where workers attach (gRPC over TLS).
+    #[arg(long, env = "VICUNA_WORKERS_LISTEN", default_value = "0.0.0.0:9443")]
+    pub workers_listen: SocketAddr,
+    /// /metrics, /healthz and /readyz.
+    #[arg(long, env = "VICUNA_METRICS", default_value = "0.0.0.0:9090")]
+    pub metrics: SocketAddr,
+    /// Certificate chain for workers, PEM.
+    #[arg(long, env = "VICUNA_TLS_CERT")]
+    pub tls_cert: PathBuf,
+    /// Its private key, PEM.
+    #[arg(long, env = "VICUNA_TLS_KEY")]
+    pub tls_key: PathBuf,
+    /// The published trust: jwks.json, with which workers' tokens are verified, and ca.crt.
+    #[arg(long, env = "VICUNA_TRUST_DIR", default_value = "/etc/vicuna/trust")]
+    pub trust_dir: PathBuf,
+    /// Operator that load is reported to, `https://…`; without it nothing is reported.
+    #[arg(long, env = "VICUNA_OPERATOR", requires = "operator_token_file")]
+    pub operator: Option<String>,
+    /// Token for the operator, audience vicuna-coordinator; read anew at every connection.
+    #[arg(long, env = "VICUNA_OPERATOR_TOKEN_FILE")]
+    pub operator_token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub limits: Limits,
+}
+
+/// Bounds on what clients can ask and on how long anything waits.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Limits {
+    /// Bytes in a request's body.
+    #[arg(long, env = "VICUNA_MAX_BODY_BYTES", default_value_t = 1 << 20)]
+    pub max_body_bytes: usize,
+    /// Choices (`n`) in one request.
+    #[arg(long, env = "VICUNA_MAX_CHOICES", default_value_t = 8)]
+    pub max_choices: u32,
+    /// Requests that are not ended, over all models.
+    #[arg(long, env = "VICUNA_MAX_IN_FLIGHT", default_value_t = 4096)]
+    pub max_in_flight: usize,
+    /// Choices that wait for a worker, in each model.
+    #[arg(long, env = "VICUNA_MAX_QUEUE", default_value_t = 256)]
+    pub max_queue: usize,
+    /// How long a request waits for its first worker.
+    #[arg(long = "queue-timeout-seconds", env = "VICUNA_QUEUE_TIMEOUT_SECONDS", default_value = "60", value_parser = seconds)]
+    pub queue_timeout: Duration,
+    /// How long a stream that lost its worker waits for another.
+    #[arg(long = "resume-timeout-seconds", env = "VICUNA_RESUME_TIMEOUT_SECONDS", default_value = "120", value_parser = seconds)]
+    pub resume_timeout: Duration,
+    /// How long a worker may send nothing for a stream before another takes it over.
+    #[arg(long = "stall-timeout-seconds", env = "VICUNA_STALL_TIMEOUT_SECONDS", default_value = "120", value_parser = seconds)]
+    pub stall_timeout: Duration,
+    /// How long a worker may send no load report before it counts as gone.
+    #[arg(long = "worker-timeout-seconds", env = "VICUNA_WORKER_TIMEOUT_SECONDS", default_value = "5", value_parser = seconds)]
+    pub worker_timeout: Duration,
+    /// How long streams may go on after SIGTERM.
+    #[arg(long = "drain-seconds", env = "VICUNA_DRAIN_SECONDS", default_value = "25", value_parser = seconds)]
+    pub drain_timeout: Duration,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if seconds > 0.0 && seconds <= 86_400.0 => Ok(duration),
+        _ => Err(format!("{text} seconds: give more than 0 and at most 86400")),
+    }
+}

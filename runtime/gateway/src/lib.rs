@@ -1,0 +1,1 @@
+//! The OpenAI-compatible front of many models, resuming streams across workers

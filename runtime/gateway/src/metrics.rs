@@ -1,0 +1,58 @@
+//! The gateway's metrics. `model` is one of the models that workers have offered, or `unknown`.
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// By model and status: 499 is a client that went away.
+    pub requests: IntCounterVec,
+    pub in_flight: IntGaugeVec,
+    pub tokens: IntCounterVec,
+    pub resumes: IntCounterVec,
+    pub time_to_first_token_seconds: Histogram,
+    pub workers: IntGauge,
+}
+
+impl Metrics {
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let counters = |name: &str, help: &str, labels: &[&str]| IntCounterVec::new(Opts::new(name, help), labels);
+        let first_token = HistogramOpts::new(
+            "vicuna_gateway_time_to_first_token_seconds",
+            "From the request's arrival to the first token of an answer",
+        );
+        let buckets = prometheus::exponential_buckets(0.01, 2.0, 14)?;
+        let metrics = Self {
+            registry: Registry::new(),
+            requests: counters("vicuna_gateway_requests_total", "Requests ended", &["model", "code"])?,
+            in_flight: IntGaugeVec::new(
+                Opts::new("vicuna_gateway_requests_in_flight", "Requests taken and not yet ended, queued ones included"),
+                &["model"],
+            )?,
+            tokens: counters("vicuna_gateway_tokens_total", "Tokens generated", &["model"])?,
+            resumes: counters("vicuna_gateway_resumes_total", "Answers that another worker continued", &["model"])?,
+            time_to_first_token_seconds: Histogram::with_opts(first_token.buckets(buckets))?,
+            workers: IntGauge::new("vicuna_gateway_workers", "Workers attached")?,
+        };
+        metrics.register()?;
+        Ok(metrics)
+    }
+
+    fn register(&self) -> Result<(), prometheus::Error> {
+        self.registry.register(Box::new(self.requests.clone()))?;
+        self.registry.register(Box::new(self.in_flight.clone()))?;
+        self.registry.register(Box::new(self.tokens.clone()))?;
+        self.registry.register(Box::new(self.resumes.clone()))?;
+        self.registry.register(Box::new(self.time_to_first_token_seconds.clone()))?;
+        self.registry.register(Box::new(self.workers.clone()))
+    }
+
+    /// Everything in Prometheus' text format.
+    pub fn render(&self) -> Result<Vec<u8>, prometheus::Error> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}

@@ -1,0 +1,7 @@
+//! Workers dial in: who is attached, what they offer, and what waits for them.
+
+pub mod registry;
+pub mod service;
+pub mod trust;
+
+pub use registry::{QueueFull, Registry, Seat};

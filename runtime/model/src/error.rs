@@ -1,0 +1,64 @@
+//! What can be wrong with a model, in words for the person who named it.
+
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error("cannot read {path}: {source}")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("cannot write {path}: {source}")]
+    Write {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(
+        "{path} is neither a GGUF file nor a directory with config.json, tokenizer.json and safetensors"
+    )]
+    NotAModel { path: PathBuf },
+    #[error("{path} is not valid JSON: {source}")]
+    Json {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error("the model configuration is not usable: {0}")]
+    Config(String),
+    #[error("{path} is not a valid safetensors file: {reason}; was the upload complete?")]
+    Safetensors { path: PathBuf, reason: String },
+    #[error("not a valid GGUF file: {0}; was the upload complete?")]
+    Gguf(String),
+    #[error("the tokenizer is not usable: {0}")]
+    Tokenizer(String),
+    #[error("tensor {name} is missing; the configuration asks for shape {expected:?}")]
+    MissingTensor { name: String, expected: Vec<i64> },
+    #[error(
+        "tensor {name} is not part of this model family; only LLaMA models without biases and adapters are supported"
+    )]
+    UnexpectedTensor { name: String },
+    #[error("tensor {name} has shape {found:?}, the configuration asks for {expected:?}")]
+    WrongShape {
+        name: String,
+        expected: Vec<i64>,
+        found: Vec<i64>,
+    },
+    #[error("tensor {name} has type {found}; supported are {supported}")]
+    UnsupportedType {
+        name: String,
+        found: String,
+        supported: &'static str,
+    },
+    #[error("token id {id} is outside the vocabulary of {vocabulary}")]
+    UnknownToken { id: u32, vocabulary: usize },
+    #[error("{tokens} tokens do not fit the model's maximum length of {max_length}")]
+    TooLong { tokens: usize, max_length: usize },
+    #[error("device {0:?} is not known; use cpu or cuda")]
+    UnknownDevice(String),
+    #[error("no CUDA device: {0}")]
+    NoCuda(String),
+    #[error("VICUNA_THREADS={0:?} is not a number of threads from 1 to 1024")]
+    Threads(String),
+    #[error(transparent)]
+    Torch(#[from] tch::TchError),
+}

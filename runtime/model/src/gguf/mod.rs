@@ -1,0 +1,82 @@
+//! GGUF, llama.cpp's single-file format (`docs/gguf.md` in ggml's repository), read without ever
+//! trusting a length in it.
+
+mod container;
+mod quantization;
+mod tokenizer;
+
+pub(crate) use tokenizer::added_token;
+pub use container::{Gguf, MAGIC, TensorInfo, Value};
+
+use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD};
+use crate::{Config, ModelError, Pretrained};
+use std::collections::BTreeMap;
+use tch::{Kind, Tensor};
+
+/// GGUF's name of each parameter within a layer, and Hugging Face's.
+const LAYER_NAMES: [(&str, &str); 9] = [
+    ("attn_norm.weight", "input_layernorm.weight"),
+    ("attn_q.weight", "self_attn.q_proj.weight"),
+    ("attn_k.weight", "self_attn.k_proj.weight"),
+    ("attn_v.weight", "self_attn.v_proj.weight"),
+    ("attn_output.weight", "self_attn.o_proj.weight"),
+    ("ffn_norm.weight", "post_attention_layernorm.weight"),
+    ("ffn_gate.weight", "mlp.gate_proj.weight"),
+    ("ffn_up.weight", "mlp.up_proj.weight"),
+    ("ffn_down.weight", "mlp.down_proj.weight"),
+];
+
+/// Reads a whole model from the bytes of a GGUF file.
+pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
+    let gguf = Gguf::parse(bytes)?;
+    let config = Config::from_gguf(&gguf)?;
+    let mut tensors = BTreeMap::new();
+    for info in gguf.tensors() {
+        let name = hugging_face_name(&info.name)
+            .ok_or_else(|| ModelError::UnexpectedTensor { name: info.name.clone() })?;
+        parameters::check_shape(&config, &name, &info.shape)?;
+        let tensor = read_tensor(&gguf, info)?;
+        tensors.insert(name.clone(), restore_row_order(&config, &name, tensor)?);
+    }
+    parameters::check(&config, &tensors)?;
+    Ok(Pretrained {
+        tokenizer: tokenizer::build(&gguf)?,
+        chat_template: gguf.text("tokenizer.chat_template").map(str::to_owned),
+        config,
+        tensors,
+    })
+}
+
+fn hugging_face_name(name: &str) -> Option<String> {
+    match name {
+        "token_embd.weight" => return Some(EMBEDDING.to_owned()),
+        "output_norm.weight" => return Some(FINAL_NORM.to_owned()),
+        "output.weight" => return Some(LM_HEAD.to_owned()),
+        _ => {}
+    }
+    let (index, name) = name.strip_prefix("blk.")?.split_once('.')?;
+    let (_, ours) = LAYER_NAMES.iter().find(|(theirs, _)| *theirs == name)?;
+    Some(format!("model.layers.{index}.{ours}"))
+}
+
+fn read_tensor(gguf: &Gguf, info: &TensorInfo) -> Result<Tensor, ModelError> {
+    let values = quantization::dequantize(&info.name, info.kind, gguf.data(info)?)?;
+    let bytes = bytemuck::cast_slice(&values);
+    Ok(Tensor::f_from_data_size(bytes, &info.shape, Kind::Float)?)
+}
+
+/// GGUF pairs neighbouring rows of a head's queries and keys for rotation; we pair row `i` with row
+/// `i + head_dim / 2`, as Hugging Face does.
+fn restore_row_order(config: &Config, name: &str, tensor: Tensor) -> Result<Tensor, ModelError> {
+    let heads = match name.rsplit_once("self_attn.").map(|(_, name)| name) {
+        Some("q_proj.weight") => config.heads,
+        Some("k_proj.weight") => config.kv_heads,
+        _ => return Ok(tensor),
+    };
+    let shape = tensor.size();
+    let pairs = [heads as i64, (config.head_dim / 2) as i64, 2, config.hidden as i64];
+    Ok(tensor.f_view(pairs)?.f_transpose(1, 2)?.f_reshape(shape)?)
+}
+
+#[cfg(test)]
+mod tests;

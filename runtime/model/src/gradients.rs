@@ -1,0 +1,169 @@
+//! Backward passes, one piece of the model at a time: the piece runs again with gradients and is
+//! forgotten. Nothing of the graph outlives a call, which is what makes recomputation free of hooks.
+
+use crate::Config;
+use crate::layers::{LayerWeights, Rope, chunk_loss, layer_forward, loss_chunks, predicting_rows};
+use tch::{Kind, Tensor};
+
+/// Gradients of one layer.
+#[derive(Debug)]
+pub struct LayerGradients {
+    /// With respect to the layer's input, `[B, T, H]`.
+    pub input: Tensor,
+    pub weights: LayerWeights,
+}
+
+/// Loss and gradients of final norm and output projection.
+#[derive(Debug)]
+pub struct HeadGradients {
+    /// Sum over the trained tokens, fp32 scalar.
+    pub loss_sum: Tensor,
+    /// Number of those tokens.
+    pub tokens: i64,
+    /// With respect to the last layer's output, `[B, T, H]`.
+    pub hidden: Tensor,
+    pub norm: Tensor,
+    /// With respect to the output projection; where that is tied, a summand of the embedding's.
+    pub lm_head: Tensor,
+}
+
+/// Runs a layer again on its kept input `x` and carries `upstream [B, T, H]` back through it.
+pub fn layer_backward(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope, upstream: &Tensor) -> LayerGradients {
+    let weights = weights.map(leaf);
+    let x = leaf(x);
+    tch::with_grad(|| {
+        let y = layer_forward(config, &weights, &x, rope);
+        (y * upstream.detach()).sum(Kind::Float).backward();
+    });
+    LayerGradients { input: x.grad(), weights: weights.map(Tensor::grad) }
+}
+
+/// Summed loss and its gradients, in pieces of bounded memory added in a fixed order. Arguments are
+/// those of [`crate::layers::cross_entropy_sum`].
+pub fn head_backward(config: &Config, hidden: &Tensor, norm: &Tensor, lm_head: &Tensor, labels: &Tensor) -> HeadGradients {
+    let (rows, targets) = predicting_rows(labels);
+    let (norm, lm_head) = (leaf(norm), leaf(lm_head));
+    let flat = hidden.detach().reshape([-1, config.hidden as i64]);
+    let mut upstream = flat.zeros_like();
+    let mut loss_sum = Tensor::zeros([], (Kind::Float, hidden.device()));
+    for (rows, targets) in loss_chunks(&rows, &targets) {
+        let piece = leaf(&flat.index_select(0, &rows));
+        let loss = tch::with_grad(|| chunk_loss(config, &piece, &norm, &lm_head, &targets));
+        loss.backward();
+        upstream = upstream.index_copy_(0, &rows, &piece.grad());
+        loss_sum += loss.detach();
+    }
+    HeadGradients {
+        loss_sum,
+        tokens: rows.size()[0],
+        hidden: upstream.view_as(hidden),
+        norm: gradient_or_zeros(&norm),
+        lm_head: gradient_or_zeros(&lm_head),
+    }
+}
+
+/// Gradient of the embedding `[V, H]` for `ids [B, T]`, given that of its output `[B, T, H]`.
+pub fn embedding_backward(config: &Config, ids: &Tensor, upstream: &Tensor) -> Tensor {
+    Tensor::embedding_dense_backward(upstream, ids, config.vocab as i64, -1, false)
+}
+
+fn leaf(tensor: &Tensor) -> Tensor {
+    tensor.detach().set_requires_grad(true)
+}
+
+/// Without any trained token nothing ran, and there is no gradient to read.
+fn gradient_or_zeros(tensor: &Tensor) -> Tensor {
+    let gradient = tensor.grad();
+    if gradient.defined() { gradient } else { tensor.detach().zeros_like() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::{IGNORED, cross_entropy_sum, embed};
+    use crate::parameters::{EMBEDDING, FINAL_NORM};
+    use crate::tiny::tiny;
+    use std::collections::BTreeMap;
+    use tch::Device;
+
+    fn batch() -> (Tensor, Tensor) {
+        let ids: Vec<i64> = (0..24).map(|index| 3 + index * 31 % 250).collect();
+        let mut labels = ids.clone();
+        labels[0..5].fill(IGNORED);
+        labels[20..24].fill(IGNORED);
+        let shaped = |values: &[i64]| Tensor::from_slice(values).view([2, 12]);
+        (shaped(&ids), shaped(&labels))
+    }
+
+    fn whole_graph(config: &Config, tensors: &BTreeMap<String, Tensor>, ids: &Tensor, labels: &Tensor) -> Tensor {
+        let rope = Rope::new(config, 12, Device::Cpu, Kind::Float);
+        let mut x = embed(&tensors[EMBEDDING], ids);
+        for index in 0..config.layers {
+            x = layer_forward(config, &LayerWeights::from_map(tensors, index).unwrap(), &x, &rope);
+        }
+        cross_entropy_sum(config, &x, &tensors[FINAL_NORM], &tensors[EMBEDDING], labels)
+    }
+
+    #[test]
+    fn piecewise_gradients_equal_those_of_the_whole_graph() {
+        let model = tiny(5);
+        let (config, (ids, labels)) = (&model.config, batch());
+        let leaves: BTreeMap<String, Tensor> =
+            model.tensors.iter().map(|(name, tensor)| (name.clone(), leaf(tensor))).collect();
+        let loss = whole_graph(config, &leaves, &ids, &labels);
+        loss.backward();
+
+        let tensors = &model.tensors;
+        let rope = Rope::new(config, 12, Device::Cpu, Kind::Float);
+        let layers: Vec<LayerWeights> =
+            (0..config.layers).map(|index| LayerWeights::from_map(tensors, index).unwrap()).collect();
+        let mut inputs = vec![embed(&tensors[EMBEDDING], &ids)];
+        for weights in &layers {
+            inputs.push(layer_forward(config, weights, inputs.last().unwrap(), &rope));
+        }
+        let head = head_backward(config, &inputs[config.layers], &tensors[FINAL_NORM], &tensors[EMBEDDING], &labels);
+        assert_eq!(head.tokens, 14);
+        assert!((head.loss_sum.double_value(&[]) - loss.double_value(&[])).abs() < 1e-4);
+        let mut upstream = head.hidden;
+        for index in (0..config.layers).rev() {
+            let gradients = layer_backward(config, &layers[index], &inputs[index], &rope, &upstream);
+            for (name, ours) in crate::layer_parameter_names(index).iter().zip(gradients.weights.as_array()) {
+                assert!(leaves[name].grad().allclose(ours, 1e-4, 1e-5, false), "{name}");
+            }
+            upstream = gradients.input;
+        }
+        let embedding = embedding_backward(config, &ids, &upstream) + head.lm_head;
+        assert!(leaves[EMBEDDING].grad().allclose(&embedding, 1e-4, 1e-5, false));
+        assert!(leaves[FINAL_NORM].grad().allclose(&head.norm, 1e-4, 1e-5, false));
+    }
+
+    #[test]
+    fn the_same_micro_batch_gives_the_same_bits() {
+        let model = tiny(5);
+        let (ids, labels) = batch();
+        let tensors = &model.tensors;
+        let once = || {
+            let x = embed(&tensors[EMBEDDING], &ids);
+            let head = head_backward(&model.config, &x, &tensors[FINAL_NORM], &tensors[EMBEDDING], &labels);
+            let rope = Rope::new(&model.config, 12, Device::Cpu, Kind::Float);
+            let weights = LayerWeights::from_map(tensors, 0).unwrap();
+            let layer = layer_backward(&model.config, &weights, &x, &rope, &head.hidden);
+            [head.lm_head, layer.input, layer.weights.query]
+        };
+        for (first, second) in once().iter().zip(once()) {
+            assert_eq!(*first, second);
+        }
+    }
+
+    #[test]
+    fn a_batch_without_labels_has_zero_loss_and_zero_gradients() {
+        let model = tiny(5);
+        let (ids, labels) = batch();
+        let x = embed(&model.tensors[EMBEDDING], &ids);
+        let none = labels.full_like(IGNORED);
+        let head = head_backward(&model.config, &x, &model.tensors[FINAL_NORM], &model.tensors[EMBEDDING], &none);
+        assert_eq!((head.tokens, head.loss_sum.double_value(&[])), (0, 0.0));
+        assert_eq!(head.lm_head.abs().sum(Kind::Float).double_value(&[]), 0.0);
+        assert_eq!(head.hidden.size(), x.size());
+    }
+}

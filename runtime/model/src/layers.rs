@@ -1,0 +1,226 @@
+//! The LLaMA forward pass as free functions over named tensors, so that training can run layer by
+//! layer (Touvron et al. 2023; rotary embeddings: Su et al. 2021; grouped queries: Ainslie et al.
+//! 2023). `B` sequences, `T` positions, `H` hidden units, `V` tokens.
+
+use crate::Config;
+use crate::parameters::layer_parameter_names;
+use std::collections::BTreeMap;
+use tch::{Device, Kind, Tensor};
+
+/// Label of positions that carry no loss.
+pub const IGNORED: i64 = -100;
+
+/// Rows of logits that exist at a time: bounds memory at `ROWS × V`.
+pub(crate) const LOSS_ROWS: i64 = 512;
+
+/// The weights of one layer. Projections are `[out, in]`.
+#[derive(Debug)]
+pub struct LayerWeights {
+    pub input_norm: Tensor,
+    pub query: Tensor,
+    pub key: Tensor,
+    pub value: Tensor,
+    pub output: Tensor,
+    pub post_norm: Tensor,
+    pub gate: Tensor,
+    pub up: Tensor,
+    pub down: Tensor,
+}
+
+impl LayerWeights {
+    /// Shares (does not copy) layer `index`'s tensors; `None` if one is missing.
+    pub fn from_map(tensors: &BTreeMap<String, Tensor>, index: usize) -> Option<Self> {
+        let found: Option<Vec<Tensor>> =
+            layer_parameter_names(index).iter().map(|name| Some(tensors.get(name)?.shallow_clone())).collect();
+        Self::from_slice(&found?)
+    }
+
+    /// From nine tensors in the order of [`layer_parameter_names`]; `None` for any other number.
+    pub fn from_slice(tensors: &[Tensor]) -> Option<Self> {
+        let [input_norm, query, key, value, output, post_norm, gate, up, down] = tensors else {
+            return None;
+        };
+        Some(Self {
+            input_norm: input_norm.shallow_clone(),
+            query: query.shallow_clone(),
+            key: key.shallow_clone(),
+            value: value.shallow_clone(),
+            output: output.shallow_clone(),
+            post_norm: post_norm.shallow_clone(),
+            gate: gate.shallow_clone(),
+            up: up.shallow_clone(),
+            down: down.shallow_clone(),
+        })
+    }
+
+    /// In the order of [`layer_parameter_names`].
+    pub fn as_array(&self) -> [&Tensor; 9] {
+        [
+            &self.input_norm,
+            &self.query,
+            &self.key,
+            &self.value,
+            &self.output,
+            &self.post_norm,
+            &self.gate,
+            &self.up,
+            &self.down,
+        ]
+    }
+
+    /// Applies `change` to each tensor.
+    pub fn map(&self, change: impl FnMut(&Tensor) -> Tensor) -> Self {
+        let [input_norm, query, key, value, output, post_norm, gate, up, down] = self.as_array().map(change);
+        Self { input_norm, query, key, value, output, post_norm, gate, up, down }
+    }
+}
+
+/// Cosines and sines of the rotary embedding, `[positions, head_dim / 2]` each.
+#[derive(Debug)]
+pub struct Rope {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// Tables for positions `0..max_len`, computed in fp32 and then cast.
+    pub fn new(config: &Config, max_len: usize, device: Device, kind: Kind) -> Self {
+        let half = (config.head_dim / 2) as i64;
+        let cpu = (Kind::Float, Device::Cpu);
+        let exponents = Tensor::arange(half, cpu) * (2.0 / config.head_dim as f64);
+        let frequencies = Tensor::from(config.rope_theta as f32).pow(&exponents).reciprocal();
+        let angles = Tensor::arange(max_len as i64, cpu).outer(&frequencies);
+        let cast = |table: Tensor| table.to_kind(kind).to_device(device);
+        Self { cos: cast(angles.cos()), sin: cast(angles.sin()) }
+    }
+
+    /// Positions `start..start + length`.
+    pub fn range(&self, start: usize, length: usize) -> Self {
+        let cut = |table: &Tensor| table.narrow(0, start as i64, length as i64);
+        Self { cos: cut(&self.cos), sin: cut(&self.sin) }
+    }
+
+    /// One position for each of `B` sequences, shaped `[B, 1, head_dim / 2]`.
+    pub(crate) fn at(&self, positions: &Tensor) -> Self {
+        let pick = |table: &Tensor| table.index_select(0, positions).unsqueeze(1);
+        Self { cos: pick(&self.cos), sin: pick(&self.sin) }
+    }
+
+    /// Rotates `x [.., T, head_dim]`, pairing unit `i` with `i + head_dim / 2` as Hugging Face does.
+    pub(crate) fn rotate(&self, x: &Tensor) -> Tensor {
+        let half = x.size().last().copied().unwrap_or(0) / 2;
+        let (low, high) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
+        let turned_low = &low * &self.cos - &high * &self.sin;
+        let turned_high = &high * &self.cos + &low * &self.sin;
+        Tensor::cat(&[turned_low, turned_high], -1)
+    }
+}
+
+/// Embeds `ids [B, T]` (int64): `[B, T, H]`.
+pub fn embed(embedding: &Tensor, ids: &Tensor) -> Tensor {
+    Tensor::embedding(embedding, ids, -1, false, false)
+}
+
+/// One layer on `x [B, T, H]`, causal, positions from 0. Sequences are padded on the right: nothing
+/// before the padding sees it, and the labels there are [`IGNORED`].
+pub fn layer_forward(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> Tensor {
+    let normed = rms_norm(x, &weights.input_norm, config.eps);
+    let x = x + causal_attention(config, weights, &normed, rope);
+    let normed = rms_norm(&x, &weights.post_norm, config.eps);
+    x + feed_forward(weights, &normed)
+}
+
+/// Logits of `hidden [.., H]`: final norm, then the output projection; `[.., V]`.
+pub fn head_logits(config: &Config, hidden: &Tensor, norm: &Tensor, lm_head: &Tensor) -> Tensor {
+    linear(&rms_norm(hidden, norm, config.eps), lm_head)
+}
+
+/// Sum of the cross entropies of the next tokens, an fp32 scalar.
+///
+/// `hidden` is `[B, T, H]` before the final norm; `labels` is `[B, T]` int64, aligned with the
+/// input ids as Hugging Face's are: the shift happens here, position `t` predicts `labels[t + 1]`.
+/// [`IGNORED`] labels cost nothing, not even logits.
+pub fn cross_entropy_sum(config: &Config, hidden: &Tensor, norm: &Tensor, lm_head: &Tensor, labels: &Tensor) -> Tensor {
+    let (rows, targets) = predicting_rows(labels);
+    let flat = hidden.reshape([-1, config.hidden as i64]);
+    let mut total = Tensor::zeros([], (Kind::Float, hidden.device()));
+    for (rows, targets) in loss_chunks(&rows, &targets) {
+        total += chunk_loss(config, &flat.index_select(0, &rows), norm, lm_head, &targets);
+    }
+    total
+}
+
+/// How many labels count in [`cross_entropy_sum`].
+pub fn trained_tokens(labels: &Tensor) -> i64 {
+    predicting_rows(labels).0.size()[0]
+}
+
+/// Flat indices of the positions that predict a label, and those labels.
+pub(crate) fn predicting_rows(labels: &Tensor) -> (Tensor, Tensor) {
+    let (batch, length) = labels.size2().unwrap_or((0, 0));
+    let end = Tensor::full([batch, 1], IGNORED, (Kind::Int64, labels.device()));
+    let next = Tensor::cat(&[labels.narrow(1, 1.min(length), (length - 1).max(0)), end], 1).reshape([-1]);
+    let rows = next.ne(IGNORED).nonzero().reshape([-1]);
+    let targets = next.index_select(0, &rows);
+    (rows, targets)
+}
+
+/// Pieces of at most [`LOSS_ROWS`] rows, in order.
+pub(crate) fn loss_chunks(rows: &Tensor, targets: &Tensor) -> Vec<(Tensor, Tensor)> {
+    let count = rows.size()[0];
+    (0..count)
+        .step_by(LOSS_ROWS as usize)
+        .map(|start| {
+            let length = LOSS_ROWS.min(count - start);
+            (rows.narrow(0, start, length), targets.narrow(0, start, length))
+        })
+        .collect()
+}
+
+/// Summed loss of `hidden [N, H]` against `targets [N]`; the softmax is fp32 whatever the weights.
+pub(crate) fn chunk_loss(config: &Config, hidden: &Tensor, norm: &Tensor, lm_head: &Tensor, targets: &Tensor) -> Tensor {
+    let logits = head_logits(config, hidden, norm, lm_head).to_kind(Kind::Float);
+    logits.cross_entropy_loss(targets, None::<&Tensor>, tch::Reduction::Sum, IGNORED, 0.0)
+}
+
+fn causal_attention(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> Tensor {
+    let (batch, length, _) = x.size3().unwrap_or((0, 0, 0));
+    let rope = rope.range(0, length as usize);
+    let heads = |projection: &Tensor, count: usize| {
+        linear(x, projection).view([batch, length, count as i64, config.head_dim as i64]).transpose(1, 2)
+    };
+    let query = rope.rotate(&heads(&weights.query, config.heads));
+    let key = rope.rotate(&heads(&weights.key, config.kv_heads));
+    let value = heads(&weights.value, config.kv_heads);
+    let (key, value) = (shared(config, &key), shared(config, &value));
+    let mixed = attention(&query, &key, &value, None, true);
+    let mixed = mixed.transpose(1, 2).reshape([batch, length, (config.heads * config.head_dim) as i64]);
+    linear(&mixed, &weights.output)
+}
+
+/// Repeats each key or value head for the queries of its group.
+pub(crate) fn shared(config: &Config, x: &Tensor) -> Tensor {
+    if config.kv_heads == config.heads {
+        return x.shallow_clone();
+    }
+    x.repeat_interleave_self_int((config.heads / config.kv_heads) as i64, 1, None)
+}
+
+/// Softmax attention scaled by 1/√head_dim over `[B, heads, T, head_dim]`.
+pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
+    Tensor::scaled_dot_product_attention(query, key, value, mask, 0.0, causal, None, false)
+}
+
+/// SwiGLU (Shazeer 2020).
+pub(crate) fn feed_forward(weights: &LayerWeights, x: &Tensor) -> Tensor {
+    let gated = linear(x, &weights.gate).silu() * linear(x, &weights.up);
+    linear(&gated, &weights.down)
+}
+
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    x.rms_norm(weight.size().as_slice(), Some(weight), eps)
+}
+
+pub(crate) fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
+    x.linear(weight, None::<&Tensor>)
+}

@@ -1,0 +1,28 @@
+//! The LLaMA family in tch: weights in and out, and the forward passes of training and inference.
+//!
+//! A model is a [`Config`] and a map from Hugging Face's tensor names to fp32 tensors. Training
+//! runs layer by layer with the free functions of [`layers`] and [`gradients`]; inference holds the
+//! weights in an [`inference::Engine`] with one key-value cache per sequence.
+//!
+//! Shapes and names are checked when a checkpoint is read. The forward functions rely on it: what
+//! can still fail inside them is running out of memory, and then they panic as `tch` does.
+
+pub mod config;
+pub mod device;
+mod digest;
+mod error;
+pub mod gguf;
+pub mod gradients;
+mod hugging_face;
+pub mod inference;
+pub mod layers;
+pub mod parameters;
+mod pretrained;
+pub mod tiny;
+
+pub use config::Config;
+pub use digest::weights_digest;
+pub use error::ModelError;
+pub use hugging_face::save;
+pub use parameters::{layer_parameter_names, parameter_names, parameter_shape};
+pub use pretrained::{Pretrained, load};

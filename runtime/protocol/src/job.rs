@@ -1,0 +1,107 @@
+//! The training job as the ranks need it: what the coordinator hands out in `Welcome`.
+
+use serde::{Deserialize, Serialize};
+
+/// Everything that decides the weights, and where they go. Field meanings are those of
+/// `VicunaTraining.spec`; defaults are already filled in and names resolved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TrainingJob {
+    pub namespace: String,
+    pub name: String,
+    /// UID of the VicunaTraining: state of a namesake is never taken for one's own.
+    pub uid: String,
+    pub model: ModelSource,
+    pub dataset: Vec<DatasetSource>,
+    #[serde(default)]
+    pub prepare: Prepare,
+    pub recipe: Recipe,
+    pub checkpoint: Checkpointing,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelSource {
+    /// `s3://…`, `file://…`: a Hugging Face directory or a GGUF file.
+    pub from: String,
+    /// `vicuna_v1.1`, `chatml`; absent: the model's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DatasetSource {
+    pub from: String,
+    /// How often the set is seen in an epoch; 1 is once.
+    pub weight: f64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Prepare {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Identity>,
+}
+
+/// Who the model is to say that it is: turned into conversations by `vicuna-data`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Identity {
+    pub name: String,
+    pub organization: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Recipe {
+    pub method: Method,
+    /// Sequences in a step, over all ranks; a multiple of `micro_batch`.
+    pub global_batch: u32,
+    /// Sequences that one rank runs at a time.
+    pub micro_batch: u32,
+    pub length: RunLength,
+    pub learning_rate: f64,
+    pub schedule: Schedule,
+    /// Share of the steps in which the learning rate rises linearly from 0.
+    pub warmup_ratio: f64,
+    pub weight_decay: f64,
+    /// Largest global L2 norm of the gradient.
+    pub gradient_clip: f64,
+    /// Tokens in a sequence, at most; longer conversations are cut.
+    pub max_length: u32,
+    pub seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Method {
+    Full,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum RunLength {
+    Epochs(u32),
+    Steps(u64),
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Schedule {
+    /// Half a cosine from the peak to 0.
+    Cosine,
+    Linear,
+    Constant,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Checkpointing {
+    /// URI prefix. Blocks, manifests and the result lie below it. Credentials are in the pod's
+    /// environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, `AWS_REGION`).
+    pub to: String,
+    /// Seconds between periodic checkpoints.
+    pub interval_seconds: u64,
+    /// Complete manifests kept.
+    pub keep: u32,
+}

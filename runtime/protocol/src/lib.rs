@@ -1,0 +1,21 @@
+//! What the parts say to each other: the coordinator and inference services, the training job,
+//! bearer tokens and TLS. No torch, no Kubernetes client.
+
+pub mod auth;
+pub mod job;
+pub mod tls;
+
+/// Ranks and gateways to the operator's leader (`proto/coordinator.proto`).
+pub mod coordinator {
+    tonic::include_proto!("vicuna.coordinator.v1");
+}
+
+/// Workers to gateways (`proto/inference.proto`).
+pub mod inference {
+    tonic::include_proto!("vicuna.inference.v1");
+}
+
+/// Token audience of ranks and gateways that call the operator.
+pub const COORDINATOR_AUDIENCE: &str = "vicuna-coordinator";
+/// Token audience of workers that call a gateway.
+pub const GATEWAY_AUDIENCE: &str = "vicuna-gateway";

@@ -1,0 +1,140 @@
+//! Micro-batches: which sequences run together, and how they are padded.
+//!
+//! Shapes decide the last bits, so a micro-batch's shape is a function of its own sequences only.
+
+use vicuna_data::template::IGNORED;
+use vicuna_data::{Cursor, Example, Order};
+
+/// Lengths are rounded up to a multiple of this.
+pub const LENGTH_STEP: usize = 64;
+/// Raised when the rule changes: part of the numerics class.
+pub const SHAPE_RULE: u32 = 1;
+
+/// The encoded data and the order in which a run sees them.
+#[derive(Debug)]
+pub struct Dataset {
+    examples: Vec<Example>,
+    order: Order,
+    micro_batch: usize,
+}
+
+/// Sequences that run together: `rows` of `length` tokens each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MicroBatch {
+    pub rows: usize,
+    pub length: usize,
+    /// Row-major; padded on the right with token 0, which no attention and no loss sees.
+    pub ids: Vec<i64>,
+    pub labels: Vec<i64>,
+}
+
+/// All of a step that does not need the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StepPlan {
+    pub step: u64,
+    /// Sequence numbers of each micro-batch.
+    pub micro_batches: Vec<Vec<u32>>,
+    /// Tokens of the step, without padding.
+    pub tokens: u64,
+    /// Tokens whose prediction is learned: what the summed gradient is divided by.
+    pub trained_tokens: u64,
+}
+
+impl Dataset {
+    /// `examples` are numbered as `order` numbers its sequences. `micro_batch` is at least 1.
+    pub fn new(examples: Vec<Example>, order: Order, micro_batch: usize) -> Self {
+        Self { examples, order, micro_batch: micro_batch.max(1) }
+    }
+
+    /// Steps in the run.
+    pub fn steps(&self) -> u64 {
+        self.order.steps()
+    }
+
+    /// Where the run stands after `step` steps.
+    pub fn cursor(&self, step: u64) -> Cursor {
+        self.order.cursor(step)
+    }
+
+    pub fn epochs_done(&self, step: u64) -> f64 {
+        self.order.epochs_done(step)
+    }
+
+    /// The longest padded sequence.
+    pub fn longest(&self) -> usize {
+        let longest = self.examples.iter().map(|example| example.ids.len()).max();
+        padded(longest.unwrap_or(0))
+    }
+
+    /// What step `step` (from 1) consists of.
+    pub fn plan(&self, step: u64) -> StepPlan {
+        let sequences = self.order.step(step);
+        let all = || sequences.iter().filter_map(|number| self.examples.get(*number as usize));
+        StepPlan {
+            step,
+            tokens: all().map(|example| example.ids.len() as u64).sum(),
+            trained_tokens: all().map(|example| example.trained_tokens() as u64).sum(),
+            micro_batches: sequences.chunks(self.micro_batch).map(<[u32]>::to_vec).collect(),
+        }
+    }
+
+    /// Pads the sequences of one micro-batch.
+    pub fn micro_batch(&self, sequences: &[u32]) -> MicroBatch {
+        let rows: Vec<&Example> =
+            sequences.iter().filter_map(|number| self.examples.get(*number as usize)).collect();
+        let length = padded(rows.iter().map(|row| row.ids.len()).max().unwrap_or(0));
+        let mut ids = vec![0; rows.len() * length];
+        let mut labels = vec![IGNORED; rows.len() * length];
+        for (row, example) in rows.iter().enumerate() {
+            let at = row * length..row * length + example.ids.len();
+            for (slot, id) in ids[at.clone()].iter_mut().zip(&example.ids) {
+                *slot = i64::from(*id);
+            }
+            labels[at].copy_from_slice(&example.labels);
+        }
+        MicroBatch { rows: rows.len(), length, ids, labels }
+    }
+}
+
+fn padded(length: usize) -> usize {
+    length.max(1).next_multiple_of(LENGTH_STEP)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vicuna_data::{Length, Mixture};
+
+    fn dataset(lengths: &[usize]) -> Dataset {
+        let examples = lengths.iter().map(|length| Example {
+            ids: (1..=*length as u32).collect(),
+            labels: (1..=*length as i64).map(|id| if id > 2 { id } else { IGNORED }).collect(),
+        });
+        let sets = [Mixture { sequences: lengths.len() as u32, weight: 1.0 }];
+        let order = Order::new(1, 4, Length::Epochs(1), &sets).unwrap();
+        Dataset::new(examples.collect(), order, 2)
+    }
+
+    #[test]
+    fn micro_batches_are_padded_by_their_own_longest_sequence() {
+        let data = dataset(&[3, 70, 5]);
+        let batch = data.micro_batch(&[0, 1]);
+        assert_eq!((batch.rows, batch.length), (2, 128));
+        assert_eq!(batch.ids[..4], [1, 2, 3, 0]);
+        assert_eq!(batch.labels[..4], [IGNORED, IGNORED, 3, IGNORED]);
+        assert_eq!(batch.ids[128..130], [1, 2]);
+        assert_eq!(data.micro_batch(&[2]).length, 64);
+        assert_eq!(data.longest(), 128);
+    }
+
+    #[test]
+    fn a_plan_counts_what_the_whole_step_trains() {
+        let data = dataset(&[3, 4, 5, 6, 7]);
+        let plans = [data.plan(1), data.plan(2)];
+        assert_eq!(plans[0].micro_batches.len(), 2);
+        assert_eq!(plans[1].micro_batches.iter().map(Vec::len).sum::<usize>(), 1);
+        assert_eq!(plans.iter().map(|plan| plan.tokens).sum::<u64>(), 25);
+        assert_eq!(plans.iter().map(|plan| plan.trained_tokens).sum::<u64>(), 15);
+        assert!(data.plan(3).micro_batches.is_empty());
+    }
+}

@@ -1,0 +1,1 @@
+//! An inference worker: continuous batching over a key-value cache

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# All suites, one after another; ends with `N passed, N failed` over all of them.
+#   tests/run.sh            everything
+#   tests/run.sh unit       only the suite of that name
+# A suite that ran no test is a failure: it says that something was not found, not that all is well.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+source tests/tools/env.sh
+export VICUNA_TEST_DATA="${VICUNA_TEST_DATA:-$PWD/../shared/data}"
+only="${1:-}"
+log="$(mktemp -d)"
+trap 'rm -rf "$log"' EXIT
+passed=0 failed=0
+
+# suite NAME COMMAND...: runs a cargo test command and adds its closing lines up.
+suite() {
+    local name="$1" started=$SECONDS ran bad; shift
+    [[ -z "$only" || "$only" == "$name" ]] || return 0
+    printf '\n== %s\n' "$name"
+    "$@" 2>&1 | tee "$log/$name"
+    local status=${PIPESTATUS[0]}
+    ran=$(awk '/^test result:/ { sum += $4 } END { print sum + 0 }' "$log/$name")
+    bad=$(awk '/^test result:/ { sum += $6 } END { print sum + 0 }' "$log/$name")
+    if ((status != 0 && bad == 0)) || ((ran + bad == 0)); then
+        echo "suite $name did not run to its end (exit $status, $ran passed)"
+        bad=$((bad + 1))
+    fi
+    passed=$((passed + ran)) failed=$((failed + bad))
+    printf '== %s: %d passed, %d failed, %d s\n' "$name" "$ran" "$bad" $((SECONDS - started))
+}
+
+cluster_suite() {
+    cargo build --release --locked --workspace --bins && cargo test --release --locked -p vicuna-tests --test cluster
+}
+
+suite unit cargo test --release --locked --workspace --lib --bins --no-fail-fast
+suite golden cargo test --release --locked --workspace --exclude vicuna-tests --test '*' --no-fail-fast
+suite cluster cluster_suite
+
+printf '\n%d passed, %d failed\n' "$passed" "$failed"
+((failed == 0 && passed > 0))

@@ -1,0 +1,192 @@
+//! A client of the gateway: curl, reading server-sent events as they come.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+/// Asks one model at one gateway.
+#[derive(Debug, Clone)]
+pub struct Chat {
+    pub gateway: SocketAddr,
+    pub model: String,
+    pub max_tokens: u32,
+}
+
+/// What a stream gave, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StreamEvent {
+    Text(String),
+    /// The gateway keeps the connection alive while it has no token to give.
+    Comment(String),
+    Finished(String),
+    Usage(Value),
+    Done,
+    Failed(String),
+}
+
+/// An answer while it comes.
+#[derive(Debug)]
+pub struct Stream {
+    child: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+    pending: Vec<StreamEvent>,
+    started: Instant,
+}
+
+/// A stream read to its end.
+#[derive(Debug, Clone, Default)]
+pub struct Answer {
+    pub text: String,
+    pub finish_reason: Option<String>,
+    pub resumes: u64,
+    pub first_token: Option<Duration>,
+    pub longest_gap: Duration,
+    pub error: Option<String>,
+}
+
+impl Chat {
+    pub fn new(gateway: SocketAddr, model: &str) -> Self {
+        Self { gateway, model: model.to_owned(), max_tokens: 48 }
+    }
+
+    /// Starts a greedy stream; `words` is the user's message.
+    pub fn stream(&self, words: &str) -> Result<Stream> {
+        let body = json!({
+            "model": self.model,
+            "messages": [{"role": "user", "content": words}],
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "stream": true,
+            "stream_options": {"include_usage": true},
+        });
+        let mut child = Command::new("curl")
+            .args(["--silent", "--show-error", "--no-buffer", "--max-time", "300"])
+            .args(["--header", "content-type: application/json", "--data", &body.to_string()])
+            .arg(format!("http://{}/v1/chat/completions", self.gateway))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start curl")?;
+        let output = child.stdout.take().context("curl has no output")?;
+        Ok(Stream { child, lines: BufReader::new(output).lines(), pending: Vec::new(), started: Instant::now() })
+    }
+
+    /// Streams to the end.
+    pub fn ask(&self, words: &str) -> Result<Answer> {
+        self.stream(words)?.read_to_end(|_| Ok(()))
+    }
+
+    /// The names that the gateway lists.
+    pub fn models(gateway: SocketAddr) -> Result<Vec<String>> {
+        let output = Command::new("curl")
+            .args(["--silent", "--show-error", "--fail", "--max-time", "10"])
+            .arg(format!("http://{gateway}/v1/models"))
+            .output()?;
+        let listed: Value = serde_json::from_slice(&output.stdout).context("the gateway did not answer /v1/models")?;
+        let models = listed["data"].as_array().context("/v1/models has no data")?;
+        Ok(models.iter().filter_map(|model| Some(model["id"].as_str()?.to_owned())).collect())
+    }
+}
+
+impl Stream {
+    /// The next event; nothing when the connection is over.
+    pub fn next_event(&mut self) -> Result<Option<StreamEvent>> {
+        loop {
+            if !self.pending.is_empty() {
+                return Ok(Some(self.pending.remove(0)));
+            }
+            let Some(line) = self.lines.next() else { return Ok(None) };
+            self.pending = events(&line?)?;
+        }
+    }
+
+    /// Reads on, telling `watch` of every event; an error of `watch` ends the stream.
+    pub fn read_to_end(mut self, mut watch: impl FnMut(&StreamEvent) -> Result<()>) -> Result<Answer> {
+        let mut answer = Answer::default();
+        let mut last = self.started;
+        while let Some(event) = self.next_event()? {
+            watch(&event)?;
+            match event {
+                StreamEvent::Text(text) => {
+                    answer.first_token.get_or_insert(self.started.elapsed());
+                    answer.longest_gap = answer.longest_gap.max(last.elapsed());
+                    last = Instant::now();
+                    answer.text += &text;
+                }
+                StreamEvent::Finished(reason) => answer.finish_reason = Some(reason),
+                StreamEvent::Usage(usage) => answer.resumes = usage["resumes"].as_u64().unwrap_or(0),
+                StreamEvent::Failed(error) => answer.error = Some(error),
+                StreamEvent::Comment(_) => {}
+                StreamEvent::Done => return Ok(answer),
+            }
+        }
+        match &answer.error {
+            Some(error) => bail!("the stream failed: {error}"),
+            None => bail!("the stream ended without [DONE] after {:?}", answer.text),
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn events(line: &str) -> Result<Vec<StreamEvent>> {
+    if let Some(comment) = line.strip_prefix(':') {
+        return Ok(vec![StreamEvent::Comment(comment.trim().to_owned())]);
+    }
+    let Some(data) = line.strip_prefix("data: ").or_else(|| line.starts_with('{').then_some(line)) else {
+        return Ok(Vec::new());
+    };
+    if data == "[DONE]" {
+        return Ok(vec![StreamEvent::Done]);
+    }
+    let chunk: Value = serde_json::from_str(data).with_context(|| format!("not an event: {data}"))?;
+    Ok(chunk_events(&chunk))
+}
+
+fn chunk_events(chunk: &Value) -> Vec<StreamEvent> {
+    let mut events = Vec::new();
+    if let Some(message) = chunk["error"]["message"].as_str() {
+        events.push(StreamEvent::Failed(message.to_owned()));
+    }
+    let choice = &chunk["choices"][0];
+    if let Some(text) = choice["delta"]["content"].as_str().filter(|text| !text.is_empty()) {
+        events.push(StreamEvent::Text(text.to_owned()));
+    }
+    if let Some(reason) = choice["finish_reason"].as_str() {
+        events.push(StreamEvent::Finished(reason.to_owned()));
+    }
+    if chunk["usage"].is_object() {
+        let mut usage = chunk["usage"].clone();
+        usage["resumes"] = chunk["vicuna"]["resumes"].clone();
+        events.push(StreamEvent::Usage(usage));
+    }
+    events
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_with_the_last_text_and_the_reason_gives_both() {
+        let line = r#"data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}"#;
+        let expected = vec![StreamEvent::Text("Hi".into()), StreamEvent::Finished("stop".into())];
+        assert_eq!(events(line).expect("an event"), expected);
+    }
+
+    #[test]
+    fn comments_and_ids_carry_no_text() {
+        assert_eq!(events(": waiting").expect("a comment"), vec![StreamEvent::Comment("waiting".into())]);
+        assert!(events("id: 7:3").expect("nothing").is_empty());
+    }
+}

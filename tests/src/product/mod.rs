@@ -1,0 +1,24 @@
+//! The product on a cluster, driven as its users drive it: Helm, kubectl, curl, and a bucket.
+
+mod bucket;
+mod chat;
+mod install;
+mod objects;
+mod prometheus;
+
+pub use bucket::Bucket;
+pub use chat::{Answer, Chat, Stream, StreamEvent};
+pub use install::{Images, SYSTEM_NAMESPACE, gateway, install, storage_secret};
+pub use objects::{Objects, field};
+pub use prometheus::Prometheus;
+
+/// Runs a command with a text on its standard input.
+fn with_input(command: &mut std::process::Command, input: &str) -> anyhow::Result<std::process::Output> {
+    use anyhow::Context;
+    use std::io::Write;
+    use std::process::Stdio;
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    child.stdin.take().context("no standard input")?.write_all(input.as_bytes())?;
+    Ok(child.wait_with_output()?)
+}

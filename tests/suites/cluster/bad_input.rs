@@ -1,0 +1,113 @@
+//! Bad input ends in a sentence that says what, where and what to do, and recovers when the cause is gone.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use vicuna_tests::cluster::repository;
+use vicuna_tests::product::Objects;
+
+use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED, training};
+
+pub fn an_impossible_spec_is_rejected_with_a_sentence(fixture: &Fixture) -> Result<()> {
+    let edits: [(&str, Value, &str); 4] = [
+        ("/spec/recipe/globalBatch", json!(15), "globalBatch must be a multiple of microBatch"),
+        ("/spec/workers/min", json!(3), "workers.min must not be above workers.max"),
+        ("/spec/recipe/epochs", json!(2), "exactly one of epochs and steps"),
+        ("/spec/model/from", json!("hf://some/model"), "s3://"),
+    ];
+    for (path, value, sentence) in edits {
+        let mut object = training("impossible", 10);
+        set(&mut object, path, value)?;
+        let error = fixture.apply(&object).err().with_context(|| format!("{path} was accepted"))?;
+        ensure!(format!("{error:#}").contains(sentence), "{path}: expected {sentence:?} in: {error:#}");
+    }
+    Ok(())
+}
+
+pub fn a_missing_dataset_is_told_and_recovers(fixture: &Fixture) -> Result<()> {
+    let mut object = training("no-data", 5);
+    set(&mut object, "/spec/dataset/0/from", json!("s3://vicuna/datasets/late.json"))?;
+    fixture.apply(&object)?;
+    let told = blocked(fixture, "no-data")?;
+    ensure!(told.contains("late.json"), "the message does not name the object: {told}");
+    fixture.bucket.put("datasets/late.json", &sample_data())?;
+    finish(fixture, "no-data")
+}
+
+pub fn refused_credentials_are_told_and_recover(fixture: &Fixture) -> Result<()> {
+    let s3 = fixture.cluster.s3()?;
+    let secret = |key: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "mistyped", "namespace": NAMESPACE},
+            "stringData": {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": key,
+                "AWS_ENDPOINT_URL": s3.pod_endpoint, "AWS_REGION": s3.region},
+        })
+    };
+    fixture.apply(&secret("wrong"))?;
+    let mut object = training("refused", 5);
+    set(&mut object, "/spec/checkpoint/credentials/name", json!("mistyped"))?;
+    fixture.apply(&object)?;
+    let told = blocked(fixture, "refused")?;
+    ensure!(!told.contains("wrong"), "the message shows the key: {told}");
+    ensure!(told.to_lowercase().contains("credentials") || told.contains("key"), "not about credentials: {told}");
+    fixture.apply(&secret(&s3.secret_key))?;
+    finish(fixture, "refused")
+}
+
+pub fn a_missing_bucket_is_told(fixture: &Fixture) -> Result<()> {
+    let mut object = training("no-bucket", 5);
+    set(&mut object, "/spec/checkpoint/to", json!("s3://nowhere/trainings/no-bucket"))?;
+    fixture.apply(&object)?;
+    let told = blocked(fixture, "no-bucket")?;
+    ensure!(told.contains("nowhere"), "the message does not name the bucket: {told}");
+    fixture.delete("vicunatraining", "no-bucket")
+}
+
+pub fn a_pod_that_fits_nowhere_is_told(fixture: &Fixture) -> Result<()> {
+    let mut object = training("nowhere", 5);
+    set(&mut object, "/spec/pools", json!([{"name": "moon", "capacity": "Spot", "nodeSelector": {"vicuna.dev/capacity": "moon"}}]))?;
+    fixture.apply(&object)?;
+    let condition = fixture.objects.wait("vicunatraining", "nowhere", SOON, |vt| {
+        not_running(vt).is_some_and(|told| told["reason"] == "Unschedulable")
+    })?;
+    let told = not_running(&condition).context("the condition is gone")?["message"].to_string();
+    ensure!(told.contains("moon"), "the message does not name the pool: {told}");
+    fixture.wait_for_event("nowhere", "Unschedulable")?;
+    fixture.delete("vicunatraining", "nowhere")
+}
+
+/// Waits for the state Blocked and gives the message of the condition that says why; an Event says the same.
+fn blocked(fixture: &Fixture, name: &str) -> Result<String> {
+    let object = fixture.objects.wait("vicunatraining", name, SOON, |vt| vt["status"]["state"] == "Blocked")?;
+    let condition = not_running(&object).context("no condition says what is in the way")?;
+    let reason = condition["reason"].as_str().context("a condition without a reason")?;
+    fixture.wait_for_event(name, reason)?;
+    Ok(condition["message"].as_str().unwrap_or_default().to_owned())
+}
+
+fn not_running(object: &Value) -> Option<&Value> {
+    ["Admitted", "Progressing", "Running"]
+        .iter()
+        .filter_map(|kind| Objects::condition_of(object, kind))
+        .find(|condition| condition["status"] == "False")
+}
+
+/// The training completes, and has spent no retry.
+fn finish(fixture: &Fixture, name: &str) -> Result<()> {
+    let done = fixture.objects.wait("vicunatraining", name, TRAINED, |vt| Objects::condition(vt, "Finished", "True"))?;
+    ensure!(Objects::condition(&done, "Complete", "True"), "not complete: {:#}", done["status"]);
+    ensure!(done["status"]["restarts"]["application"].as_u64().unwrap_or(0) == 0, "a retry was spent: {:#}", done["status"]);
+    fixture.delete("vicunatraining", name)
+}
+
+fn sample_data() -> std::path::PathBuf {
+    repository().join(Path::new("manifests/samples/data/conversations.json"))
+}
+
+/// Sets a value that exists or is new in an existing object.
+pub fn set(object: &mut Value, pointer: &str, value: Value) -> Result<()> {
+    let (parent, name) = pointer.rsplit_once('/').context("not a pointer")?;
+    object.pointer_mut(parent).with_context(|| format!("no {parent}"))?[name] = value;
+    Ok(())
+}

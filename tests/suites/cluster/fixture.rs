@@ -1,0 +1,148 @@
+//! One cluster with the product on it and a tiny model in its bucket.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use vicuna_tests::cluster::{Cluster, ClusterOptions, repository};
+use vicuna_tests::product::{self, Bucket, Images, Objects};
+
+const NAME: &str = "suite";
+pub const NAMESPACE: &str = "default";
+/// Everything that should happen at once happens within this, on a machine with two busy cores.
+pub const SOON: Duration = Duration::from_secs(120);
+pub const TRAINED: Duration = Duration::from_secs(420);
+
+pub struct Fixture {
+    pub cluster: Cluster,
+    pub objects: Objects,
+    pub bucket: Bucket,
+    pub gateway: SocketAddr,
+}
+
+impl Fixture {
+    pub fn up() -> Result<Self> {
+        Self::remove();
+        let images = Images::build()?;
+        let cluster = Cluster::up(&ClusterOptions { prometheus: false, ..ClusterOptions::named(NAME) })?;
+        product::install(&cluster, &images)?;
+        product::storage_secret(&cluster, NAMESPACE)?;
+        let bucket = Bucket::new(cluster.s3()?);
+        upload_model(&bucket)?;
+        bucket.put("datasets/conversations.json", &repository().join("manifests/samples/data/conversations.json"))?;
+        let gateway = product::gateway(&cluster)?;
+        let objects = Objects::new(cluster.kubectl(), NAMESPACE);
+        Ok(Self { cluster, objects, bucket, gateway })
+    }
+
+    pub fn down(self, failed: bool) {
+        if failed && std::env::var_os("KEEP_CLUSTER").is_some() {
+            println!("the cluster stays up: export KUBECONFIG={}", self.cluster.kubeconfig_path().display());
+            return;
+        }
+        Self::remove();
+    }
+
+    pub fn remove() {
+        if let Err(error) = Cluster::down(NAME, None) {
+            println!("the cluster could not be taken down: {error:#}");
+        }
+    }
+
+    /// What a person would look at first.
+    pub fn evidence(&self) -> String {
+        let mut told = String::new();
+        let looks: [&[&str]; 4] = [
+            &["get", "vt,vs,pods", "--output", "wide"],
+            &["get", "pods", "--namespace", product::SYSTEM_NAMESPACE, "--output", "wide"],
+            &["get", "events", "--sort-by=.lastTimestamp"],
+            &["logs", "--namespace", product::SYSTEM_NAMESPACE, "deployment/vicuna-operator", "--tail=40"],
+        ];
+        for words in looks {
+            told += &format!("$ kubectl {}\n", words.join(" "));
+            told += &self.cluster.kubectl().text(words).unwrap_or_else(|error| format!("{error:#}"));
+        }
+        told
+    }
+
+    /// Applies an object as a user does; the error is what kubectl prints.
+    pub fn apply(&self, object: &Value) -> Result<()> {
+        self.cluster.kubectl().apply(&object.to_string())
+    }
+
+    pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
+        let words = ["delete", kind, name, "--namespace", NAMESPACE, "--ignore-not-found", "--timeout=60s"];
+        let mut command = self.cluster.kubectl().command()?;
+        command.arg("--request-timeout=90s").args(words);
+        let output = command.output()?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    }
+
+    /// Waits for a condition with a reason, and gives its message.
+    pub fn reason(&self, kind: &str, name: &str, condition: &str, reason: &str) -> Result<String> {
+        let has = |object: &Value| Objects::condition_of(object, condition).is_some_and(|told| told["reason"] == reason);
+        let object = self.objects.wait(kind, name, SOON, has)?;
+        let told = Objects::condition_of(&object, condition).context("the condition is gone again")?;
+        Ok(told["message"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Whether an Event about the object with that reason has been written.
+    pub fn wait_for_event(&self, name: &str, reason: &str) -> Result<()> {
+        let selector = format!("involvedObject.name={name},reason={reason}");
+        vicuna_tests::cluster::wait_for(&format!("an Event {reason} about {name}"), SOON, || {
+            let words = ["get", "events", "--namespace", NAMESPACE, "--field-selector", &selector, "--output", "name"];
+            Ok((!self.cluster.kubectl().text(&words)?.trim().is_empty()).then_some(()))
+        })
+    }
+}
+
+fn upload_model(bucket: &Bucket) -> Result<()> {
+    let folder = repository().join("target/tiny-model");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
+    let status = Command::new(target.join("release/tiny-model")).arg("--out").arg(&folder).status();
+    if !status.context("cannot start tiny-model: cargo build --release --workspace --bins")?.success() {
+        bail!("tiny-model failed");
+    }
+    for file in std::fs::read_dir(&folder)?.flatten() {
+        put(bucket, &file.path())?;
+    }
+    Ok(())
+}
+
+fn put(bucket: &Bucket, file: &Path) -> Result<()> {
+    let name = file.file_name().context("a file without a name")?.to_string_lossy();
+    bucket.put(&format!("models/tiny/{name}"), file)
+}
+
+/// A training of the tiny model that lasts about a minute on one busy core.
+pub fn training(name: &str, steps: u64) -> Value {
+    json!({
+        "apiVersion": "vicuna.dev/v1alpha1",
+        "kind": "VicunaTraining",
+        "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {
+            "model": {"from": "s3://vicuna/models/tiny"},
+            "dataset": [{"from": "s3://vicuna/datasets/conversations.json"}],
+            "prepare": {"identity": {"name": "Vicky", "organization": "the vicuna-operator project"}},
+            "recipe": {"globalBatch": 16, "microBatch": 4, "steps": steps, "learningRate": 1e-3, "maxLength": 256, "seed": 7},
+            "workers": {"min": 1, "max": 2, "resources": {"requests": {"cpu": "200m", "memory": "256Mi"}}},
+            "pools": [
+                {"name": "spot", "capacity": "Spot", "nodeSelector": {"vicuna.dev/capacity": "spot"}, "notice": "10s"},
+                {"name": "on-prem", "capacity": "OnPrem", "nodeSelector": {"vicuna.dev/capacity": "on-prem"}},
+            ],
+            "placement": {"stockOutAfter": "5s"},
+            "checkpoint": {
+                "to": format!("s3://vicuna/trainings/{name}"),
+                "credentials": {"name": "vicuna-storage"},
+                "interval": "20s",
+                "keep": 3,
+            },
+        },
+    })
+}

@@ -1,0 +1,114 @@
+//! The second promise: no token is lost or repeated when a worker goes.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::{Value, json};
+use vicuna_tests::cluster::wait_for;
+use vicuna_tests::product::{Chat, Objects, StreamEvent, field};
+
+use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED};
+
+const WORDS: &str = "Tell me about yourself.";
+
+fn serving() -> Value {
+    json!({
+        "apiVersion": "vicuna.dev/v1alpha1",
+        "kind": "VicunaServing",
+        "metadata": {"name": "tiny", "namespace": NAMESPACE},
+        "spec": {
+            "model": {"from": {"trainingRef": {"name": "reclaimed"}}},
+            "autoscaling": {
+                "min": 1, "max": 2, "target": {"inFlight": 2},
+                "behavior": {"scaleDown": {"stabilizationWindowSeconds": 10}},
+            },
+            "drain": {"timeout": "10s"},
+            "worker": {"slots": 4, "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}}},
+        },
+    })
+}
+
+pub fn the_result_is_served(fixture: &Fixture) -> Result<()> {
+    fixture.apply(&serving())?;
+    ready(fixture)?;
+    let answer = chat(fixture, 64).ask(WORDS)?;
+    ensure!(!answer.text.is_empty() && answer.finish_reason.is_some(), "no answer: {answer:?}");
+    let again = chat(fixture, 64).ask(WORDS)?;
+    ensure!(answer.text == again.text, "greedy answers differ: {:?} and {:?}", answer.text, again.text);
+    Ok(())
+}
+
+pub fn a_stream_survives_its_worker(fixture: &Fixture) -> Result<()> {
+    let chat = chat(fixture, 220);
+    let undisturbed = chat.ask(WORDS)?;
+    let mut seen = 0;
+    let answer = chat.stream(WORDS)?.read_to_end(|event| {
+        seen += usize::from(matches!(event, StreamEvent::Text(_)));
+        if seen == 3 {
+            seen += 1;
+            kill_workers(fixture)?;
+        }
+        Ok(())
+    })?;
+    ensure!(answer.resumes >= 1, "the worker was not killed in time: {answer:?}");
+    ensure!(answer.text == undisturbed.text, "{:?} is not {:?}", answer.text, undisturbed.text);
+    println!("  longest gap {:?}", answer.longest_gap);
+    ready(fixture)
+}
+
+pub fn replicas_follow_demand(fixture: &Fixture) -> Result<()> {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| -> Result<()> {
+        let clients: Vec<_> = (0..8).map(|_| scope.spawn(|| keep_asking(fixture, &stop))).collect();
+        let grown = replicas(fixture, 2);
+        stop.store(true, Ordering::Relaxed);
+        let mut answered = 0;
+        for client in clients {
+            answered += client.join().map_err(|_| anyhow!("a client died"))??;
+        }
+        grown?;
+        ensure!(answered > 0, "nobody was answered");
+        Ok(())
+    })?;
+    replicas(fixture, 1)?;
+    let serving = fixture.objects.get("vicunaserving", "tiny")?;
+    let history = field(&serving, "status.scalingHistory").as_array().context("no scalingHistory")?;
+    ensure!(history.len() >= 2, "up and down are not in the history: {history:?}");
+    fixture.delete("vicunaserving", "tiny")
+}
+
+fn keep_asking(fixture: &Fixture, stop: &AtomicBool) -> Result<usize> {
+    let chat = chat(fixture, 200);
+    let mut answered = 0;
+    while !stop.load(Ordering::Relaxed) {
+        chat.ask(WORDS)?;
+        answered += 1;
+    }
+    Ok(answered)
+}
+
+fn replicas(fixture: &Fixture, count: u64) -> Result<()> {
+    let there = |vs: &Value| {
+        field(vs, "status.replicas.ready") == count && field(vs, "status.replicas.desired") == count
+    };
+    fixture.objects.wait("vicunaserving", "tiny", TRAINED, there).map(drop)
+}
+
+fn chat(fixture: &Fixture, max_tokens: u32) -> Chat {
+    Chat { max_tokens, ..Chat::new(fixture.gateway, &format!("{NAMESPACE}/tiny")) }
+}
+
+fn ready(fixture: &Fixture) -> Result<()> {
+    fixture.objects.wait("vicunaserving", "tiny", SOON, |vs| Objects::condition(vs, "Ready", "True"))?;
+    let model = format!("{NAMESPACE}/tiny");
+    wait_for("the model at the gateway", SOON, || Ok(Chat::models(fixture.gateway)?.contains(&model).then_some(())))
+}
+
+fn kill_workers(fixture: &Fixture) -> Result<()> {
+    for pod in fixture.objects.list("pods", "vicuna.dev/serving=tiny")? {
+        let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
+        let words = ["delete", "pod", name, "--namespace", NAMESPACE, "--grace-period=0", "--force", "--wait=false"];
+        fixture.cluster.kubectl().text(&words)?;
+    }
+    Ok(())
+}

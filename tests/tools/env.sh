@@ -1,0 +1,29 @@
+# Source this before building or testing: it points every tool at the cache.
+#   source tests/tools/env.sh
+export VICUNA_CACHE="${VICUNA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vicuna-operator}"
+
+KUBERNETES_VERSION=1.36.3
+COREDNS_VERSION=1.15.0
+HELM_VERSION=4.3.1
+KUBECTL_VERSION=1.36.3
+SEAWEEDFS_VERSION=4.48
+LIBTORCH_VERSION=2.11.0
+SMOLLM2_VERSION=0.1.2
+
+export LIBTORCH="$VICUNA_CACHE/libtorch-$LIBTORCH_VERSION/libtorch"
+export PROTOC="${PROTOC:-/usr/bin/protoc}"
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$VICUNA_CACHE/target}"
+
+_prepend() { # VARIABLE FOLDER, once
+    case ":${!1:-}:" in
+        *":$2:"*) ;;
+        *) export "$1=$2${!1:+:${!1}}" ;;
+    esac
+}
+_prepend LD_LIBRARY_PATH "$LIBTORCH/lib"
+_prepend PATH "$VICUNA_CACHE/kubernetes-$KUBERNETES_VERSION"
+_prepend PATH "$VICUNA_CACHE/coredns-$COREDNS_VERSION"
+_prepend PATH "$VICUNA_CACHE/helm-$HELM_VERSION"
+_prepend PATH "$VICUNA_CACHE/kubectl-$KUBECTL_VERSION"
+_prepend PATH "$VICUNA_CACHE/seaweedfs-$SEAWEEDFS_VERSION"
+unset -f _prepend
