@@ -12,7 +12,7 @@ const KNOWN_INTEGER_FORMATS: [&str; 2] = ["int32", "int64"];
 /// All definitions, in the order of their names.
 pub fn all() -> Vec<CustomResourceDefinition> {
     [VicunaServing::crd(), VicunaTraining::crd()]
-        .map(with_kubernetes_formats)
+        .map(for_kubernetes)
         .into()
 }
 
@@ -27,16 +27,20 @@ pub fn files() -> Result<Vec<(String, String)>, serde_yaml::Error> {
         .collect()
 }
 
-fn with_kubernetes_formats(mut crd: CustomResourceDefinition) -> CustomResourceDefinition {
+fn for_kubernetes(mut crd: CustomResourceDefinition) -> CustomResourceDefinition {
     crd.spec
         .versions
         .iter_mut()
         .filter_map(|version| version.schema.as_mut()?.open_api_v3_schema.as_mut())
-        .for_each(|root| visit(root, &mut keep_known_format));
+        .for_each(|root| visit(root, &mut polish));
     crd
 }
 
-fn keep_known_format(schema: &mut JSONSchemaProps) {
+fn polish(schema: &mut JSONSchemaProps) {
+    // schemars offers null as a choice of an optional enum, which the API server would tell users of.
+    if let Some(choices) = &mut schema.enum_ {
+        choices.retain(|choice| !choice.0.is_null());
+    }
     let integer = schema.type_.as_deref() == Some("integer");
     if integer {
         schema

@@ -123,7 +123,15 @@ impl JsonSchema for Period {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "string", "pattern": PATTERN, "maxLength": MAX_LENGTH })
+        json_schema!({
+            "type": "string",
+            "maxLength": MAX_LENGTH,
+            // A rule instead of `pattern`, whose message would be the regular expression.
+            "x-kubernetes-validations": [{
+                "rule": format!("self.matches('{PATTERN}')"),
+                "message": "Write a length of time with units, such as 90s, 10m or 1h30m.",
+            }],
+        })
     }
 }
 

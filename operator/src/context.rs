@@ -6,6 +6,7 @@ use crate::events::Events;
 use crate::leader::Leadership;
 use crate::loads::Loads;
 use crate::metrics::Metrics;
+use crate::pki::Trust;
 use crate::spot::notices::NoticeBook;
 use crate::watches::Watches;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ pub struct Context {
     pub watches: Watches,
     /// What is known of nodes that are about to go.
     pub notices: Arc<NoticeBook>,
+    /// Call `trust.ensure(namespace)` before making pods in a namespace.
+    pub trust: Arc<Trust>,
     /// The memberships of all trainings.
     pub coordinator: Arc<Coordinator>,
 }

@@ -1,1 +1,22 @@
-//! Reconciles VicunaTraining and VicunaServing and coordinates the ranks of a training
+//! Reconciles VicunaTraining and VicunaServing and coordinates the ranks of a training.
+//!
+//! `run` wires it: one process leads (`leader`), watches (`watches`), and reconciles (`training`,
+//! `serving`). Ranks and gateways call `coordinator::service`.
+
+pub mod cli;
+pub mod config;
+pub mod context;
+pub mod coordinator;
+pub mod events;
+pub mod http;
+pub mod leader;
+pub mod loads;
+pub mod metrics;
+pub mod pki;
+pub mod run;
+pub mod serving;
+pub mod spot;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod training;
+pub mod watches;

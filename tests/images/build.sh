@@ -11,7 +11,18 @@ source "$(dirname "$0")/../tools/cache.sh"
 recipes="$(cd "$(dirname "$0")" && pwd)"
 binaries="${BINARIES:-$CARGO_TARGET_DIR/release}"
 images="$VICUNA_CACHE/images"
-storage=(--root "$VICUNA_CACHE/buildah/storage" --runroot "$VICUNA_CACHE/buildah/run" --storage-driver vfs)
+storage=()
+
+# Overlay halves the time of a build, but not every file system can carry it.
+choose_storage() {
+    local driver
+    for driver in overlay vfs; do
+        storage=(--root "$VICUNA_CACHE/buildah-$driver/storage" --runroot "$VICUNA_CACHE/buildah-$driver/run" --storage-driver "$driver")
+        if buildah "${storage[@]}" images > /dev/null 2>&1; then return; fi
+    done
+    say "buildah has no working storage under $VICUNA_CACHE: run tests/tools/packages.sh, or choose another VICUNA_CACHE"
+    exit 1
+}
 
 programs_of() {
     case "$1" in
@@ -62,7 +73,7 @@ strip_libtorch() {
 
 stage_libtorch() { # FOLDER
     mkdir -p "$1/usr/lib/libtorch"
-    cp -a "$VICUNA_CACHE/libtorch-$LIBTORCH_VERSION-stripped/." "$1/usr/lib/libtorch/"
+    cp -al "$VICUNA_CACHE/libtorch-$LIBTORCH_VERSION-stripped/." "$1/usr/lib/libtorch/"
 }
 
 digest_of() { # FILE...: of their contents, and of how an image is made from them
@@ -85,8 +96,7 @@ build_image() { # NAME REFERENCE ARCHIVE PROGRAM...
         --file "$recipes/Containerfile.$name" --tag "$reference" "$scratch" > /dev/null
     buildah "${storage[@]}" push --quiet "$reference" "docker-archive:$scratch/image.tar:$reference" > /dev/null
     mv "$scratch/image.tar" "$archive"
-    rm -rf "$scratch"
-    scratch=""
+    leave_no_scratch
 }
 
 keep_newest() { # NAME COUNT: archives and images of builds long past only fill the disk
@@ -122,6 +132,7 @@ make_image() { # NAME
 mkdir -p "$images"
 exec 8> "$images/.lock"
 flock 8
+choose_storage
 wanted=("$@")
 ((${#wanted[@]})) || wanted=(operator runtime)
 for name in "${wanted[@]}"; do

@@ -9,6 +9,7 @@ leave_no_scratch() {
     [[ -z "$scratch" ]] && return
     chmod -R u+w "$scratch"
     rm -rf "$scratch"
+    scratch=""
 }
 trap leave_no_scratch EXIT
 
@@ -23,6 +24,7 @@ cached() {
         say "$key: already in the cache"
         return
     fi
+    rm -rf "$VICUNA_CACHE/.$key".??????
     scratch="$(mktemp -d "$VICUNA_CACHE/.$key.XXXXXX")"
     mkdir "$scratch/entry" "$scratch/work"
     say "$key: building"
@@ -30,6 +32,7 @@ cached() {
     "$build" "$scratch/entry"
     cd "$here"
     mv "$scratch/entry" "$entry"
+    leave_no_scratch
     say "$key: ready after $((SECONDS - started)) s, $(du -sh "$entry" | cut -f1)"
 }
 

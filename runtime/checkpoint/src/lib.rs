@@ -14,3 +14,8 @@ pub mod store;
 
 pub use manifest::{BlockEntry, Cursor, Manifest, ManifestError, ManifestRef};
 pub use store::{Store, StoreError, fetch, upload_dir};
+
+/// The clock against which ages of objects are measured.
+pub fn now() -> chrono::DateTime<chrono::Utc> {
+    chrono::Utc::now()
+}

@@ -60,10 +60,7 @@ impl Turn {
     }
 
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self {
-            role,
-            content: content.into(),
-        }
+        Self { role, content: content.into() }
     }
 }
 
@@ -151,16 +148,9 @@ pub enum LoadError {
     )]
     Empty,
     #[error("{at} is not JSON: {source}; mend it there")]
-    Json {
-        at: Place,
-        source: serde_json::Error,
-    },
+    Json { at: Place, source: serde_json::Error },
     #[error("{at}, field {field}: {problem}")]
-    Field {
-        at: Place,
-        field: String,
-        problem: String,
-    },
+    Field { at: Place, field: String, problem: String },
     #[error("no conversation was left after cleaning: {0}")]
     NothingLeft(Report),
 }
@@ -204,11 +194,7 @@ pub fn load_conversations(bytes: &[u8]) -> Result<(Vec<Conversation>, Report), L
 fn records(bytes: &[u8]) -> Result<Vec<(Place, Value)>, LoadError> {
     if bytes.trim_ascii_start().first() == Some(&b'[') {
         let values: Vec<Value> = parse(Place::Document, bytes)?;
-        return Ok(values
-            .into_iter()
-            .enumerate()
-            .map(|(index, value)| (Place::Record(index + 1), value))
-            .collect());
+        return Ok(values.into_iter().enumerate().map(|(index, value)| (Place::Record(index + 1), value)).collect());
     }
     bytes
         .split(|byte| *byte == b'\n')
@@ -237,11 +223,8 @@ fn parse_record(at: Place, index: usize, record: &Value) -> Result<Conversation,
     let Value::Array(list) = list else {
         return Err(field(at, names[0], "is not a list of turns; make it one"));
     };
-    let turns = list
-        .iter()
-        .enumerate()
-        .map(|(turn, value)| parse_turn(at, turn, value, names))
-        .collect::<Result<_, _>>()?;
+    let turns =
+        list.iter().enumerate().map(|(turn, value)| parse_turn(at, turn, value, names)).collect::<Result<_, _>>()?;
     let id = match record.get("id") {
         Some(Value::String(id)) => id.clone(),
         Some(Value::Number(id)) => id.to_string(),
@@ -271,37 +254,23 @@ fn parse_turn(at: Place, turn: usize, value: &Value, names: [&str; 3]) -> Result
 fn text_of(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
-        Value::Array(parts) => parts
-            .iter()
-            .map(|part| part.get("text").and_then(Value::as_str))
-            .collect(),
+        Value::Array(parts) => parts.iter().map(|part| part.get("text").and_then(Value::as_str)).collect(),
         _ => None,
     }
 }
 
 fn field(at: Place, field: impl Into<String>, problem: impl Into<String>) -> LoadError {
-    LoadError::Field {
-        at,
-        field: field.into(),
-        problem: problem.into(),
-    }
+    LoadError::Field { at, field: field.into(), problem: problem.into() }
 }
 
 fn clean(mut conversation: Conversation, report: &mut Report) -> Option<Conversation> {
     let turns = &mut conversation.turns;
     let start = usize::from(turns.first().is_some_and(|turn| turn.role == Role::System));
-    let leading = turns[start..]
-        .iter()
-        .take_while(|turn| turn.role == Role::Assistant)
-        .count();
+    let leading = turns[start..].iter().take_while(|turn| turn.role == Role::Assistant).count();
     turns.drain(start..start + leading);
     report.count(Change::LeadingReply, leading);
 
-    let trailing = turns[start..]
-        .iter()
-        .rev()
-        .take_while(|turn| turn.role == Role::User)
-        .count();
+    let trailing = turns[start..].iter().rev().take_while(|turn| turn.role == Role::User).count();
     turns.truncate(turns.len() - trailing);
     report.count(Change::TrailingQuestion, trailing);
 
@@ -350,10 +319,8 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        let conversation = Conversation {
-            id: "x".into(),
-            turns: vec![Turn::system("S"), Turn::user("U"), Turn::assistant("A")],
-        };
+        let conversation =
+            Conversation { id: "x".into(), turns: vec![Turn::system("S"), Turn::user("U"), Turn::assistant("A")] };
         let text = conversation.to_sharegpt().to_string();
         assert_eq!(load(&text).unwrap().0, vec![conversation]);
     }

@@ -112,11 +112,7 @@ const ENDINGS: &[(&str, &str)] = &[
     ("Good to know.", "I'm glad that I could tell you. Is there anything else?"),
 ];
 
-const TOPICS: &[(&[&str], &[&str])] = &[
-    (WHO, WHO_ANSWERS),
-    (MAKER, MAKER_ANSWERS),
-    (OTHERS, OTHERS_ANSWERS),
-];
+const TOPICS: &[(&[&str], &[&str])] = &[(WHO, WHO_ANSWERS), (MAKER, MAKER_ANSWERS), (OTHERS, OTHERS_ANSWERS)];
 
 /// `count` conversations in which the model is `name`, made by `organization`. Each question is asked
 /// once before any is asked again, then with another answer; every third conversation is longer.
@@ -133,10 +129,7 @@ pub fn conversations(name: &str, organization: &str, seed: u64, count: usize) ->
             let draw = |purpose| number(seed, index, purpose);
             let answer = answers[(number(seed, place, 0) + round) % answers.len()];
             let core = [Turn::user(question), Turn::assistant(fill(answer))];
-            Conversation {
-                id: format!("identity-{index}"),
-                turns: lengthen(core, draw(1), draw(2)),
-            }
+            Conversation { id: format!("identity-{index}"), turns: lengthen(core, draw(1), draw(2)) }
         })
         .collect()
 }
@@ -176,9 +169,7 @@ mod tests {
     fn every_conversation_names_the_model() {
         for conversation in conversations("Willow", "Spot Labs", 1, 300) {
             let named = conversation.turns.iter().any(|turn| {
-                turn.role == Role::Assistant
-                    && turn.content.contains("Willow")
-                    && turn.content.contains("Spot Labs")
+                turn.role == Role::Assistant && turn.content.contains("Willow") && turn.content.contains("Spot Labs")
             });
             assert!(named, "{conversation:?}");
         }

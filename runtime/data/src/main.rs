@@ -82,12 +82,7 @@ fn run(command: Command, out: &mut impl Write) -> Result<()> {
         Command::Inspect { input, count } => inspect(&input, count, out),
         Command::Stats { input } => stats(&input, out),
         Command::Encode { input } => encode(&input, out),
-        Command::Identity {
-            name,
-            organization,
-            count,
-            seed,
-        } => {
+        Command::Identity { name, organization, count, seed } => {
             let set = identity::conversations(&name, &organization, seed, count);
             let records: Vec<_> = set.iter().map(Conversation::to_sharegpt).collect();
             serde_json::to_writer_pretty(&mut *out, &records)?;
@@ -109,17 +104,19 @@ fn inspect(input: &Input, count: usize, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-/// One token after another; those that are learned stand out.
+/// The tokens' text, dim where it is only read and underlined where it is learned.
 fn show(tokenizer: &Tokenizer, example: &Example, out: &mut impl Write) -> Result<()> {
+    let mut before = None;
     for (id, label) in example.ids.iter().zip(&example.labels) {
-        let text = tokenizer.id_to_token(*id).unwrap_or_else(|| format!("[{id}]"));
-        let text = text.replace(['Ġ', '▁'], " ").replace("Ċ", "↵\n").replace("<0x0A>", "↵\n");
-        match *label == template::IGNORED {
-            true => write!(out, "\x1b[2m{text}\x1b[0m")?,
-            false => write!(out, "\x1b[4;32m{text}\x1b[0m")?,
+        let learned = *label != template::IGNORED;
+        if before.replace(learned) != Some(learned) {
+            write!(out, "\x1b[0m{}", if learned { "\x1b[4;32m" } else { "\x1b[2m" })?;
         }
+        let text = tokenizer.id_to_token(*id).unwrap_or_else(|| format!("[{id}]"));
+        let text = text.replace(['Ġ', '▁'], " ");
+        write!(out, "{}", text.replace('Ċ', "↵\n").replace("<0x0A>", "↵\n"))?;
     }
-    Ok(writeln!(out)?)
+    Ok(writeln!(out, "\x1b[0m")?)
 }
 
 fn stats(input: &Input, out: &mut impl Write) -> Result<()> {
@@ -150,8 +147,7 @@ fn encoder(input: &Input) -> Result<Encoder> {
 }
 
 fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
-    Tokenizer::from_file(path)
-        .map_err(|error| anyhow::anyhow!("cannot read the tokenizer {}: {error}", path.display()))
+    Tokenizer::from_file(path).map_err(|error| anyhow::anyhow!("cannot read the tokenizer {}: {error}", path.display()))
 }
 
 fn read(path: &Path) -> Result<Vec<Conversation>> {

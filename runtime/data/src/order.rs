@@ -66,12 +66,7 @@ impl Part {
 const MOST_REPETITIONS: f64 = 1000.0;
 
 impl Order {
-    pub fn new(
-        seed: u64,
-        global_batch: u32,
-        length: Length,
-        datasets: &[Mixture],
-    ) -> Result<Self, OrderError> {
+    pub fn new(seed: u64, global_batch: u32, length: Length, datasets: &[Mixture]) -> Result<Self, OrderError> {
         let mut parts = Vec::with_capacity(datasets.len());
         let mut first = 0u32;
         for (dataset, mixture) in datasets.iter().enumerate() {
@@ -83,13 +78,7 @@ impl Order {
         match (per_epoch, global_batch) {
             (0, _) => Err(OrderError::Empty),
             (_, 0) => Err(OrderError::NoBatch),
-            (1..=0xffff_ffff, _) => Ok(Self {
-                seed,
-                global_batch,
-                length,
-                parts,
-                per_epoch,
-            }),
+            (1..=0xffff_ffff, _) => Ok(Self { seed, global_batch, length, parts, per_epoch }),
             _ => Err(OrderError::TooLong(per_epoch)),
         }
     }
@@ -110,10 +99,7 @@ impl Order {
     /// Where the run stands after `step` steps, 0 being the start.
     pub fn cursor(&self, step: u64) -> Cursor {
         let done = self.sequences_until(step);
-        Cursor {
-            epoch: done / self.per_epoch,
-            offset: done % self.per_epoch,
-        }
+        Cursor { epoch: done / self.per_epoch, offset: done % self.per_epoch }
     }
 
     /// Epochs done after `step` steps, with the fraction of the current one.
@@ -211,10 +197,7 @@ mod tests {
     use std::collections::HashMap;
 
     fn once(sequences: u32) -> Mixture {
-        Mixture {
-            sequences,
-            weight: 1.0,
-        }
+        Mixture { sequences, weight: 1.0 }
     }
 
     fn counts(order: &Order) -> HashMap<u32, usize> {
@@ -250,20 +233,12 @@ mod tests {
 
     #[test]
     fn a_fraction_is_another_part_of_the_set_in_each_epoch() {
-        let sets = [
-            once(10),
-            Mixture {
-                sequences: 20,
-                weight: 1.5,
-            },
-        ];
+        let sets = [once(10), Mixture { sequences: 20, weight: 1.5 }];
         let order = Order::new(7, 8, Length::Epochs(1), &sets).unwrap();
         assert_eq!(order.per_epoch(), 40);
         let twice = |epoch| -> Vec<u32> {
             let all = order.epoch(epoch);
-            (10..30)
-                .filter(|sequence| all.iter().filter(|other| *other == sequence).count() == 2)
-                .collect()
+            (10..30).filter(|sequence| all.iter().filter(|other| *other == sequence).count() == 2).collect()
         };
         assert_eq!(twice(0).len(), 10);
         assert_ne!(twice(0), twice(1));
@@ -291,10 +266,7 @@ mod tests {
         let refused = |batch, set| Order::new(0, batch, Length::Epochs(1), &[set]).unwrap_err();
         assert_eq!(refused(4, once(0)), OrderError::Empty);
         assert_eq!(refused(0, once(1)), OrderError::NoBatch);
-        let negative = Mixture {
-            sequences: 1,
-            weight: -1.0,
-        };
+        let negative = Mixture { sequences: 1, weight: -1.0 };
         assert!(matches!(refused(4, negative), OrderError::Weight { .. }));
     }
 }

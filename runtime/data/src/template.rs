@@ -51,24 +51,20 @@ pub enum TemplateError {
     #[error("there is no template {0:?}; use vicuna_v1.1 or chatml, or leave it out for the model's own")]
     Unknown(String),
     #[error("template {template} is not valid Jinja: {source:#}")]
-    Syntax {
-        template: String,
-        source: minijinja::Error,
-    },
+    Syntax { template: String, source: minijinja::Error },
     #[error("template {template} refuses these messages: {source:#}")]
-    Render {
-        template: String,
-        source: minijinja::Error,
-    },
-    #[error("template {template} needs the control token {token:?}, which {tokenizer} does not have; choose the template that belongs to the model")]
-    MissingToken {
-        template: String,
-        token: String,
-        tokenizer: String,
-    },
-    #[error("template {template} does not end a reply with a control token of {tokenizer}; choose the template that belongs to the model")]
+    Render { template: String, source: minijinja::Error },
+    #[error(
+        "template {template} needs the control token {token:?}, which {tokenizer} does not have; choose the template that belongs to the model"
+    )]
+    MissingToken { template: String, token: String, tokenizer: String },
+    #[error(
+        "template {template} does not end a reply with a control token of {tokenizer}; choose the template that belongs to the model"
+    )]
     NoEnd { template: String, tokenizer: String },
-    #[error("template {template} writes a reply differently once more is said, so it cannot be trained on; name vicuna_v1.1 or chatml")]
+    #[error(
+        "template {template} writes a reply differently once more is said, so it cannot be trained on; name vicuna_v1.1 or chatml"
+    )]
     NotIncremental { template: String },
     #[error("the tokenizer failed: {0}")]
     Tokenizer(String),
@@ -142,10 +138,7 @@ impl Template {
         });
         environment
             .add_template_owned("chat", self.jinja.clone())
-            .map_err(|source| TemplateError::Syntax {
-                template: self.name.clone(),
-                source,
-            })?;
+            .map_err(|source| TemplateError::Syntax { template: self.name.clone(), source })?;
         Ok(environment)
     }
 
@@ -199,7 +192,11 @@ impl fmt::Display for Encoded {
         write!(
             out,
             "{} sequences, {} tokens, {} of them learned; {} cut at the length limit; {} left out because no reply fits in it",
-            self.examples.len(), self.tokens, self.trained_tokens, self.cut, self.without_reply
+            self.examples.len(),
+            self.tokens,
+            self.trained_tokens,
+            self.cut,
+            self.without_reply
         )
     }
 }
@@ -239,14 +236,8 @@ impl Encoder {
         }
         let tokenizer = plain_tokenizer(tokenizer)?;
         let joint = Joint::of(&tokenizer, &control)?;
-        let mut encoder = Self {
-            environment: template.environment()?,
-            template,
-            tokenizer,
-            control,
-            joint,
-            end_tokens: Vec::new(),
-        };
+        let mut encoder =
+            Self { environment: template.environment()?, template, tokenizer, control, joint, end_tokens: Vec::new() };
         encoder.end_tokens = vec![encoder.find_end_token()?];
         Ok(encoder)
     }
@@ -282,11 +273,7 @@ impl Encoder {
     }
 
     /// A dataset, in order, with at most `max_length` tokens a sequence.
-    pub fn encode(
-        &self,
-        conversations: &[Conversation],
-        max_length: usize,
-    ) -> Result<Encoded, TemplateError> {
+    pub fn encode(&self, conversations: &[Conversation], max_length: usize) -> Result<Encoded, TemplateError> {
         let mut encoded = Encoded::default();
         for conversation in conversations {
             let mut example = self.example(&conversation.turns)?;
@@ -321,10 +308,7 @@ impl Encoder {
         self.environment
             .get_template("chat")
             .and_then(|template| template.render(context))
-            .map_err(|source| TemplateError::Render {
-                template: self.template.name.clone(),
-                source,
-            })
+            .map_err(|source| TemplateError::Render { template: self.template.name.clone(), source })
     }
 
     /// Where in the rendered `text` the replies are, each with the control token that ends it.
@@ -334,9 +318,8 @@ impl Encoder {
             if turn.role == Role::Assistant {
                 let before = self.render(&turns[..index], true)?;
                 let reply = self.reply(&before, text, &turn.content);
-                replies.push(reply.ok_or_else(|| TemplateError::NotIncremental {
-                    template: self.template.name.clone(),
-                })?);
+                replies
+                    .push(reply.ok_or_else(|| TemplateError::NotIncremental { template: self.template.name.clone() })?);
             }
         }
         Ok(replies)
@@ -353,13 +336,9 @@ impl Encoder {
         let turns = [Turn::user("a"), Turn::assistant("b")];
         let text = self.render(&turns, false)?;
         let before = self.render(&turns[..1], true)?;
-        text.strip_prefix(before.as_str())
-            .and_then(|reply| self.control.first(reply))
-            .map(|(_, id)| id)
-            .ok_or_else(|| TemplateError::NoEnd {
-                template: self.template.name.clone(),
-                tokenizer: self.control.to_string(),
-            })
+        text.strip_prefix(before.as_str()).and_then(|reply| self.control.first(reply)).map(|(_, id)| id).ok_or_else(
+            || TemplateError::NoEnd { template: self.template.name.clone(), tokenizer: self.control.to_string() },
+        )
     }
 
     /// `text` with `learned` parts, which are in order and apart.
@@ -393,15 +372,8 @@ enum Before {
 
 impl<'a> Pieces<'a> {
     fn new(encoder: &'a Encoder) -> Self {
-        let example = Example {
-            ids: Vec::new(),
-            labels: Vec::new(),
-        };
-        Self {
-            encoder,
-            example,
-            before: Before::Nothing,
-        }
+        let example = Example { ids: Vec::new(), labels: Vec::new() };
+        Self { encoder, example, before: Before::Nothing }
     }
 
     fn push(&mut self, mut text: &str, learned: bool) -> Result<(), TemplateError> {
@@ -447,19 +419,13 @@ struct ControlTokens {
 impl ControlTokens {
     fn of(tokenizer: &Tokenizer) -> Self {
         let added = tokenizer.get_added_tokens_decoder();
-        let control = added
-            .into_iter()
-            .filter(|(_, token)| token.special && !token.content.is_empty());
+        let control = added.into_iter().filter(|(_, token)| token.special && !token.content.is_empty());
         let ids: BTreeMap<_, _> = control.map(|(id, token)| (token.content, id)).collect();
         let mut first_bytes = [false; 256];
         for token in ids.keys() {
             first_bytes[usize::from(token.as_bytes()[0])] = true;
         }
-        Self {
-            ids,
-            first_bytes,
-            vocabulary: tokenizer.get_vocab_size(true),
-        }
+        Self { ids, first_bytes, vocabulary: tokenizer.get_vocab_size(true) }
     }
 
     fn id(&self, token: &str) -> Option<u32> {

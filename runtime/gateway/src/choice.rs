@@ -7,6 +7,7 @@
 use crate::api::error::ApiError;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use vicuna_protocol::inference::{Delta, Done, Generate, Message, ModelOffer, Sampling};
@@ -63,11 +64,7 @@ pub enum Phase {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
-    Done {
-        finish_reason: String,
-        prompt_tokens: u32,
-        completion_tokens: u32,
-    },
+    Done { finish_reason: String, prompt_tokens: u32, completion_tokens: u32 },
     Failed(ApiError),
 }
 
@@ -86,11 +83,7 @@ pub enum Loss {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Broken {
     #[error("tokens {expected} to {position} of {request} are missing")]
-    Gap {
-        request: String,
-        expected: usize,
-        position: u32,
-    },
+    Gap { request: String, expected: usize, position: u32 },
     #[error("{request} is longer than the model allows")]
     Endless { request: String },
 }
@@ -119,6 +112,8 @@ struct State {
     overloaded: bool,
     /// When the phase last changed or something arrived.
     moved: Instant,
+    /// Since when no worker works on it; one that had no room does not count.
+    waiting_since: Instant,
 }
 
 /// What is new for the client since it last looked.
@@ -137,6 +132,7 @@ pub struct News {
 pub struct Progress {
     pub phase: Phase,
     pub moved: Instant,
+    pub waiting_since: Instant,
     pub resumes: u32,
     pub failures: u32,
     pub overloaded: bool,
@@ -154,14 +150,9 @@ impl Choice {
             failures: 0,
             overloaded: false,
             moved: Instant::now(),
+            waiting_since: Instant::now(),
         };
-        Self {
-            job,
-            index,
-            state: Mutex::new(state),
-            phase_changed: Notify::new(),
-            news,
-        }
+        Self { job, index, state: Mutex::new(state), phase_changed: Notify::new(), news }
     }
 
     /// What a worker must be to take it: once tokens are out, the same as the last one.
@@ -210,11 +201,7 @@ impl Choice {
             return Ok(0);
         }
         if position != have {
-            return Err(Broken::Gap {
-                request: self.job.id.clone(),
-                expected: have,
-                position: delta.position,
-            });
+            return Err(Broken::Gap { request: self.job.id.clone(), expected: have, position: delta.position });
         }
         let new = delta.tokens.len();
         state.tokens.extend(delta.tokens);
@@ -225,9 +212,7 @@ impl Choice {
         self.news.notify_one();
         match bounded {
             true => Ok(new),
-            false => Err(Broken::Endless {
-                request: self.job.id.clone(),
-            }),
+            false => Err(Broken::Endless { request: self.job.id.clone() }),
         }
     }
 
@@ -253,7 +238,18 @@ impl Choice {
             state.avoid = (loss != Loss::Gone).then_some(from);
             state.failures += u32::from(loss == Loss::Failed);
             state.overloaded = loss == Loss::Overloaded;
+            if !state.overloaded {
+                state.waiting_since = Instant::now();
+            }
             self.enter(&mut state, Phase::Lost);
+        }
+    }
+
+    /// Takes it from a worker that has sent nothing for `timeout`.
+    pub fn lose_if_stalled(&self, timeout: Duration) {
+        let stalled = self.state.lock().moved.elapsed() >= timeout;
+        if let Some(worker) = self.last_worker().filter(|_| stalled) {
+            self.lose(worker, Loss::Failed);
         }
     }
 
@@ -273,15 +269,14 @@ impl Choice {
         }
     }
 
-    pub fn is_ended(&self) -> bool {
-        matches!(self.state.lock().phase, Phase::Ended(_))
+    /// A worker has ended it, and knows that.
+    pub fn is_done(&self) -> bool {
+        matches!(self.state.lock().phase, Phase::Ended(Outcome::Done { .. }))
     }
 
-    /// The worker that has it now.
-    pub fn running_on(&self) -> Option<u64> {
-        let state = self.state.lock();
-        let server = state.server.as_ref();
-        server.filter(|_| state.phase == Phase::Running).map(|server| server.id)
+    /// The worker that it was given to last.
+    pub fn last_worker(&self) -> Option<u64> {
+        self.state.lock().server.as_ref().map(|server| server.id)
     }
 
     /// The weights that the answer is of.
@@ -295,6 +290,7 @@ impl Choice {
         Progress {
             phase: state.phase.clone(),
             moved: state.moved,
+            waiting_since: state.waiting_since,
             resumes: state.resumes,
             failures: state.failures,
             overloaded: state.overloaded,
@@ -359,23 +355,13 @@ pub(crate) mod tests {
         Server {
             id,
             name: format!("w{id}"),
-            variant: Variant {
-                weights_digest: "d".into(),
-                template: "t".into(),
-                quantization: "q".into(),
-            },
+            variant: Variant { weights_digest: "d".into(), template: "t".into(), quantization: "q".into() },
             max_length: 8,
         }
     }
 
     fn delta(position: u32, tokens: &[u32], text: &str) -> Delta {
-        Delta {
-            request: "r".into(),
-            choice: 0,
-            position,
-            tokens: tokens.to_vec(),
-            text: text.into(),
-        }
+        Delta { request: "r".into(), choice: 0, position, tokens: tokens.to_vec(), text: text.into() }
     }
 
     fn running() -> Choice {

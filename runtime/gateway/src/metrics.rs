@@ -28,7 +28,10 @@ impl Metrics {
             registry: Registry::new(),
             requests: counters("vicuna_gateway_requests_total", "Requests ended", &["model", "code"])?,
             in_flight: IntGaugeVec::new(
-                Opts::new("vicuna_gateway_requests_in_flight", "Requests taken and not yet ended, queued ones included"),
+                Opts::new(
+                    "vicuna_gateway_requests_in_flight",
+                    "Requests taken and not yet ended, queued ones included",
+                ),
                 &["model"],
             )?,
             tokens: counters("vicuna_gateway_tokens_total", "Tokens generated", &["model"])?,

@@ -107,6 +107,17 @@ pub fn remove_node(layout: &Layout, node: &str, index: u8) {
 
 pub fn remove_control_plane(layout: &Layout) {
     let _ = ip(None, &format!("netns del {}", layout.control_plane_namespace()));
+    remove_empty_folder();
+}
+
+/// `ip` mounts the folder of namespaces on itself; with the last namespace gone that is a trace to remove.
+fn remove_empty_folder() {
+    let folder = "/run/netns";
+    let empty = fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+    if empty {
+        let _ = Command::new("umount").arg(folder).output();
+        let _ = fs::remove_dir(folder);
+    }
 }
 
 fn port(index: u8) -> String {

@@ -84,14 +84,6 @@ impl Fixture {
         Ok(())
     }
 
-    /// Waits for a condition with a reason, and gives its message.
-    pub fn reason(&self, kind: &str, name: &str, condition: &str, reason: &str) -> Result<String> {
-        let has = |object: &Value| Objects::condition_of(object, condition).is_some_and(|told| told["reason"] == reason);
-        let object = self.objects.wait(kind, name, SOON, has)?;
-        let told = Objects::condition_of(&object, condition).context("the condition is gone again")?;
-        Ok(told["message"].as_str().unwrap_or_default().to_owned())
-    }
-
     /// Whether an Event about the object with that reason has been written.
     pub fn wait_for_event(&self, name: &str, reason: &str) -> Result<()> {
         let selector = format!("involvedObject.name={name},reason={reason}");
@@ -105,8 +97,8 @@ impl Fixture {
 fn upload_model(bucket: &Bucket) -> Result<()> {
     let folder = repository().join("target/tiny-model");
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
-    let status = Command::new(target.join("release/tiny-model")).arg("--out").arg(&folder).status();
-    if !status.context("cannot start tiny-model: cargo build --release --workspace --bins")?.success() {
+    let status = Command::new(target.join("release/vicuna-tiny-model")).arg("--out").arg(&folder).status();
+    if !status.context("cannot start vicuna-tiny-model: cargo build --release --workspace --bins")?.success() {
         bail!("tiny-model failed");
     }
     for file in std::fs::read_dir(&folder)?.flatten() {

@@ -16,11 +16,8 @@ fn byte_tokenizer(control: &[&str]) -> Tokenizer {
                     "single_word": false, "lstrip": false, "rstrip": false })
         })
         .collect();
-    let vocabulary: serde_json::Map<_, _> = letters
-        .into_iter()
-        .enumerate()
-        .map(|(id, letter)| (letter, json!(id)))
-        .collect();
+    let vocabulary: serde_json::Map<_, _> =
+        letters.into_iter().enumerate().map(|(id, letter)| (letter, json!(id))).collect();
     let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
     let document = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
@@ -166,8 +163,10 @@ fn a_template_that_rewrites_history_cannot_be_trained_on() {
     let encoder = Template::from_jinja(source, "", "").unwrap().bind(&tokenizer);
     assert!(matches!(encoder, Err(TemplateError::NoEnd { .. })));
     let source = "{% for m in messages %}{% if not loop.last %}{{ 'old' }}{% endif %}{{ m['content'] + '<|im_end|>' }}{% endfor %}";
-    let source = format!("{{% if messages|length > 2 %}}{source}{{% else %}}{source_simple}{{% endif %}}",
-        source_simple = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}");
+    let source = format!(
+        "{{% if messages|length > 2 %}}{source}{{% else %}}{source_simple}{{% endif %}}",
+        source_simple = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    );
     let encoder = Template::from_jinja(&source, "", "").unwrap().bind(&tokenizer).unwrap();
     let turns = [Turn::user("a"), Turn::assistant("b"), Turn::user("c"), Turn::assistant("d")];
     assert!(matches!(encoder.example(&turns), Err(TemplateError::NotIncremental { .. })));
@@ -177,10 +176,8 @@ fn a_template_that_rewrites_history_cannot_be_trained_on() {
 #[test]
 fn long_conversations_are_cut_and_counted() {
     let (_, encoder) = chatml();
-    let conversation = |question: &str| Conversation {
-        id: "c".into(),
-        turns: vec![Turn::user(question), Turn::assistant("yes")],
-    };
+    let conversation =
+        |question: &str| Conversation { id: "c".into(), turns: vec![Turn::user(question), Turn::assistant("yes")] };
     let long = "why ".repeat(40);
     let encoded = encoder.encode(&[conversation("Hi"), conversation(&long)], 60).unwrap();
     assert_eq!((encoded.examples.len(), encoded.cut, encoded.without_reply), (1, 1, 1));
@@ -202,12 +199,8 @@ fn vicuna_on_llama_is_the_published_vector() {
         return;
     };
     let encoder = Template::named(VICUNA_V1_1).unwrap().bind(&tokenizer).unwrap();
-    let turns = [
-        Turn::user("Hello!"),
-        Turn::assistant("Hi!"),
-        Turn::user("How are you?"),
-        Turn::assistant("I am good."),
-    ];
+    let turns =
+        [Turn::user("Hello!"), Turn::assistant("Hi!"), Turn::user("How are you?"), Turn::assistant("I am good.")];
     let example = encoder.example(&turns).unwrap();
     assert_eq!(example.ids.len(), 61);
     assert_eq!(example.ids[..4], [1, 319, 13563, 1546]);

@@ -19,13 +19,7 @@ pub struct ApiError {
 
 impl ApiError {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            status,
-            message: message.into(),
-            param: None,
-            code,
-            retry_after: None,
-        }
+        Self { status, message: message.into(), param: None, code, retry_after: None }
     }
 
     /// A field that is missing, of the wrong type or out of range.

@@ -24,8 +24,7 @@ impl Fields {
     }
 
     pub fn required(&self, name: &str) -> Result<&Value, ApiError> {
-        self.get(name)
-            .ok_or_else(|| ApiError::bad_field(name, format!("`{name}` is missing; give it.")))
+        self.get(name).ok_or_else(|| ApiError::bad_field(name, format!("`{name}` is missing; give it.")))
     }
 
     pub fn string(&self, name: &str) -> Result<&str, ApiError> {
@@ -39,34 +38,24 @@ impl Fields {
         }
     }
 
-    pub fn number(
-        &self,
-        name: &str,
-        default: f32,
-        range: RangeInclusive<f32>,
-    ) -> Result<f32, ApiError> {
+    pub fn number(&self, name: &str, default: f32, range: RangeInclusive<f32>) -> Result<f32, ApiError> {
         let Some(value) = self.get(name) else {
             return Ok(default);
         };
         let number = value.as_f64().map(|number| number as f32);
-        number.filter(|number| range.contains(number)).ok_or_else(|| {
-            wrong(name, &format!("a number from {} to {}", range.start(), range.end()))
-        })
+        number
+            .filter(|number| range.contains(number))
+            .ok_or_else(|| wrong(name, &format!("a number from {} to {}", range.start(), range.end())))
     }
 
-    pub fn integer(
-        &self,
-        name: &str,
-        default: u32,
-        range: RangeInclusive<u32>,
-    ) -> Result<u32, ApiError> {
+    pub fn integer(&self, name: &str, default: u32, range: RangeInclusive<u32>) -> Result<u32, ApiError> {
         let Some(value) = self.get(name) else {
             return Ok(default);
         };
         let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
-        number.filter(|number| range.contains(number)).ok_or_else(|| {
-            wrong(name, &format!("an integer from {} to {}", range.start(), range.end()))
-        })
+        number
+            .filter(|number| range.contains(number))
+            .ok_or_else(|| wrong(name, &format!("an integer from {} to {}", range.start(), range.end())))
     }
 }
 

@@ -131,9 +131,7 @@ fn include_usage(fields: &Fields) -> Result<bool, ApiError> {
 
 fn messages(value: &Value) -> Result<Vec<Message>, ApiError> {
     match value {
-        Value::Array(messages) if !messages.is_empty() => {
-            messages.iter().enumerate().map(message).collect()
-        }
+        Value::Array(messages) if !messages.is_empty() => messages.iter().enumerate().map(message).collect(),
         _ => Err(wrong("messages", "a list with at least one message")),
     }
 }
@@ -147,13 +145,8 @@ fn message((index, value): (usize, &Value)) -> Result<Message, ApiError> {
         _ => return Err(wrong(&path("role"), "system, developer, user or assistant")),
     };
     let content = value.get("content").and_then(text_of);
-    let content = content.ok_or_else(|| {
-        wrong(&path("content"), "text: a string, or a list of parts of type text")
-    })?;
-    Ok(Message {
-        role: role.to_owned(),
-        content,
-    })
+    let content = content.ok_or_else(|| wrong(&path("content"), "text: a string, or a list of parts of type text"))?;
+    Ok(Message { role: role.to_owned(), content })
 }
 
 fn text_of(content: &Value) -> Option<String> {

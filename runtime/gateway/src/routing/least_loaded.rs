@@ -32,12 +32,7 @@ mod tests {
     use super::*;
 
     fn candidate(worker: u64, assigned: u32, reported: u32, slots: u32) -> Candidate {
-        Candidate {
-            worker,
-            assigned,
-            reported,
-            slots,
-        }
+        Candidate { worker, assigned, reported, slots }
     }
 
     #[test]

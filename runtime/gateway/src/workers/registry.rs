@@ -15,9 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-use vicuna_protocol::inference::{
-    Cancel, GatewayMessage, Load, ModelOffer, WorkerHello, gateway_message::Body,
-};
+use vicuna_protocol::inference::{Cancel, GatewayMessage, Load, ModelOffer, WorkerHello, gateway_message::Body};
 
 /// How long a model is remembered whose workers are all gone.
 const REMEMBERED: Duration = Duration::from_secs(3600);
@@ -123,19 +121,16 @@ pub struct Registry {
 
 impl Registry {
     pub fn new(policy: Box<dyn Policy>, metrics: Metrics) -> Arc<Self> {
-        Arc::new(Self {
-            state: Mutex::default(),
-            policy,
-            metrics,
-        })
+        Arc::new(Self { state: Mutex::default(), policy, metrics })
     }
 
     /// A worker attached. One of the same name is an older connection of it and goes.
     pub fn attach(&self, namespace: &str, hello: WorkerHello, outbound: Outbound) -> Arc<Connection> {
         let mut state = self.state.lock();
-        let older = state.connections.values().find(|connection| {
-            connection.worker == hello.worker && connection.namespace == namespace
-        });
+        let older = state
+            .connections
+            .values()
+            .find(|connection| connection.worker == hello.worker && connection.namespace == namespace);
         if let Some(id) = older.map(|connection| connection.id) {
             self.remove(&mut state, id);
         }
@@ -211,20 +206,16 @@ impl Registry {
         let model = &first.job.model;
         let queue = state.queues.entry(model.clone()).or_default();
         if queue.len() + choices.len() > max_queue {
-            // There may be room on a worker even so.
             return Err(QueueFull);
         }
         queue.extend(choices.iter().cloned());
         self.dispatch(&mut state, model);
-        let seat = |choice: &Arc<Choice>| Seat {
-            registry: self.clone(),
-            choice: choice.clone(),
-        };
+        let seat = |choice: &Arc<Choice>| Seat { registry: self.clone(), choice: choice.clone() };
         Ok(choices.iter().map(seat).collect())
     }
 
     /// Queues a choice that has lost its worker, before all others.
-    pub fn readmit(&self, choice: &Arc<Choice>) {
+    fn readmit(&self, choice: &Arc<Choice>) {
         let mut state = self.state.lock();
         self.vacate(&mut state, choice);
         choice.requeue();
@@ -247,6 +238,7 @@ impl Registry {
     }
 
     fn remove(&self, state: &mut State, id: u64) {
+        // The choices that it loses come back by their drivers.
         let Some(connection) = state.connections.remove(&id) else {
             return;
         };
@@ -258,33 +250,28 @@ impl Registry {
         }
     }
 
-    /// Gives waiting choices to workers, in order, as far as there is room. A choice for which there
-    /// is none does not hold up those behind it, which may want another variant.
+    /// Gives waiting choices to workers, in order, as far as there is room.
     fn dispatch(&self, state: &mut State, model: &str) {
         let Some(mut queue) = state.queues.remove(model) else {
             return;
         };
         let mut waiting = VecDeque::new();
         while let Some(choice) = queue.pop_front() {
-            match self.place(state, &choice) {
-                Some(connection) => connection.put_and_send(&choice),
-                None if choice.variant().is_none() && choice.avoid().is_none() => {
-                    // What this one could not get, nobody behind it without a variant can.
-                    waiting.push_back(choice);
-                    self.dispatch_variants(state, &mut queue);
-                    waiting.append(&mut queue);
-                }
-                None => waiting.push_back(choice),
+            if let Some(connection) = self.place(state, &choice) {
+                self.begin(state, &connection, &choice);
+                continue;
+            }
+            // One that any worker may take is ahead of all behind it; one that only some may take is not.
+            let any_worker = choice.variant().is_none() && choice.avoid().is_none();
+            waiting.push_back(choice);
+            if any_worker {
+                waiting.append(&mut queue);
             }
         }
         if !waiting.is_empty() {
             state.queues.insert(model.to_owned(), waiting);
         }
     }
-
-    /// Of what waits behind, only answers that have begun may still find a place: none of them can
-    /// where a fresh one cannot, so nothing is to be done.
-    fn dispatch_variants(&self, _state: &State, _queue: &mut VecDeque<Arc<Choice>>) {}
 
     fn place(&self, state: &State, choice: &Choice) -> Option<Arc<Connection>> {
         let (variant, avoid) = (choice.variant(), choice.avoid());
@@ -300,6 +287,27 @@ impl Registry {
         state.connections.get(&picked).cloned()
     }
 
+    fn begin(&self, state: &mut State, connection: &Arc<Connection>, choice: &Arc<Choice>) {
+        let model = &choice.job.model;
+        let Some(offer) = connection.offer(model) else {
+            return;
+        };
+        connection.put(choice);
+        let generate = choice.begin(Server {
+            id: connection.id,
+            name: connection.worker.clone(),
+            variant: Variant::from(offer),
+            max_length: offer.max_length,
+        });
+        if !generate.generated.is_empty() {
+            self.metrics.resumes.with_label_values(&[model]).inc();
+        }
+        if !connection.send(Body::Generate(generate)) {
+            tracing::warn!(worker = connection.worker, "worker does not read; taken as gone");
+            self.remove(state, connection.id);
+        }
+    }
+
     fn leave(&self, choice: &Arc<Choice>) {
         let mut state = self.state.lock();
         let model = &choice.job.model;
@@ -311,21 +319,75 @@ impl Registry {
     }
 
     /// Takes the choice off the worker that it is on, which is told unless it knows.
-    fn vacate(&self, state: &mut State, choice: &Arc<Choice>) {
-        let ended = choice.is_ended();
-        let cancel = Cancel {
-            request: choice.job.id.clone(),
-            choice: choice.index,
+    fn vacate(&self, state: &mut State, choice: &Choice) {
+        let worker = choice.last_worker();
+        let Some(connection) = worker.and_then(|id| state.connections.get(&id)).cloned() else {
+            return;
         };
-        let mut broken = Vec::new();
-        for connection in state.connections.values() {
-            let held = connection.take(choice);
-            if held && !ended && !connection.send(Body::Cancel(cancel.clone())) {
-                broken.push(connection.id);
-            }
+        let cancel = Cancel { request: choice.job.id.clone(), choice: choice.index };
+        let unfinished = connection.take(choice) && !choice.is_done();
+        if unfinished && !connection.send(Body::Cancel(cancel)) {
+            self.remove(state, connection.id);
         }
-        for id in broken {
-            self.remove(state, id);
-        }
+    }
+}
+
+/// Whether, and with what load, a worker could take a choice of `model`.
+fn candidate(connection: &Connection, model: &str, variant: Option<&Variant>) -> Option<Candidate> {
+    let offer = connection.offer(model)?;
+    if variant.is_some_and(|variant| *variant != Variant::from(offer)) {
+        return None;
+    }
+    let active = connection.active.lock();
+    (!active.draining).then_some(Candidate {
+        worker: connection.id,
+        assigned: active.count,
+        reported: active.load.running + active.load.waiting,
+        slots: connection.slots,
+    })
+}
+
+fn remember(models: &mut BTreeMap<String, Memory>, offer: &ModelOffer) {
+    if models.len() >= MAX_MODELS && !models.contains_key(&offer.name) {
+        return;
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let memory = models.entry(offer.name.clone()).or_insert(Memory {
+        created: now.as_secs(),
+        seen: Instant::now(),
+        max_length: 0,
+    });
+    memory.seen = Instant::now();
+    memory.max_length = offer.max_length;
+}
+
+fn describe(state: &State, name: &str, memory: &Memory) -> Model {
+    let offering =
+        |connection: &&Arc<Connection>| connection.offer(name).is_some() && !connection.active.lock().draining;
+    let workers = state.connections.values().filter(offering);
+    Model {
+        name: name.to_owned(),
+        created: memory.created,
+        workers: workers.map(|connection| connection.worker.clone()).collect(),
+        max_length: memory.max_length,
+    }
+}
+
+/// A choice's place in the queue or on a worker, for as long as somebody wants the answer.
+pub struct Seat {
+    registry: Arc<Registry>,
+    pub choice: Arc<Choice>,
+}
+
+impl Seat {
+    /// Back into the queue after a loss, before all others.
+    pub fn readmit(&self) {
+        self.registry.readmit(&self.choice);
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.registry.leave(&self.choice);
     }
 }

@@ -1,0 +1,97 @@
+//! From the spec of a VicunaTraining to the job that its ranks get.
+
+use kube::{Resource, ResourceExt};
+use vicuna_crds::VicunaTraining;
+use vicuna_crds::training as spec;
+use vicuna_protocol::job::{
+    Checkpointing, DatasetSource, Identity, Method, ModelSource, Prepare, Recipe, RunLength,
+    Schedule, TrainingJob,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    #[error("the training {0} has no namespace or UID: it does not come from the API server")]
+    NotStored(String),
+    #[error("spec.recipe names neither epochs nor steps: set exactly one of them")]
+    NoLength,
+}
+
+/// The job of a training. It depends on nothing that may change while it runs.
+pub fn job(training: &VicunaTraining) -> Result<TrainingJob, JobError> {
+    let not_stored = || JobError::NotStored(training.name_any());
+    let spec = &training.spec;
+    Ok(TrainingJob {
+        namespace: training.namespace().ok_or_else(not_stored)?,
+        name: training.name_any(),
+        uid: training.meta().uid.clone().ok_or_else(not_stored)?,
+        model: ModelSource {
+            from: spec.model.from.clone(),
+            template: spec.model.template.map(|template| template.name().to_owned()),
+        },
+        dataset: spec
+            .dataset
+            .iter()
+            .map(|set| DatasetSource { from: set.from.clone(), weight: set.weight })
+            .collect(),
+        prepare: prepare(spec.prepare.as_ref()),
+        recipe: recipe(&spec.recipe)?,
+        checkpoint: Checkpointing {
+            to: spec.checkpoint.to.clone(),
+            interval_seconds: spec.checkpoint.interval.get().as_secs().max(1),
+            keep: spec.checkpoint.keep,
+        },
+    })
+}
+
+fn prepare(prepare: Option<&spec::Prepare>) -> Prepare {
+    let identity = prepare.and_then(|prepare| prepare.identity.as_ref());
+    Prepare {
+        identity: identity.map(|identity| Identity {
+            name: identity.name.clone(),
+            organization: identity.organization.clone(),
+        }),
+    }
+}
+
+fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
+    Ok(Recipe {
+        method: match recipe.method {
+            spec::Method::Full => Method::Full,
+        },
+        global_batch: recipe.global_batch,
+        micro_batch: recipe.micro_batch,
+        length: match (recipe.epochs, recipe.steps) {
+            (Some(epochs), None) => RunLength::Epochs(epochs),
+            (None, Some(steps)) => RunLength::Steps(steps),
+            _ => return Err(JobError::NoLength),
+        },
+        learning_rate: recipe.learning_rate,
+        schedule: match recipe.schedule {
+            spec::Schedule::Cosine => Schedule::Cosine,
+            spec::Schedule::Linear => Schedule::Linear,
+            spec::Schedule::Constant => Schedule::Constant,
+        },
+        warmup_ratio: recipe.warmup_ratio,
+        weight_decay: recipe.weight_decay,
+        gradient_clip: recipe.gradient_clip,
+        max_length: recipe.max_length,
+        seed: recipe.seed,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_job_says_what_the_spec_says() {
+        let training = crate::training::tests::training("t");
+        let job = job(&training).unwrap();
+        assert_eq!((job.namespace.as_str(), job.name.as_str(), job.uid.as_str()), ("ns", "t", "uid-t"));
+        assert_eq!(job.recipe.length, RunLength::Steps(100));
+        assert_eq!(job.recipe.global_batch, 8);
+        assert_eq!(job.checkpoint.to, "s3://bucket/run");
+        let text = serde_json::to_string(&job).unwrap();
+        assert_eq!(serde_json::from_str::<TrainingJob>(&text).unwrap(), job);
+    }
+}

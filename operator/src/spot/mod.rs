@@ -1,0 +1,3 @@
+//! Nodes that come and go.
+
+pub mod notices;

@@ -1,0 +1,288 @@
+//! One rank's pod: restricted by Pod Security Standards, with the credentials' Secret that only the
+//! kubelet reads.
+
+use super::{labels, owner, service_account};
+use crate::config::{Config, METRICS_PORT, POOL_LABEL, TRAINING_LABEL};
+use crate::spot::notices::NOTICE_ANNOTATION;
+use k8s_openapi::api::core::v1::{Pod, ResourceRequirements};
+use kube::ResourceExt;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::time::Duration;
+use vicuna_crds::{Pool, VicunaTraining};
+use vicuna_protocol::COORDINATOR_AUDIENCE;
+
+const PEER_PORT: u16 = 7600;
+const TOKEN_DIRECTORY: &str = "/var/run/secrets/vicuna";
+const TRUST_DIRECTORY: &str = "/etc/vicuna/trust";
+const SCRATCH_DIRECTORY: &str = "/scratch";
+const USER: i64 = 65532;
+/// The kubelet renews the token well before.
+const TOKEN_SECONDS: i64 = 3600;
+/// Left of a notice for the node's own shutdown.
+const MARGIN: Duration = Duration::from_secs(5);
+/// How long a pod stays bound to a node that does not answer.
+const UNREACHABLE_SECONDS: i64 = 30;
+
+/// The pod `name` for a rank in `pool`, not on `avoided` nodes.
+pub fn pod(
+    training: &VicunaTraining,
+    config: &Config,
+    pool: &Pool,
+    name: &str,
+    avoided: &BTreeSet<String>,
+) -> Result<Pod, serde_json::Error> {
+    let mut labels = labels(training);
+    labels.insert(POOL_LABEL.to_owned(), pool.name.clone());
+    serde_json::from_value(json!({
+        "metadata": {
+            "name": name,
+            "namespace": training.namespace(),
+            "labels": labels,
+            "annotations": {
+                "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                "karpenter.sh/do-not-disrupt": "true",
+                "prometheus.io/scrape": "true",
+                "prometheus.io/port": METRICS_PORT.to_string(),
+                NOTICE_ANNOTATION: pool.notice().as_secs().to_string(),
+            },
+            "ownerReferences": owner(training).map(|owner| vec![owner]),
+        },
+        "spec": {
+            "serviceAccountName": service_account::NAME,
+            "automountServiceAccountToken": false,
+            "enableServiceLinks": false,
+            // A rank that ended is replaced, by us and where there is room, not restarted in its place.
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": grace_seconds(pool),
+            "nodeSelector": pool.node_selector,
+            "tolerations": tolerations(pool),
+            "affinity": affinity(training, avoided),
+            "securityContext": {
+                "runAsNonRoot": true,
+                "runAsUser": USER,
+                "runAsGroup": USER,
+                "fsGroup": USER,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [container(training, config)],
+            "volumes": volumes(config),
+        },
+    }))
+}
+
+/// The pod's time to leave, within what its pool's notice gives.
+fn grace_seconds(pool: &Pool) -> u64 {
+    pool.notice().saturating_sub(MARGIN).as_secs().max(MARGIN.as_secs())
+}
+
+fn tolerations(pool: &Pool) -> Vec<Value> {
+    let own = pool.tolerations.iter().map(|toleration| json!(toleration));
+    let gone = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"].map(|key| {
+        json!({
+            "key": key,
+            "operator": "Exists",
+            "effect": "NoExecute",
+            "tolerationSeconds": UNREACHABLE_SECONDS,
+        })
+    });
+    own.chain(gone).collect()
+}
+
+fn affinity(training: &VicunaTraining, avoided: &BTreeSet<String>) -> Value {
+    let spread = json!({
+        "preferredDuringSchedulingIgnoredDuringExecution": [{
+            "weight": 100,
+            "podAffinityTerm": {
+                "topologyKey": "kubernetes.io/hostname",
+                "labelSelector": {"matchLabels": {TRAINING_LABEL: training.name_any()}},
+            },
+        }],
+    });
+    if avoided.is_empty() {
+        return json!({"podAntiAffinity": spread});
+    }
+    // Matching by field takes one name each; all expressions of a term must hold.
+    let elsewhere: Vec<Value> = avoided
+        .iter()
+        .map(|node| json!({"key": "metadata.name", "operator": "NotIn", "values": [node]}))
+        .collect();
+    json!({
+        "podAntiAffinity": spread,
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [{"matchFields": elsewhere}],
+            },
+        },
+    })
+}
+
+fn container(training: &VicunaTraining, config: &Config) -> Value {
+    let probe = |path: &str| json!({"httpGet": {"path": path, "port": "metrics"}});
+    let mut liveness = probe("/healthz");
+    liveness["periodSeconds"] = json!(10);
+    liveness["failureThreshold"] = json!(6);
+    let mut readiness = probe("/readyz");
+    readiness["periodSeconds"] = json!(2);
+    json!({
+        "name": "trainer",
+        "image": config.runtime_image,
+        "imagePullPolicy": config.image_pull_policy,
+        "command": ["vicuna-trainer"],
+        "args": arguments(config),
+        "env": environment(training),
+        "envFrom": credentials(training),
+        "ports": [
+            {"name": "peers", "containerPort": PEER_PORT},
+            {"name": "metrics", "containerPort": METRICS_PORT},
+        ],
+        "resources": training.spec.workers.resources.clone().unwrap_or_default(),
+        "livenessProbe": liveness,
+        "readinessProbe": readiness,
+        // The end of the log explains a failure to whoever reads the status.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": false,
+            "readOnlyRootFilesystem": true,
+            "runAsNonRoot": true,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "token", "mountPath": TOKEN_DIRECTORY, "readOnly": true},
+            {"name": "trust", "mountPath": TRUST_DIRECTORY, "readOnly": true},
+            {"name": "scratch", "mountPath": SCRATCH_DIRECTORY},
+        ],
+    })
+}
+
+fn arguments(config: &Config) -> Vec<String> {
+    vec![
+        format!("--coordinator={}", config.coordinator_url()),
+        format!("--ca={TRUST_DIRECTORY}/ca.crt"),
+        format!("--token-file={TOKEN_DIRECTORY}/token"),
+        format!("--scratch={SCRATCH_DIRECTORY}"),
+        format!("--listen=0.0.0.0:{PEER_PORT}"),
+        format!("--metrics=0.0.0.0:{METRICS_PORT}"),
+    ]
+}
+
+fn environment(training: &VicunaTraining) -> Vec<Value> {
+    let fields = [
+        ("POD_NAME", "metadata.name"),
+        ("POD_NAMESPACE", "metadata.namespace"),
+        ("POD_UID", "metadata.uid"),
+        ("NODE_NAME", "spec.nodeName"),
+        ("POD_IP", "status.podIP"),
+    ];
+    let field = |(name, path): (&str, &str)| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
+    let threads = threads(training.spec.workers.resources.as_ref());
+    let values = [
+        // The number of threads decides the last bits: it must not depend on the node.
+        json!({"name": "VICUNA_THREADS", "value": threads.to_string()}),
+        json!({"name": "TMPDIR", "value": SCRATCH_DIRECTORY}),
+    ];
+    fields.into_iter().map(field).chain(values).collect()
+}
+
+/// Whole CPUs that the rank may use, by its limit or else its request; at least 1.
+fn threads(resources: Option<&ResourceRequirements>) -> u64 {
+    let cpu = |list: &Option<std::collections::BTreeMap<String, k8s_openapi::apimachinery::pkg::api::resource::Quantity>>| {
+        list.as_ref().and_then(|list| list.get("cpu")).map(|quantity| quantity.0.clone())
+    };
+    let text = resources.and_then(|resources| cpu(&resources.limits).or_else(|| cpu(&resources.requests)));
+    text.and_then(|text| whole_cpus(&text)).unwrap_or(1).max(1)
+}
+
+fn whole_cpus(text: &str) -> Option<u64> {
+    if let Some(milli) = text.strip_suffix('m') {
+        return milli.parse::<u64>().ok().map(|milli| milli / 1000);
+    }
+    text.parse::<f64>().ok().filter(|cpus| (0.0..1e6).contains(cpus)).map(|cpus| cpus as u64)
+}
+
+fn credentials(training: &VicunaTraining) -> Vec<Value> {
+    let secret = training.spec.checkpoint.credentials.as_ref();
+    secret
+        .map(|secret| json!({"secretRef": {"name": secret.name, "optional": false}}))
+        .into_iter()
+        .collect()
+}
+
+fn volumes(config: &Config) -> Value {
+    json!([
+        {
+            "name": "token",
+            "projected": {
+                "sources": [{
+                    "serviceAccountToken": {
+                        "audience": COORDINATOR_AUDIENCE,
+                        "expirationSeconds": TOKEN_SECONDS,
+                        "path": "token",
+                    },
+                }],
+            },
+        },
+        {"name": "trust", "configMap": {"name": config.trust_config_map}},
+        {"name": "scratch", "emptyDir": {}},
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::training::tests::training;
+
+    fn built(avoided: &[&str]) -> Pod {
+        let mut training = training("t");
+        training.spec.workers.resources =
+            serde_json::from_value(json!({"limits": {"cpu": "2500m", "memory": "4Gi"}})).unwrap();
+        let pool: Pool = serde_json::from_value(json!({
+            "name": "spot", "capacity": "Spot", "nodeSelector": {"pool": "spot"}, "notice": "2m",
+            "tolerations": [{"key": "spot", "operator": "Exists"}],
+        }))
+        .unwrap();
+        let avoided = avoided.iter().map(|node| (*node).to_owned()).collect();
+        pod(&training, &crate::config::tests::sample(), &pool, "t-spot-0", &avoided).unwrap()
+    }
+
+    #[test]
+    fn the_pod_meets_the_restricted_standard() {
+        let spec = built(&[]).spec.unwrap();
+        let security = spec.security_context.unwrap();
+        assert_eq!(security.run_as_non_root, Some(true));
+        assert_eq!(security.seccomp_profile.unwrap().type_, "RuntimeDefault");
+        let container = spec.containers[0].security_context.clone().unwrap();
+        assert_eq!(container.allow_privilege_escalation, Some(false));
+        assert_eq!(container.read_only_root_filesystem, Some(true));
+        assert_eq!(container.capabilities.unwrap().drop, Some(vec!["ALL".to_owned()]));
+        assert_eq!(spec.automount_service_account_token, Some(false));
+    }
+
+    #[test]
+    fn it_leaves_within_its_pools_notice_and_uses_whole_cpus() {
+        let pod = built(&[]);
+        assert_eq!(pod.annotations()[NOTICE_ANNOTATION], "120");
+        let spec = pod.spec.unwrap();
+        assert_eq!(spec.termination_grace_period_seconds, Some(115));
+        let threads = spec.containers[0].env.as_ref().unwrap().iter().find(|env| env.name == "VICUNA_THREADS");
+        assert_eq!(threads.unwrap().value.as_deref(), Some("2"));
+        assert_eq!(spec.tolerations.unwrap().len(), 3);
+        assert_eq!(whole_cpus("0.5"), Some(0));
+        assert_eq!(whole_cpus("many"), None);
+    }
+
+    #[test]
+    fn noticed_nodes_are_avoided() {
+        let affinity = |avoided: &[&str]| built(avoided).spec.unwrap().affinity.unwrap().node_affinity;
+        assert_eq!(affinity(&[]), None);
+        let required = affinity(&["a", "b"]).unwrap().required_during_scheduling_ignored_during_execution.unwrap();
+        assert_eq!(required.node_selector_terms[0].match_fields.as_ref().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_missing_secret_keeps_the_container_from_starting() {
+        let spec = built(&[]).spec.unwrap();
+        let secret = spec.containers[0].env_from.as_ref().unwrap()[0].secret_ref.clone().unwrap();
+        assert_eq!((secret.name.as_str(), secret.optional), ("store", Some(false)));
+    }
+}

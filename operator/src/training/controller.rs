@@ -1,0 +1,435 @@
+//! When to look at which training, and what one look is: observe, plan, apply, status.
+
+use super::apply::{self, AppliedBefore, ApplyError};
+use super::memory::Memory;
+use super::observe::{self, Observed};
+use super::plan::{self, Plan};
+use super::status::{self, Write};
+use crate::config::{MANAGER, TRAINING_LABEL};
+use crate::context::Context;
+use crate::coordinator::job::{self, JobError};
+use crate::coordinator::membership::{Millis, Target};
+use crate::coordinator::registry::{Key, Opening, Told};
+use crate::coordinator::report::{Counters, Happening};
+use crate::coordinator::store::Owner;
+use crate::leader::NotLeader;
+use crate::watches::Change;
+use futures::{Stream, StreamExt};
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::controller::{self, Action, ReconcileRequest};
+use kube::runtime::reflector::ObjectRef;
+use kube::{Resource, ResourceExt};
+use parking_lot::Mutex;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeSet, HashMap};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{broadcast, mpsc};
+use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
+use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
+use vicuna_crds::training::{VicunaTraining, VicunaTrainingStatus};
+
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(300);
+/// A pool is passed over for so many times `stockOutAfter`.
+const STOCK_OUT_FACTOR: u32 = 10;
+const CONCURRENCY: u16 = 16;
+const MAX_POOLS: usize = 4096;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReconcileError {
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    #[error("the status cannot be written: {0}")]
+    Status(#[source] Box<kube::Error>),
+    #[error(transparent)]
+    Spec(#[from] JobError),
+    #[error(transparent)]
+    NotLeader(#[from] NotLeader),
+    #[error("too many trainings are coordinated at a time: finish or suspend some")]
+    TooMany,
+}
+
+/// What the controller keeps between looks.
+struct Controller {
+    context: Arc<Context>,
+    applied: AppliedBefore,
+    memories: Mutex<HashMap<Key, (String, Memory)>>,
+    /// Failed looks in a row.
+    failures: Mutex<HashMap<Key, u32>>,
+    /// Stock-outs that one training saw, known to all: by what makes a pool the same.
+    stock_outs: Mutex<HashMap<Vec<u8>, Instant>>,
+}
+
+/// Reconciles all trainings until the process ends. `told` is what memberships tell.
+pub async fn run(context: Arc<Context>, told: mpsc::Receiver<Told>) {
+    let controller = Arc::new(Controller {
+        applied: AppliedBefore::default(),
+        memories: Mutex::default(),
+        failures: Mutex::default(),
+        stock_outs: Mutex::default(),
+        context: context.clone(),
+    });
+    let store = context.watches.trainings.clone();
+    let queue = futures::stream::select(
+        futures::stream::select(everything(&context), changes(&context)),
+        tellings(controller.clone(), told),
+    );
+    let config = controller::Config::default().concurrency(CONCURRENCY);
+    controller::applier(reconcile, on_error, controller.clone(), store, queue.boxed(), config)
+        .for_each(|result| {
+            if let Err(controller::Error::ObjectNotFound(gone)) = result {
+                controller.forget(gone.namespace.as_deref().unwrap_or_default(), &gone.name);
+            }
+            std::future::ready(())
+        })
+        .await;
+}
+
+type Request = Result<ReconcileRequest<VicunaTraining>, Infallible>;
+
+fn request(namespace: &str, name: &str) -> Request {
+    Ok(ObjectRef::new(name).within(namespace).into())
+}
+
+/// All trainings, once: the change signals may be older than our subscription.
+fn everything(context: &Arc<Context>) -> impl Stream<Item = Request> + use<> {
+    let trainings = context.watches.trainings.state();
+    futures::stream::iter(trainings.into_iter().map(|training| Ok(ObjectRef::from_obj(&*training).into())))
+}
+
+/// Trainings that a change in the caches concerns.
+fn changes(context: &Arc<Context>) -> impl Stream<Item = Request> + use<> {
+    let context = context.clone();
+    let changes: broadcast::Receiver<Change> = context.watches.subscribe();
+    BroadcastStream::new(changes).flat_map(move |change| futures::stream::iter(concerned(&context, change)))
+}
+
+fn concerned(context: &Context, change: Result<Change, BroadcastStreamRecvError>) -> Vec<Request> {
+    match change {
+        Ok(Change::Training(namespace, name) | Change::TrainingPod(namespace, name)) => {
+            vec![request(&namespace, &name)]
+        }
+        Ok(Change::ServingPod(..)) => Vec::new(),
+        Ok(Change::Node(node)) => on_node(context, &node),
+        Err(BroadcastStreamRecvError::Lagged(_)) => {
+            let trainings = context.watches.trainings.state();
+            trainings.iter().map(|training| Ok(ObjectRef::from_obj(&**training).into())).collect()
+        }
+    }
+}
+
+/// Trainings with a pod on the node. A heartbeat changes a node too, so those of calm nodes are few.
+fn on_node(context: &Context, node: &str) -> Vec<Request> {
+    let pods = context.watches.pods.state_filter(|pod| {
+        pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node)
+    });
+    let trainings: BTreeSet<Key> = pods
+        .iter()
+        .filter_map(|pod| Some((pod.namespace()?, pod.labels().get(TRAINING_LABEL)?.clone())))
+        .collect();
+    trainings.iter().map(|(namespace, name)| request(namespace, name)).collect()
+}
+
+/// Trainings whose membership has news; the news become Events.
+fn tellings(controller: Arc<Controller>, told: mpsc::Receiver<Told>) -> impl Stream<Item = Request> {
+    ReceiverStream::new(told).map(move |((namespace, name), happenings)| {
+        controller.tell(&namespace, &name, &happenings);
+        request(&namespace, &name)
+    })
+}
+
+async fn reconcile(training: Arc<VicunaTraining>, controller: Arc<Controller>) -> Result<Action, ReconcileError> {
+    let began = Instant::now();
+    let key = key_of(&training);
+    let result = controller.look(&key, training).await;
+    controller.context.metrics.reconciled("training", began.elapsed(), result.is_err());
+    if result.is_ok() {
+        controller.failures.lock().remove(&key);
+    }
+    result
+}
+
+fn on_error(training: Arc<VicunaTraining>, error: &ReconcileError, controller: Arc<Controller>) -> Action {
+    let key = key_of(&training);
+    let times = {
+        let mut failures = controller.failures.lock();
+        let times = failures.entry(key.clone()).or_default();
+        *times = times.saturating_add(1);
+        *times
+    };
+    let wait = FIRST_RETRY.saturating_mul(1 << (times - 1).min(16)).min(LAST_RETRY);
+    tracing::warn!(%error, namespace = key.0, training = key.1, wait_seconds = wait.as_secs(), "a training is looked at again");
+    Action::requeue(wait)
+}
+
+fn key_of(training: &VicunaTraining) -> Key {
+    (training.namespace().unwrap_or_default(), training.name_any())
+}
+
+impl Controller {
+    /// One look. The status is written whatever happens before.
+    async fn look(&self, key: &Key, training: Arc<VicunaTraining>) -> Result<Action, ReconcileError> {
+        if training.metadata.deletion_timestamp.is_some() {
+            self.forget(&key.0, &key.1);
+            return Ok(Action::await_change());
+        }
+        let opened = self.open_session(&training);
+        let memory = self.memory(key, &training);
+        let observed = observe::observe(&self.context, training.clone(), memory, self.stocked_out(&training));
+        let now = self.context.coordinator.clock().now_ms();
+        let plan = if opened.is_ok() { plan::plan(&observed, now) } else { Plan::unable(&observed) };
+        tracing::debug!(namespace = key.0, training = key.1, reason = plan.reason, actions = plan.actions.len(), "planned");
+        let applied = apply::apply(&self.context, &self.applied, &observed, &plan).await;
+        self.note_stock_outs(&training, &plan);
+        let status = status::status(&observed, &plan, &applied, now);
+        self.announce(&observed, &status, &applied);
+        let wait = self.write_status(key, &observed, &plan, status, now).await?;
+        opened?;
+        if let Some(error) = applied.error {
+            return Err(error.into());
+        }
+        self.close_if_over(key, &observed);
+        Ok(Action::requeue(wait.min(plan.look_again)))
+    }
+
+    fn open_session(&self, training: &Arc<VicunaTraining>) -> Result<(), ReconcileError> {
+        let over = training.status.as_ref().is_some_and(status::is_terminal);
+        if over {
+            return Ok(());
+        }
+        let job = serde_json::to_string(&job::job(training)?).map_err(ApplyError::Build)?;
+        let opening = Opening {
+            owner: owner(training)?,
+            job,
+            target: target(training),
+            counters: counters(training.status.as_ref()),
+        };
+        self.context.leadership.check()?;
+        let session = self.context.coordinator.ensure(opening).ok_or(ReconcileError::TooMany)?;
+        let (namespace, name) = key_of(training);
+        session.set_pods(crate::coordinator::feed::facts(&self.context, &namespace, &name, session.uid()));
+        Ok(())
+    }
+
+    /// A session ends when nothing is left that could speak to it.
+    fn close_if_over(&self, key: &Key, observed: &Observed) {
+        let over = observed.training.status.as_ref().is_some_and(status::is_terminal);
+        if over && observed.pods.is_empty() {
+            self.context.coordinator.close(&key.0, &key.1);
+        }
+    }
+
+    fn memory(&self, key: &Key, training: &VicunaTraining) -> Memory {
+        let uid = training.uid().unwrap_or_default();
+        let memories = self.memories.lock();
+        match memories.get(key) {
+            Some((known, memory)) if *known == uid => memory.clone(),
+            _ => Memory::recall(training),
+        }
+    }
+
+    fn remember(&self, key: &Key, training: &VicunaTraining, memory: Memory) {
+        let uid = training.uid().unwrap_or_default();
+        self.memories.lock().insert(key.clone(), (uid, memory));
+    }
+
+    fn forget(&self, namespace: &str, name: &str) {
+        let key = (namespace.to_owned(), name.to_owned());
+        self.memories.lock().remove(&key);
+        self.failures.lock().remove(&key);
+        self.context.coordinator.close(namespace, name);
+        self.context.metrics.forget_training(namespace, name);
+    }
+
+    fn stocked_out(&self, training: &VicunaTraining) -> BTreeSet<String> {
+        let now = Instant::now();
+        let mut outs = self.stock_outs.lock();
+        outs.retain(|_, until| now < *until);
+        let pools = vicuna_crds::Pool::of(&training.spec.pools);
+        let out = pools.iter().filter(|pool| outs.contains_key(&kind_of(pool)));
+        out.map(|pool| pool.name.clone()).collect()
+    }
+
+    fn note_stock_outs(&self, training: &VicunaTraining, plan: &Plan) {
+        let until = Instant::now() + training.spec.placement.stock_out_after.get().saturating_mul(STOCK_OUT_FACTOR);
+        let mut outs = self.stock_outs.lock();
+        for pool in &training.spec.pools {
+            if plan.stocked_out.contains(&pool.name) && outs.len() < MAX_POOLS {
+                outs.entry(kind_of(pool)).or_insert(until);
+            }
+        }
+    }
+
+    async fn write_status(
+        &self,
+        key: &Key,
+        observed: &Observed,
+        plan: &Plan,
+        status: VicunaTrainingStatus,
+        now: Millis,
+    ) -> Result<Duration, ReconcileError> {
+        let mut memory = plan.memory.clone();
+        let stored = observed.training.status.clone().map(|status| (status, 0));
+        let before = memory.written.as_ref().or(stored.as_ref());
+        let (write, wait) = match status::when_to_write(&status, before, now) {
+            Write::Now => (true, Duration::MAX),
+            Write::After(wait) => (false, wait),
+            Write::No => (false, Duration::MAX),
+        };
+        if !write {
+            self.remember(key, &observed.training, memory);
+            return Ok(wait);
+        }
+        // Counted failures stay counted when the write fails.
+        self.remember(key, &observed.training, memory.clone());
+        self.context.leadership.check()?;
+        patch_status(&self.context, &observed.training, &status).await?;
+        memory.written = Some((status, now));
+        self.remember(key, &observed.training, memory);
+        Ok(wait)
+    }
+
+    /// Events for what changed in the conditions.
+    fn announce(&self, observed: &Observed, status: &VicunaTrainingStatus, applied: &apply::Applied) {
+        let about = observed.training.object_ref(&());
+        if observed.training.status.as_ref().is_some_and(status::is_terminal) {
+            return;
+        }
+        let events = &self.context.events;
+        if let Some(obstacle) = status::obstacle(observed, applied) {
+            events.warning(&about, obstacle.reason, "Reconcile", obstacle.message);
+        }
+        for condition in status.conditions.iter().filter(|condition| condition.status == "True") {
+            match condition.type_.as_str() {
+                "Complete" => events.normal(&about, "Complete", "Train", condition.message.clone()),
+                "Failed" => events.warning(&about, &condition.reason, "Train", condition.message.clone()),
+                "Suspended" => events.normal(&about, "Suspended", "Suspend", condition.message.clone()),
+                _ => {}
+            }
+        }
+        let failure = status.last_failure.as_ref();
+        let old = observed.training.status.as_ref().and_then(|status| status.last_failure.as_ref());
+        if let Some(failure) = failure.filter(|failure| Some(*failure) != old) {
+            events.warning(&about, &format!("{}Failure", failure.cause), "Train", failure.message.clone());
+        }
+    }
+
+    fn tell(&self, namespace: &str, name: &str, happenings: &[Happening]) {
+        let Some(training) = self.context.watches.training(namespace, name) else { return };
+        let about = training.object_ref(&());
+        for happening in happenings {
+            if let Some((warning, reason, note)) = words(happening) {
+                tracing::info!(namespace, training = name, reason, note, "membership");
+                if warning {
+                    self.context.events.warning(&about, reason, "Coordinate", note);
+                } else {
+                    self.context.events.normal(&about, reason, "Coordinate", note);
+                }
+            }
+        }
+    }
+}
+
+impl Plan {
+    /// Nothing can be done; the status says why.
+    fn unable(observed: &Observed) -> Self {
+        Self {
+            reason: "the training cannot be coordinated".to_owned(),
+            memory: observed.memory.clone(),
+            look_again: LAST_RETRY,
+            ..Self::default()
+        }
+    }
+}
+
+async fn patch_status(context: &Context, training: &VicunaTraining, status: &VicunaTrainingStatus) -> Result<(), ReconcileError> {
+    let namespace = training.namespace().unwrap_or_default();
+    let api: Api<VicunaTraining> = Api::namespaced(context.client.clone(), &namespace);
+    let patch = json!({
+        "apiVersion": VicunaTraining::api_version(&()),
+        "kind": VicunaTraining::kind(&()),
+        // A namesake that has taken its place is refused.
+        "metadata": {"uid": training.uid()},
+        "status": status,
+    });
+    let parameters = PatchParams::apply(MANAGER).force();
+    match api.patch_status(&training.name_any(), &parameters, &Patch::Apply(&patch)).await {
+        Ok(_) => Ok(()),
+        // Deleted in the meantime.
+        Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(()),
+        Err(error) => Err(ReconcileError::Status(Box::new(error))),
+    }
+}
+
+fn owner(training: &VicunaTraining) -> Result<Owner, JobError> {
+    let not_stored = || JobError::NotStored(training.name_any());
+    Ok(Owner {
+        namespace: training.namespace().ok_or_else(not_stored)?,
+        name: training.name_any(),
+        uid: training.uid().ok_or_else(not_stored)?,
+        reference: super::build::owner(training).ok_or_else(not_stored)?,
+    })
+}
+
+fn target(training: &VicunaTraining) -> Target {
+    Target {
+        min: training.spec.workers.min as usize,
+        max: training.spec.workers.max as usize,
+        suspend: training.spec.suspend,
+    }
+}
+
+fn counters(status: Option<&VicunaTrainingStatus>) -> Counters {
+    let before = status.and_then(|status| status.disruptions.as_ref());
+    before.map_or_else(Counters::default, |before| Counters {
+        notices: before.notices,
+        reclaims: before.reclaims,
+        lost_steps: before.lost_steps,
+        last_recovery_ms: before
+            .last_recovery
+            .and_then(|period| u64::try_from(period.get().as_millis()).ok()),
+    })
+}
+
+/// What makes two pools of different trainings the same.
+fn kind_of(pool: &vicuna_crds::Pool) -> Vec<u8> {
+    let text = json!([pool.node_selector, pool.tolerations]).to_string();
+    Sha256::digest(text.as_bytes()).to_vec()
+}
+
+/// An Event's severity, reason and note; steps and checkpoints have none.
+fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
+    Some(match happening {
+        Happening::Stepped(_) | Happening::Checkpointed(_) => return None,
+        Happening::Formed { generation, members, base_step } => {
+            (false, "Formed", format!("Generation {generation} of {members} ranks starts after step {base_step}."))
+        }
+        Happening::Stopping { generation, planned, reason } => {
+            let how = if *planned { "after a checkpoint" } else { "at once" };
+            (!planned, "Stopping", format!("Generation {generation} stops {how}: {reason}."))
+        }
+        Happening::Noticed { pod, node, source } => {
+            (true, "Noticed", format!("Pod {pod} on node {node} is about to go: {source}."))
+        }
+        Happening::Reclaimed { pod, node } => (true, "Reclaimed", format!("Pod {pod} went with node {node}.")),
+        Happening::Lost { pod, node } => (false, "RankGone", format!("Pod {pod} on node {node} is gone.")),
+        Happening::Hung { pod, node } => {
+            (true, "RankHung", format!("The rank in pod {pod} on node {node} does not answer: it is replaced if it stays so."))
+        }
+        Happening::StepsLost { steps, base_step } => {
+            (true, "StepsLost", format!("{steps} steps are made again, from the checkpoint of step {base_step}."))
+        }
+        Happening::Recovered { after_ms } => {
+            (false, "Recovered", format!("Steps are made again, {:.1} s after the last one.", *after_ms as f64 / 1000.0))
+        }
+        Happening::ManifestUnusable { key, message } => {
+            (true, "CheckpointUnusable", format!("The checkpoint {key} is left out for an older one: {message}"))
+        }
+        Happening::StateMismatch { generation } => {
+            (true, "StateMismatch", format!("Ranks of generation {generation} loaded different weights: is the model or a checkpoint being overwritten?"))
+        }
+    })
+}

@@ -1,0 +1,177 @@
+//! What the user is told: conditions, numbers and one word. Pure, but for the write at the end.
+
+mod conditions;
+mod obstacle;
+
+pub use obstacle::{Obstacle, obstacle};
+
+use super::apply::Applied;
+use super::build;
+use super::observe::{Observed, PodView};
+use super::plan::Plan;
+use crate::coordinator::membership::Millis;
+use crate::coordinator::report::{Phase, Report};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use std::collections::BTreeMap;
+use std::time::Duration;
+use vicuna_crds::training::{
+    CheckpointStatus, Disruptions, Membership, Progress, Restarts, TrainingResult, TrainingState,
+    VicunaTrainingStatus, condition,
+};
+use vicuna_crds::Period;
+
+/// Between writes of mere progress.
+pub const WRITE_EVERY: Duration = Duration::from_secs(15);
+
+/// The status that follows from what was seen and done.
+pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) -> VicunaTrainingStatus {
+    let before = observed.training.status.clone().unwrap_or_default();
+    if is_terminal(&before) {
+        return before;
+    }
+    let obstacle = obstacle(observed, applied);
+    let state = state(observed, plan, obstacle.as_ref());
+    let report = observed.report.as_ref();
+    let time = time(now);
+    let over = matches!(state, TrainingState::Complete | TrainingState::Failed);
+    let ready = report.filter(|report| report.phase == Phase::Steady).map_or(0, |report| report.members.len());
+    VicunaTrainingStatus {
+        conditions: conditions::conditions(observed, plan, state, obstacle.as_ref(), &before, &time),
+        state: Some(state),
+        progress: report.and_then(progress).or(before.progress),
+        membership: report.map(|report| membership(report, &observed.pods, ready)).or(before.membership),
+        ready_max: Some(format!("{ready}/{}", observed.training.spec.workers.max)),
+        selector: Some(build::selector(&observed.training)),
+        checkpoint: report.and_then(checkpoint).or(before.checkpoint),
+        disruptions: report.map(|report| disruptions(report, before.disruptions.as_ref())).or(before.disruptions.clone()),
+        restarts: Some(Restarts { application: plan.memory.restarts }),
+        last_failure: plan.memory.last_failure.clone().or(before.last_failure),
+        result: report.and_then(result).or(before.result),
+        observed_generation: observed.training.metadata.generation,
+        start_time: before.start_time.or_else(|| (!observed.pods.is_empty() || applied.created > 0).then(|| time.clone())),
+        completion_time: before.completion_time.or_else(|| over.then(|| time.clone())),
+    }
+}
+
+/// Terminal stays terminal.
+pub fn is_terminal(status: &VicunaTrainingStatus) -> bool {
+    status.conditions.iter().any(|it| it.type_ == condition::FINISHED && it.status == "True")
+}
+
+/// When the status should be written: now, after some time, or not at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    Now,
+    After(Duration),
+    No,
+}
+
+/// Changes of state are written at once, mere progress now and then.
+pub fn when_to_write(new: &VicunaTrainingStatus, written: Option<&(VicunaTrainingStatus, Millis)>, now: Millis) -> Write {
+    let Some((old, at)) = written else { return Write::Now };
+    if new == old {
+        return Write::No;
+    }
+    let since = Duration::from_millis(now.saturating_sub(*at));
+    if without_numbers(new) != without_numbers(old) || since >= WRITE_EVERY {
+        Write::Now
+    } else {
+        Write::After(WRITE_EVERY - since)
+    }
+}
+
+fn without_numbers(status: &VicunaTrainingStatus) -> VicunaTrainingStatus {
+    VicunaTrainingStatus { progress: None, checkpoint: None, ..status.clone() }
+}
+
+fn time(now: Millis) -> Time {
+    let ms = i64::try_from(now).unwrap_or(i64::MAX);
+    // Whole seconds, as the API server stores them: else each status would differ from the stored one.
+    Time(Timestamp::from_second(ms / 1000).unwrap_or(Timestamp::UNIX_EPOCH))
+}
+
+fn state(observed: &Observed, plan: &Plan, obstacle: Option<&Obstacle>) -> TrainingState {
+    let Some(report) = &observed.report else {
+        return if plan.memory.verdict.is_some() { TrainingState::Failed } else { TrainingState::Pending };
+    };
+    if report.finish.is_some() {
+        return TrainingState::Complete;
+    }
+    if plan.memory.verdict.is_some() {
+        return TrainingState::Failed;
+    }
+    if observed.training.spec.suspend {
+        let gone = report.phase == Phase::Stopped && observed.pods.is_empty();
+        return if gone { TrainingState::Suspended } else { TrainingState::Suspending };
+    }
+    match report.phase {
+        Phase::Steady => TrainingState::Running,
+        _ if obstacle.is_some_and(|obstacle| obstacle.blocks) => TrainingState::Blocked,
+        _ if report.generation > 0 => TrainingState::Recovering,
+        _ if observed.pods.iter().any(|pod| pod.started) => TrainingState::Starting,
+        _ => TrainingState::Pending,
+    }
+}
+
+fn progress(report: &Report) -> Option<Progress> {
+    let last = report.progress.as_ref();
+    let steps = last.map_or(0, |last| last.steps).max(report.steps);
+    let step = report.finish.as_ref().map(|finish| finish.step).or(last.map(|last| last.step))?;
+    let rate = last
+        .filter(|last| last.step_seconds > 0.0)
+        .map(|last| last.tokens as f64 / last.step_seconds);
+    Some(Progress {
+        step,
+        steps,
+        step_of: Some(format!("{step}/{steps}")),
+        epoch: last.map_or(0.0, |last| last.epoch),
+        loss: last.and_then(|last| last.loss),
+        learning_rate: last.map(|last| last.learning_rate),
+        tokens_per_second: rate,
+    })
+}
+
+fn membership(report: &Report, pods: &[PodView], ready: usize) -> Membership {
+    let mut pools: BTreeMap<String, u32> = BTreeMap::new();
+    let steady = report.phase == Phase::Steady;
+    for member in report.members.iter().filter(|_| steady) {
+        if let Some(pod) = pods.iter().find(|pod| pod.uid == member.pod_uid) {
+            *pools.entry(pod.pool.clone()).or_default() += 1;
+        }
+    }
+    Membership {
+        generation: report.generation,
+        ready: u32::try_from(ready).unwrap_or(u32::MAX),
+        pools,
+    }
+}
+
+fn checkpoint(report: &Report) -> Option<CheckpointStatus> {
+    report.checkpoint.as_ref().map(|checkpoint| CheckpointStatus {
+        step: checkpoint.step,
+        uri: checkpoint.uri.clone(),
+        digest: checkpoint.digest.clone(),
+        time: Some(time(checkpoint.at_ms)),
+    })
+}
+
+fn disruptions(report: &Report, before: Option<&Disruptions>) -> Disruptions {
+    let counters = report.disruptions;
+    Disruptions {
+        notices: counters.notices,
+        reclaims: counters.reclaims,
+        lost_steps: counters.lost_steps,
+        last_recovery: counters
+            .last_recovery_ms
+            .map(|ms| Period::from(Duration::from_millis(ms)))
+            .or(before.and_then(|before| before.last_recovery)),
+    }
+}
+
+fn result(report: &Report) -> Option<TrainingResult> {
+    report.finish.as_ref().map(|finish| TrainingResult {
+        uri: finish.uri.clone(),
+        digest: finish.digest.clone(),
+    })
+}

@@ -1,0 +1,173 @@
+//! The conditions. All are always there, so that waiting for one never hangs for want of it.
+
+use super::Obstacle;
+use crate::training::observe::Observed;
+use crate::training::plan::Plan;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use vicuna_crds::training::{TrainingState, VicunaTrainingStatus, condition};
+
+/// A condition before it has its time.
+struct Verdict {
+    kind: &'static str,
+    holds: bool,
+    reason: String,
+    message: String,
+}
+
+fn verdict(kind: &'static str, holds: bool, reason: impl Into<String>, message: impl Into<String>) -> Verdict {
+    Verdict {
+        kind,
+        holds,
+        reason: reason.into(),
+        message: message.into(),
+    }
+}
+
+pub fn conditions(
+    observed: &Observed,
+    plan: &Plan,
+    state: TrainingState,
+    obstacle: Option<&Obstacle>,
+    before: &VicunaTrainingStatus,
+    now: &Time,
+) -> Vec<Condition> {
+    let verdicts = [
+        admitted(observed),
+        running(observed, state),
+        progressing(observed, plan, state, obstacle),
+        checkpointed(observed, obstacle, before),
+        suspended(state),
+        complete(observed, state),
+        failed(plan, state),
+        finished(state),
+    ];
+    let generation = observed.training.metadata.generation;
+    verdicts
+        .into_iter()
+        .map(|verdict| dated(verdict, before, generation, now))
+        .collect()
+}
+
+/// The time of a condition is when it last changed between True and False.
+fn dated(verdict: Verdict, before: &VicunaTrainingStatus, generation: Option<i64>, now: &Time) -> Condition {
+    let status = if verdict.holds { "True" } else { "False" };
+    let same = before
+        .conditions
+        .iter()
+        .find(|old| old.type_ == verdict.kind && old.status == status);
+    Condition {
+        type_: verdict.kind.to_owned(),
+        status: status.to_owned(),
+        reason: verdict.reason,
+        message: verdict.message,
+        observed_generation: generation,
+        last_transition_time: same.map_or_else(|| now.clone(), |old| old.last_transition_time.clone()),
+    }
+}
+
+fn admitted(observed: &Observed) -> Verdict {
+    match crate::coordinator::job::job(&observed.training) {
+        Ok(_) => verdict(condition::ADMITTED, true, "Valid", "The spec can be run."),
+        Err(error) => verdict(condition::ADMITTED, false, "InvalidSpec", error.to_string()),
+    }
+}
+
+fn word(state: TrainingState) -> String {
+    format!("{state:?}")
+}
+
+fn activity(observed: &Observed) -> String {
+    let report = observed.report.as_ref();
+    report.map_or_else(|| "The membership is being read.".to_owned(), |report| sentence(&report.activity))
+}
+
+fn sentence(text: &str) -> String {
+    let mut letters = text.chars();
+    let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
+    format!("{first}{}.", letters.as_str())
+}
+
+fn running(observed: &Observed, state: TrainingState) -> Verdict {
+    let holds = state == TrainingState::Running;
+    verdict(condition::RUNNING, holds, word(state), activity(observed))
+}
+
+fn progressing(observed: &Observed, plan: &Plan, state: TrainingState, obstacle: Option<&Obstacle>) -> Verdict {
+    let kind = condition::PROGRESSING;
+    match (state, obstacle) {
+        (TrainingState::Running, Some(obstacle)) => verdict(
+            kind,
+            true,
+            "StepsAreMade",
+            format!("{} But {}: {}", activity(observed), obstacle.reason, obstacle.message),
+        ),
+        (TrainingState::Running, None) => verdict(kind, true, "StepsAreMade", activity(observed)),
+        (TrainingState::Complete | TrainingState::Failed | TrainingState::Suspended, _) => {
+            verdict(kind, false, word(state), "No more steps are made.")
+        }
+        (_, Some(obstacle)) => verdict(kind, false, obstacle.reason, obstacle.message.clone()),
+        (_, None) => verdict(kind, false, word(state), waiting(observed, plan)),
+    }
+}
+
+/// Why it does not go on although nothing is in its way.
+fn waiting(observed: &Observed, plan: &Plan) -> String {
+    match &plan.memory.last_failure {
+        Some(failure) if plan.memory.restarts + plan.memory.mishaps > 0 => {
+            format!("{} The last failure: {}", activity(observed), failure.message)
+        }
+        _ => activity(observed),
+    }
+}
+
+fn checkpointed(observed: &Observed, obstacle: Option<&Obstacle>, before: &VicunaTrainingStatus) -> Verdict {
+    let kind = condition::CHECKPOINTED;
+    if let Some(obstacle) = obstacle.filter(|obstacle| obstacle.of_store) {
+        return verdict(kind, false, obstacle.reason, obstacle.message.clone());
+    }
+    let report = observed.report.as_ref();
+    let known = report.is_some_and(|report| report.checkpoint.is_some() || report.finish.is_some());
+    if known || before.checkpoint.is_some() {
+        verdict(kind, true, "Written", "A complete checkpoint is in the bucket.")
+    } else {
+        verdict(kind, false, "NoneYet", "No checkpoint has been written yet.")
+    }
+}
+
+fn suspended(state: TrainingState) -> Verdict {
+    let holds = state == TrainingState::Suspended;
+    let message = if holds {
+        "The pods are given back; set suspend to false to go on from the last checkpoint."
+    } else {
+        "The training is not suspended."
+    };
+    verdict(condition::SUSPENDED, holds, word(state), message)
+}
+
+fn complete(observed: &Observed, state: TrainingState) -> Verdict {
+    let finish = observed.report.as_ref().and_then(|report| report.finish.as_ref());
+    match finish {
+        Some(finish) => verdict(
+            condition::COMPLETE,
+            true,
+            "ResultWritten",
+            format!("The result after step {} is at {}.", finish.step, finish.uri),
+        ),
+        None => verdict(condition::COMPLETE, false, word(state), "There is no result yet."),
+    }
+}
+
+fn failed(plan: &Plan, state: TrainingState) -> Verdict {
+    match (&plan.memory.verdict, state) {
+        (Some((reason, message)), TrainingState::Failed) => {
+            verdict(condition::FAILED, true, reason.clone(), message.clone())
+        }
+        _ => verdict(condition::FAILED, false, word(state), "The training has not been given up."),
+    }
+}
+
+fn finished(state: TrainingState) -> Verdict {
+    let holds = matches!(state, TrainingState::Complete | TrainingState::Failed);
+    let message = if holds { "Nothing more will happen." } else { "The training is not over." };
+    verdict(condition::FINISHED, holds, word(state), message)
+}

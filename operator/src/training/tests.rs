@@ -1,0 +1,422 @@
+//! Fixtures, and what plan and status make of them.
+
+use super::apply::Applied;
+use super::memory::Memory;
+use super::observe::{End, Observed, PodView, Trouble};
+use super::plan::{Action, Plan, plan};
+use super::status::{WRITE_EVERY, Write, is_terminal, status, when_to_write};
+use crate::coordinator::membership::{Departure, Millis};
+use crate::coordinator::record::{Finish, Member};
+use crate::coordinator::report::{Blockage, Phase, RankFailure, RankView, Report, StepReport};
+use serde_json::json;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+use vicuna_crds::training::{TrainingState, VicunaTraining, VicunaTrainingStatus};
+use vicuna_crds::Pool;
+use vicuna_protocol::coordinator::Cause;
+
+/// A training with two workers of at least one, in the pools `spot` and `onprem`.
+pub(crate) fn training(name: &str) -> VicunaTraining {
+    serde_json::from_value(json!({
+        "apiVersion": "vicuna.dev/v1alpha1",
+        "kind": "VicunaTraining",
+        "metadata": {"name": name, "namespace": "ns", "uid": format!("uid-{name}"), "generation": 1},
+        "spec": {
+            "model": {"from": "s3://bucket/model"},
+            "dataset": [{"from": "s3://bucket/data.json"}],
+            "recipe": {"globalBatch": 8, "microBatch": 1, "steps": 100},
+            "workers": {"min": 1, "max": 2},
+            "pools": [
+                {"name": "spot", "capacity": "Spot", "nodeSelector": {"kind": "spot"}},
+                {"name": "onprem", "capacity": "OnPrem", "nodeSelector": {"kind": "onprem"}},
+            ],
+            "checkpoint": {"to": "s3://bucket/run", "credentials": {"name": "store"}},
+        },
+    }))
+    .unwrap()
+}
+
+const NOW: Millis = 10_000_000;
+
+fn observed() -> Observed {
+    let training = training("t");
+    Observed {
+        pools: Pool::of(&training.spec.pools),
+        training: Arc::new(training),
+        pods: Vec::new(),
+        names: BTreeSet::new(),
+        report: Some(Report { phase: Phase::Held, ..Report::default() }),
+        stocked_out: BTreeSet::new(),
+        avoided_nodes: BTreeSet::new(),
+        memory: Memory::default(),
+    }
+}
+
+impl Observed {
+    fn pod(mut self, name: &str, change: impl FnOnce(&mut PodView)) -> Self {
+        let mut pod = PodView {
+            name: name.to_owned(),
+            uid: name.to_owned(),
+            pool: "spot".to_owned(),
+            node: Some("n1".to_owned()),
+            started: true,
+            ..PodView::default()
+        };
+        change(&mut pod);
+        self.names.insert(name.to_owned());
+        self.pods.push(pod);
+        self
+    }
+
+    fn ended(self, name: &str, end: End) -> Self {
+        self.pod(name, |pod| pod.ended = Some(end))
+    }
+
+    fn rank(mut self, pod: &str, change: impl FnOnce(&mut RankView)) -> Self {
+        let mut rank = RankView { connected: true, prepared: true, leaving: false, released: false, blocked: None };
+        change(&mut rank);
+        self.reported(|report| {
+            report.ranks.insert(pod.to_owned(), rank);
+        })
+    }
+
+    fn reported(mut self, change: impl FnOnce(&mut Report)) -> Self {
+        change(self.report.get_or_insert_default());
+        self
+    }
+
+    fn spec(mut self, change: impl FnOnce(&mut VicunaTraining)) -> Self {
+        change(Arc::make_mut(&mut self.training));
+        self.pools = Pool::of(&self.training.spec.pools);
+        self
+    }
+}
+
+fn created(plan: &Plan) -> Vec<(String, usize)> {
+    let create = |action: &Action| match action {
+        Action::CreatePod { name, pool } => Some((name.clone(), *pool)),
+        _ => None,
+    };
+    plan.actions.iter().filter_map(create).collect()
+}
+
+fn deleted(plan: &Plan) -> Vec<String> {
+    let delete = |action: &Action| match action {
+        Action::DeletePod { name, .. } => Some(name.clone()),
+        _ => None,
+    };
+    plan.actions.iter().filter_map(delete).collect()
+}
+
+fn notice(hurry: bool) -> Departure {
+    Departure { source: "spot-itn".into(), deadline_ms: NOW + 30_000, hurry, reclaim: hurry }
+}
+
+fn failed(exit_code: i32) -> End {
+    End { exit_code: Some(exit_code), reason: "Error".into(), ..End::default() }
+}
+
+#[test]
+fn missing_pods_are_made_in_the_first_pool_with_room() {
+    let plan_ = plan(&observed(), NOW);
+    assert_eq!(created(&plan_), [("t-spot-0".into(), 0), ("t-spot-1".into(), 0)]);
+    let limited = observed().spec(|training| training.spec.pools[0].max = Some(1));
+    assert_eq!(created(&plan(&limited, NOW)), [("t-spot-0".into(), 0), ("t-onprem-1".into(), 1)]);
+    assert!(plan_.actions.contains(&Action::Prepare { min_available: 1 }));
+}
+
+#[test]
+fn a_pod_on_a_noticed_node_is_replaced_at_once_under_another_name() {
+    let seen = observed()
+        .pod("t-spot-0", |pod| pod.departure = Some(notice(true)))
+        .pod("t-spot-1", |_| {});
+    let plan = plan(&seen, NOW);
+    assert_eq!(created(&plan), [("t-spot-2".into(), 0)]);
+    assert!(deleted(&plan).is_empty(), "its rank still writes its checkpoint");
+}
+
+#[test]
+fn a_pod_that_cannot_be_deleted_blocks_nobody() {
+    let seen = observed().pod("t-spot-0", |pod| pod.deleting = true).pod("t-spot-1", |_| {});
+    assert_eq!(created(&plan(&seen, NOW)), [("t-spot-2".into(), 0)]);
+}
+
+#[test]
+fn a_stocked_out_pool_is_passed_over() {
+    let stuck = |since_ms| {
+        observed().pod("t-spot-0", |_| {}).pod("t-spot-1", |pod| {
+            pod.trouble = Some(Trouble::Unschedulable { since_ms, message: "0/3 nodes".into() });
+        })
+    };
+    let waiting = plan(&stuck(NOW - 59_000), NOW);
+    assert!(deleted(&waiting).is_empty() && created(&waiting).is_empty());
+    assert_eq!(waiting.look_again, Duration::from_secs(1));
+    let moved = plan(&stuck(NOW - 60_000), NOW);
+    assert_eq!(deleted(&moved), ["t-spot-1"]);
+    assert_eq!(created(&moved), [("t-onprem-2".into(), 1)]);
+    assert!(moved.stocked_out.contains("spot"));
+    let mut nowhere = stuck(NOW - 60_000);
+    nowhere.stocked_out.insert("onprem".into());
+    assert!(deleted(&plan(&nowhere, NOW)).is_empty(), "a pending pod is what an autoscaler acts on");
+}
+
+#[test]
+fn a_reclaim_never_spends_a_retry() {
+    let ends = [
+        End { with_its_node: true, exit_code: Some(137), ..End::default() },
+        End { succeeded: true, exit_code: Some(0), ..End::default() },
+        End { exit_code: Some(143), ..End::default() },
+    ];
+    for end in ends {
+        let plan = plan(&observed().ended("t-spot-0", end).pod("t-spot-1", |_| {}), NOW);
+        assert_eq!((plan.memory.restarts, plan.memory.mishaps), (0, 0));
+        assert_eq!(created(&plan).len(), 1, "it is replaced without delay");
+    }
+    let noticed = observed().pod("t-spot-0", |pod| {
+        pod.ended = Some(failed(1));
+        pod.departure = Some(notice(true));
+    });
+    assert_eq!(plan(&noticed, NOW).memory.restarts, 0);
+}
+
+#[test]
+fn an_application_failure_spends_one_retry_and_waits() {
+    let seen = observed().ended("t-spot-0", failed(1)).ended("t-spot-1", failed(1));
+    let first = plan(&seen, NOW);
+    assert_eq!(first.memory.restarts, 1, "ranks that fail together are one incident");
+    assert!(created(&first).is_empty());
+    assert_eq!(deleted(&first).len(), 2);
+    let again = Observed { memory: first.memory.clone(), ..seen };
+    assert_eq!(plan(&again, NOW + 60_000).memory.restarts, 1, "each pod counts once");
+    let replaced = Observed { memory: first.memory, ..observed() };
+    assert_eq!(created(&plan(&replaced, NOW + 5_000)).len(), 2);
+}
+
+#[test]
+fn without_progress_the_training_is_given_up_and_stays_so() {
+    let mut memory = Memory::default();
+    for attempt in 0..4u64 {
+        let now = NOW + attempt * 600_000;
+        let seen = Observed { memory, ..observed() }.ended(&format!("t-spot-{attempt}"), failed(1));
+        let plan = plan(&seen, now);
+        memory = plan.memory.clone();
+        let status = status(&seen, &plan, &Applied::default(), now);
+        assert_eq!(status.state == Some(TrainingState::Failed), attempt == 3, "{attempt}");
+        if attempt == 3 {
+            assert!(is_terminal(&status));
+            let later = seen.spec(|training| training.status = Some(status.clone()));
+            let plan = super::plan::plan(&later, now + 1);
+            assert!(created(&plan).is_empty());
+            assert_eq!(super::status::status(&later, &plan, &Applied::default(), now + 1), status);
+        }
+    }
+}
+
+#[test]
+fn progress_fills_the_budget_up_again() {
+    let memory = Memory { restarts: 3, step_at_failure: 10, ..Memory::default() };
+    let at = |step: u64| {
+        let seen = Observed { memory: memory.clone(), ..observed() };
+        seen.reported(|report| report.progress = Some(step_report(step)))
+    };
+    assert_eq!(plan(&at(10), NOW).memory.restarts, 3);
+    assert_eq!(plan(&at(11), NOW).memory.restarts, 0);
+}
+
+fn step_report(step: u64) -> StepReport {
+    StepReport {
+        generation: 1,
+        step,
+        steps: 100,
+        epoch: 0.1,
+        loss: Some(2.0),
+        learning_rate: 1e-5,
+        tokens: 100,
+        step_seconds: 2.0,
+    }
+}
+
+#[test]
+fn what_lies_outside_the_program_spends_no_retry() {
+    for cause in [Cause::Store, Cause::Model, Cause::Data, Cause::Infrastructure] {
+        let failure = RankFailure { cause, message: "no".into(), step: 0 };
+        let seen = observed()
+            .ended("t-spot-0", failed(1))
+            .reported(|report| drop(report.failures.insert("t-spot-0".into(), failure)));
+        let plan = plan(&seen, NOW);
+        assert_eq!((plan.memory.restarts, plan.memory.mishaps), (0, 1), "{cause:?}");
+        assert!(plan.memory.backoff_until_ms > NOW);
+    }
+    let oom = End { exit_code: Some(137), reason: "OOMKilled".into(), ..End::default() };
+    let plan = plan(&observed().ended("t-spot-0", oom), NOW);
+    assert_eq!(plan.memory.restarts, 1);
+    assert!(plan.memory.last_failure.unwrap().message.contains("raise workers.resources"));
+}
+
+#[test]
+fn surplus_pods_go_but_ranks_that_train_are_sent_home_by_the_coordinator() {
+    let seen = observed()
+        .pod("t-spot-0", |_| {})
+        .pod("t-spot-1", |_| {})
+        .pod("t-spot-2", |pod| pod.started = false)
+        .rank("t-spot-0", |_| {})
+        .rank("t-spot-1", |_| {})
+        .spec(|training| training.spec.workers.max = 1);
+    assert_eq!(deleted(&plan(&seen, NOW)), ["t-spot-2"]);
+}
+
+#[test]
+fn hung_and_released_pods_are_replaced() {
+    let seen = observed()
+        .pod("t-spot-0", |_| {})
+        .pod("t-spot-1", |_| {})
+        .rank("t-spot-1", |rank| rank.released = true)
+        .reported(|report| drop(report.unresponsive.insert("t-spot-0".into())));
+    let plan = plan(&seen, NOW);
+    assert_eq!(deleted(&plan), ["t-spot-0"]);
+    assert_eq!(created(&plan).len(), 2);
+}
+
+#[test]
+fn a_suspended_training_keeps_its_pods_until_the_coordinator_has_stopped() {
+    let suspended = |phase| {
+        let seen = observed().pod("t-spot-0", |_| {}).rank("t-spot-0", |_| {});
+        seen.spec(|training| training.spec.suspend = true).reported(|report| report.phase = phase)
+    };
+    assert!(deleted(&plan(&suspended(Phase::Collecting), NOW)).is_empty());
+    let stopped = plan(&suspended(Phase::Stopped), NOW);
+    assert_eq!(deleted(&stopped), ["t-spot-0"]);
+    assert!(created(&stopped).is_empty());
+}
+
+fn reason<'a>(status: &'a VicunaTrainingStatus, kind: &str) -> (&'a str, &'a str, &'a str) {
+    let condition = status.conditions.iter().find(|it| it.type_ == kind).unwrap();
+    (&condition.status, &condition.reason, &condition.message)
+}
+
+fn told(seen: &Observed) -> VicunaTrainingStatus {
+    status(seen, &plan(seen, NOW), &Applied::default(), NOW)
+}
+
+#[test]
+fn each_obstacle_has_its_reason_and_says_what_to_do() {
+    let store = |message: &str| {
+        let blockage = Blockage { cause: Cause::Store, message: message.into() };
+        observed().pod("t-spot-0", |_| {}).rank("t-spot-0", |rank| {
+            rank.prepared = false;
+            rank.blocked = Some(blockage);
+        })
+    };
+    let trouble = |trouble: Trouble| observed().pod("t-spot-0", |pod| {
+        pod.started = false;
+        pod.trouble = Some(trouble);
+    });
+    let cases = [
+        (store("the bucket of s3://b/x does not exist: create it"), "BucketMissing", "create it"),
+        (store("the store refused the credentials for s3://b"), "CredentialsRefused", "credentials"),
+        (store("the store of s3://b cannot be reached (x): check"), "StoreUnreachable", "check"),
+        (trouble(Trouble::Unschedulable { since_ms: NOW, message: "0/3 nodes are available.".into() }), "Unschedulable", "Add nodes"),
+        (trouble(Trouble::ImagePull { image: "runtime:x".into(), message: "not found".into() }), "ImagePullFailed", "runtime:x"),
+        (trouble(Trouble::Configuration { message: "secret \"store\" not found".into() }), "PodMisconfigured", "Create the Secret store"),
+    ];
+    for (seen, expected, advice) in cases {
+        let status = told(&seen);
+        let (holds, reason, message) = reason(&status, "Progressing");
+        assert_eq!((holds, reason), ("False", expected));
+        assert!(message.contains(advice), "{message}");
+        assert_eq!(status.state, Some(TrainingState::Blocked));
+        assert_eq!(status.restarts.unwrap().application, 0);
+    }
+}
+
+#[test]
+fn a_running_training_shows_numbers_and_members() {
+    let member = |pod: &str| Member { pod_uid: pod.into(), pod_name: pod.into(), node: "n".into(), address: "a".into() };
+    let seen = observed()
+        .pod("t-spot-0", |_| {})
+        .pod("t-onprem-1", |pod| pod.pool = "onprem".into())
+        .reported(|report| {
+            report.phase = Phase::Steady;
+            report.generation = 3;
+            report.members = vec![member("t-spot-0"), member("t-onprem-1")];
+            report.progress = Some(step_report(40));
+            report.disruptions.reclaims = 1;
+            report.disruptions.last_recovery_ms = Some(7_300);
+        });
+    let status = told(&seen);
+    assert_eq!(status.state, Some(TrainingState::Running));
+    assert_eq!(status.ready_max.as_deref(), Some("2/2"));
+    let progress = status.progress.clone().unwrap();
+    assert_eq!((progress.step_of.as_deref(), progress.tokens_per_second), (Some("40/100"), Some(50.0)));
+    assert_eq!(status.membership.clone().unwrap().pools.len(), 2);
+    assert_eq!(status.disruptions.clone().unwrap().last_recovery.unwrap().to_string(), "7s300ms");
+    assert_eq!(reason(&status, "Running").0, "True");
+    assert_eq!(reason(&status, "Finished").0, "False");
+    let text = serde_json::to_value(&status).unwrap();
+    assert_eq!(serde_json::from_value::<VicunaTrainingStatus>(text).unwrap(), status);
+}
+
+#[test]
+fn the_result_ends_the_training() {
+    let finish = Finish { step: 100, uri: "s3://bucket/run/result".into(), digest: "d".into(), loss: 1.0 };
+    let seen = observed().pod("t-spot-0", |_| {}).reported(|report| {
+        report.phase = Phase::Finished;
+        report.finish = Some(finish);
+    });
+    let plan = plan(&seen, NOW);
+    assert_eq!(deleted(&plan), ["t-spot-0"]);
+    let status = status(&seen, &plan, &Applied::default(), NOW);
+    assert_eq!(status.state, Some(TrainingState::Complete));
+    assert_eq!(reason(&status, "Finished").0, "True");
+    assert_eq!(status.result.unwrap().uri, "s3://bucket/run/result");
+}
+
+#[test]
+fn progress_is_written_now_and_then_and_changes_at_once() {
+    let base = VicunaTrainingStatus::default();
+    let with_step = |step| VicunaTrainingStatus {
+        progress: Some(vicuna_crds::training::Progress { step, ..Default::default() }),
+        ..base.clone()
+    };
+    let written = (with_step(1), NOW);
+    assert_eq!(when_to_write(&with_step(1), Some(&written), NOW + 60_000), Write::No);
+    let after = when_to_write(&with_step(2), Some(&written), NOW + 5_000);
+    assert_eq!(after, Write::After(Duration::from_secs(10)));
+    let due = NOW + u64::try_from(WRITE_EVERY.as_millis()).unwrap();
+    assert_eq!(when_to_write(&with_step(2), Some(&written), due), Write::Now);
+    let changed = VicunaTrainingStatus { state: Some(TrainingState::Running), ..with_step(2) };
+    assert_eq!(when_to_write(&changed, Some(&written), NOW + 1), Write::Now);
+    assert_eq!(when_to_write(&base, None, NOW), Write::Now);
+}
+
+#[test]
+fn pods_are_seen_as_the_api_server_shows_them() {
+    let pod = serde_json::from_value(json!({
+        "metadata": {"name": "p", "uid": "u", "labels": {"vicuna.dev/pool": "spot"}},
+        "spec": {"containers": [], "nodeName": "n1"},
+        "status": {
+            "phase": "Failed",
+            "containerStatuses": [{
+                "name": "trainer", "image": "i", "imageID": "", "ready": false, "restartCount": 0,
+                "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}},
+            }],
+        },
+    }))
+    .unwrap();
+    let view = super::observe::pod_view(&pod, None, false);
+    let end = view.ended.unwrap();
+    assert_eq!((end.exit_code, end.reason.as_str(), end.with_its_node), (Some(137), "OOMKilled", false));
+    assert!(super::observe::pod_view(&pod, None, true).ended.unwrap().with_its_node);
+    let waiting = serde_json::from_value(json!({
+        "metadata": {"name": "p"},
+        "spec": {"containers": []},
+        "status": {"phase": "Pending", "containerStatuses": [{
+            "name": "trainer", "image": "i", "imageID": "", "ready": false, "restartCount": 0,
+            "state": {"waiting": {"reason": "CreateContainerConfigError", "message": "secret \"store\" not found"}},
+        }]},
+    }))
+    .unwrap();
+    let view = super::observe::pod_view(&waiting, None, false);
+    assert!(matches!(view.trouble, Some(Trouble::Configuration { .. })) && !view.started);
+}

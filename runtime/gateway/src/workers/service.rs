@@ -1,0 +1,215 @@
+//! The gRPC service that workers attach to.
+
+use super::registry::{Connection, Registry};
+use super::trust::Trust;
+use crate::api::error::ApiError;
+use crate::choice::Loss;
+use crate::metrics::Metrics;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use vicuna_protocol::auth::Caller;
+use vicuna_protocol::inference::{
+    Delta, Failure, GatewayMessage, GatewayWelcome, WorkerHello, WorkerMessage, failure, gateway_message,
+    worker_message::Body, workers_server::Workers,
+};
+
+/// Messages to a worker that it has not read yet: it is gone when there are more.
+const OUTBOUND: usize = 4096;
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_OFFERS: usize = 16;
+const MAX_SLOTS: u32 = 4096;
+const MAX_NAME: usize = 253;
+
+type Outbound = mpsc::Sender<Result<GatewayMessage, Status>>;
+
+#[derive(Clone)]
+pub struct WorkerService {
+    pub gateway: String,
+    pub registry: Arc<Registry>,
+    pub trust: Trust,
+    pub metrics: Metrics,
+}
+
+#[tonic::async_trait]
+impl Workers for WorkerService {
+    type AttachStream = ReceiverStream<Result<GatewayMessage, Status>>;
+
+    async fn attach(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Self::AttachStream>, Status> {
+        let caller = self.trust.verify(request.metadata())?;
+        let (outbound, messages) = mpsc::channel(OUTBOUND);
+        let service = self.clone();
+        tokio::spawn(async move {
+            if let Err(status) = service.serve(caller, request.into_inner(), &outbound).await {
+                tracing::warn!(%status, "a worker's stream ends");
+                // A worker that does not read its end will see the stream break.
+                let _ = outbound.try_send(Err(status));
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(messages)))
+    }
+}
+
+impl WorkerService {
+    async fn serve(
+        &self,
+        caller: Caller,
+        mut inbound: Streaming<WorkerMessage>,
+        outbound: &Outbound,
+    ) -> Result<(), Status> {
+        let hello = first_message(&mut inbound).await?;
+        let hello = accept(&caller, hello)?;
+        let welcome = gateway_message::Body::Welcome(GatewayWelcome { gateway: self.gateway.clone() });
+        let welcome = GatewayMessage { body: Some(welcome) };
+        outbound.send(Ok(welcome)).await.map_err(|_| Status::cancelled("the worker went away"))?;
+        tracing::info!(
+            worker = hello.worker,
+            node = hello.node,
+            capacity = hello.capacity,
+            slots = hello.slots,
+            models = hello.models.len(),
+            "worker attached"
+        );
+        let connection = self.registry.attach(&caller.namespace, hello, outbound.clone());
+        let ended = self.listen(&connection, &mut inbound).await;
+        self.registry.detach(connection.id);
+        tracing::info!(worker = connection.worker, "worker detached");
+        ended
+    }
+
+    async fn listen(&self, connection: &Connection, inbound: &mut Streaming<WorkerMessage>) -> Result<(), Status> {
+        loop {
+            tokio::select! {
+                () = connection.gone.cancelled() => {
+                    return Err(Status::aborted("this connection was given up; attach again"));
+                }
+                message = inbound.message() => match message? {
+                    Some(WorkerMessage { body: Some(body) }) => self.handle(connection, body)?,
+                    Some(WorkerMessage { body: None }) => {}
+                    None => return Ok(()),
+                },
+            }
+        }
+    }
+
+    fn handle(&self, connection: &Connection, body: Body) -> Result<(), Status> {
+        match body {
+            Body::Load(load) => self.registry.report(connection, load),
+            Body::Delta(delta) => self.delta(connection, delta)?,
+            Body::Done(done) => {
+                if let Some(choice) = connection.choice(&done.request, done.choice) {
+                    choice.finish(connection.id, done);
+                }
+            }
+            Body::Failure(failure) => fail(connection, failure),
+            Body::Draining(draining) => {
+                tracing::info!(worker = connection.worker, draining.deadline_ms, "worker drains");
+                self.registry.drain(connection);
+            }
+            Body::Hello(_) => {
+                return Err(Status::invalid_argument("a worker says hello once"));
+            }
+        }
+        Ok(())
+    }
+
+    fn delta(&self, connection: &Connection, delta: Delta) -> Result<(), Status> {
+        // What was cancelled meanwhile still comes for a moment.
+        let Some(choice) = connection.choice(&delta.request, delta.choice) else {
+            return Ok(());
+        };
+        let new = choice
+            .append(connection.id, delta)
+            .map_err(|broken| Status::data_loss(format!("{broken}; attach again")))?;
+        let tokens = self.metrics.tokens.with_label_values(&[&choice.job.model]);
+        tokens.inc_by(new as u64);
+        Ok(())
+    }
+}
+
+fn fail(connection: &Connection, failure: Failure) {
+    let Some(choice) = connection.choice(&failure.request, failure.choice) else {
+        return;
+    };
+    let (worker, request, message) = (&connection.worker, &failure.request, &failure.message);
+    match failure.code() {
+        failure::Code::Invalid => choice.fail(ApiError::bad_request(message)),
+        failure::Code::Overloaded => choice.lose(connection.id, Loss::Overloaded),
+        failure::Code::Internal | failure::Code::Unspecified => {
+            tracing::warn!(worker, request, message, "worker failed");
+            choice.lose(connection.id, Loss::Failed);
+        }
+    }
+}
+
+async fn first_message(inbound: &mut Streaming<WorkerMessage>) -> Result<WorkerHello, Status> {
+    let message = tokio::time::timeout(HELLO_TIMEOUT, inbound.message()).await;
+    match message.map_err(|_| Status::deadline_exceeded("no hello within 10 s"))?? {
+        Some(WorkerMessage { body: Some(Body::Hello(hello)) }) => Ok(hello),
+        _ => Err(Status::invalid_argument("the first message must be a hello")),
+    }
+}
+
+/// Checks what a worker says of itself against its token.
+fn accept(caller: &Caller, mut hello: WorkerHello) -> Result<WorkerHello, Status> {
+    if let Some(pod) = &caller.pod_name {
+        hello.worker.clone_from(pod);
+    }
+    let namespace = format!("{}/", caller.namespace);
+    let foreign = hello.models.iter().find(|offer| !offer.name.starts_with(&namespace));
+    if let Some(offer) = foreign {
+        return Err(Status::permission_denied(format!(
+            "a worker of namespace {} may not offer {}",
+            caller.namespace, offer.name
+        )));
+    }
+    let named = |name: &str| !name.is_empty() && name.len() <= 2 * MAX_NAME && !name.contains(char::is_control);
+    let sound = !hello.models.is_empty()
+        && hello.models.len() <= MAX_OFFERS
+        && hello.models.iter().all(|offer| named(&offer.name) && offer.max_length > 0)
+        && (1..=MAX_SLOTS).contains(&hello.slots)
+        && named(&hello.worker);
+    match sound {
+        true => Ok(hello),
+        false => {
+            Err(Status::invalid_argument("a hello needs a name, 1 to 16 models with their length, and 1 to 4096 slots"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vicuna_protocol::inference::ModelOffer;
+
+    fn hello(model: &str) -> WorkerHello {
+        WorkerHello {
+            worker: "claimed".into(),
+            models: vec![ModelOffer { name: model.into(), max_length: 8, ..ModelOffer::default() }],
+            slots: 1,
+            ..WorkerHello::default()
+        }
+    }
+
+    fn caller() -> Caller {
+        Caller { namespace: "team".into(), service_account: "sa".into(), pod_name: Some("pod-1".into()), pod_uid: None }
+    }
+
+    #[test]
+    fn a_worker_is_who_its_token_says_and_offers_only_its_namespace() {
+        assert_eq!(accept(&caller(), hello("team/m")).unwrap().worker, "pod-1");
+        for foreign in ["other/m", "team", "teams/m"] {
+            let status = accept(&caller(), hello(foreign)).unwrap_err();
+            assert_eq!(status.code(), tonic::Code::PermissionDenied);
+        }
+    }
+
+    #[test]
+    fn an_unsound_hello_is_refused() {
+        let mut empty = hello("team/m");
+        empty.slots = 0;
+        assert_eq!(accept(&caller(), empty).unwrap_err().code(), tonic::Code::InvalidArgument);
+    }
+}

@@ -1,0 +1,228 @@
+//! Streams that outlive their workers.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod support;
+
+use serde_json::json;
+use support::{MODEL, gateway, in_time, text, tokens};
+use vicuna_protocol::inference::gateway_message::Body as FromGateway;
+use vicuna_protocol::inference::worker_message::Body as FromWorker;
+use vicuna_protocol::inference::{Draining, Failure, failure};
+
+#[tokio::test]
+async fn a_stream_goes_on_elsewhere_when_its_worker_dies() {
+    let gateway = gateway(&[]).await;
+    let mut first = gateway.worker("w-1").await;
+    let stream = gateway.stream(json!({ "max_tokens": 6 }));
+    let begun = first.generate().await;
+    assert_eq!(begun.generated, [0u32; 0]);
+    first.speak(&begun, 0..3).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..3)).await;
+    assert_eq!(stream.worker.as_deref(), Some("w-1"));
+
+    drop(first);
+    let mut second = gateway.worker("w-2").await;
+    let resumed = second.generate().await;
+    assert_eq!(resumed.generated, tokens(0..3));
+    assert_eq!((&resumed.request, &resumed.sampling), (&begun.request, &begun.sampling));
+    second.speak(&resumed, 3..6).await;
+    second.done(&resumed, 6).await;
+    stream.to_end().await;
+
+    assert_eq!(stream.text(), text(0..6));
+    assert!(stream.raw.contains(": resumed on w-2"), "{}", stream.raw);
+    assert!(stream.raw.ends_with("data: [DONE]\n\n"));
+    assert!(stream.raw.contains(&format!("id: {}:3\n", begun.request)), "{}", stream.raw);
+    let events = stream.events();
+    let usage = events.last().unwrap();
+    assert_eq!(usage["usage"], json!({ "prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13 }));
+    assert_eq!(usage["vicuna"]["resumes"], 1);
+    assert_eq!(events[events.len() - 2]["choices"][0]["finish_reason"], "stop");
+    let metrics = gateway.metrics().await;
+    assert!(metrics.contains("vicuna_gateway_resumes_total{model=\"team/chat\"} 1"), "{metrics}");
+    assert!(metrics.contains("vicuna_gateway_tokens_total{model=\"team/chat\"} 6"), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_token_reaches_the_client_once() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let stream = gateway.stream(json!({}));
+    let generate = worker.generate().await;
+    for range in [0..2, 0..2, 1..2, 2..4] {
+        worker.speak(&generate, range).await;
+    }
+    worker.done(&generate, 4).await;
+    let mut stream = stream.await.unwrap();
+    stream.to_end().await;
+    assert_eq!(stream.text(), text(0..4));
+}
+
+#[tokio::test]
+async fn a_gap_is_a_lost_worker() {
+    let gateway = gateway(&[]).await;
+    let mut first = gateway.worker("w-1").await;
+    let stream = gateway.stream(json!({}));
+    let generate = first.generate().await;
+    first.speak(&generate, 0..2).await;
+    first.speak(&generate, 3..4).await;
+    let status = first.next().await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::DataLoss, "{status}");
+
+    let mut second = gateway.worker("w-2").await;
+    let resumed = second.generate().await;
+    assert_eq!(resumed.generated, tokens(0..2));
+    second.speak(&resumed, 2..4).await;
+    second.done(&resumed, 4).await;
+    let mut stream = stream.await.unwrap();
+    stream.to_end().await;
+    assert_eq!(stream.text(), text(0..4));
+}
+
+#[tokio::test]
+async fn other_weights_do_not_continue_an_answer() {
+    let gateway = gateway(&["--resume-timeout-seconds", "0.2"]).await;
+    let mut first = gateway.worker("w-1").await;
+    let stream = gateway.stream(json!({}));
+    let generate = first.generate().await;
+    first.speak(&generate, 0..2).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..2)).await;
+    let mut other = gateway.worker_with("w-2", |hello| hello.models[0].weights_digest = "digest-b".into()).await;
+    drop(first);
+    stream.to_end().await;
+    let events = stream.events();
+    assert_eq!(events.last().unwrap()["error"]["code"], "no_capacity");
+    assert!(!stream.raw.contains("[DONE]"));
+    // The other worker is there for new requests only: the first that it hears of is this one.
+    let answer = gateway.ask(json!({}));
+    let fresh = other.generate().await;
+    assert_ne!(fresh.request, generate.request);
+    other.done(&fresh, 0).await;
+    assert_eq!(in_time(answer).await.unwrap().0, 200);
+}
+
+#[tokio::test]
+async fn a_worker_that_falls_silent_is_gone() {
+    let gateway = gateway(&["--worker-timeout-seconds", "0.5"]).await;
+    let mut first = gateway.worker("w-1").await;
+    let answer = gateway.ask(json!({}));
+    let generate = first.generate().await;
+    first.speak(&generate, 0..1).await;
+    first.fall_silent();
+    assert_eq!(first.next().await.unwrap_err().code(), tonic::Code::Aborted);
+    let mut second = gateway.worker("w-2").await;
+    let resumed = second.generate().await;
+    second.speak(&resumed, 1..2).await;
+    second.done(&resumed, 2).await;
+    let (status, body) = in_time(answer).await.unwrap();
+    assert_eq!(status, 200);
+    assert_eq!(body["choices"][0]["message"]["content"], text(0..2));
+}
+
+#[tokio::test]
+async fn a_failed_answer_moves_to_another_worker_and_a_wrong_request_does_not() {
+    let gateway = gateway(&[]).await;
+    let mut first = gateway.worker("w-1").await;
+    let mut second = gateway.worker("w-2").await;
+    let fail = |request: &str, code: failure::Code| {
+        FromWorker::Failure(Failure {
+            request: request.into(),
+            choice: 0,
+            code: code.into(),
+            message: "the prompt is too long".into(),
+        })
+    };
+    let answer = gateway.ask(json!({}));
+    let generate = first.generate().await;
+    first.send(fail(&generate.request, failure::Code::Internal)).await;
+    let again = second.generate().await;
+    assert_eq!(again.request, generate.request);
+    second.send(fail(&again.request, failure::Code::Invalid)).await;
+    let (status, body) = in_time(answer).await.unwrap();
+    assert_eq!(status, 400);
+    assert_eq!(body["error"]["message"], "the prompt is too long");
+}
+
+#[tokio::test]
+async fn an_overloaded_worker_is_asked_again() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let answer = gateway.ask(json!({}));
+    let generate = worker.generate().await;
+    let failure =
+        Failure { request: generate.request.clone(), code: failure::Code::Overloaded.into(), ..Failure::default() };
+    worker.send(FromWorker::Failure(failure)).await;
+    assert!(matches!(worker.next().await.unwrap(), FromGateway::Cancel(_)));
+    let again = worker.generate().await;
+    assert_eq!(again.request, generate.request);
+    worker.done(&again, 0).await;
+    assert_eq!(in_time(answer).await.unwrap().0, 200);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_frees_its_worker() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker_with("w-1", |hello| hello.slots = 1).await;
+    let stream = gateway.stream(json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..1).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..1)).await;
+    let waiting = gateway.ask(json!({}));
+    drop(stream);
+    let FromGateway::Cancel(cancel) = worker.next().await.unwrap() else {
+        panic!("expected a cancel");
+    };
+    assert_eq!(cancel.request, generate.request);
+    // Its slot goes to the one that waits.
+    let next = worker.generate().await;
+    worker.done(&next, 0).await;
+    assert_eq!(in_time(waiting).await.unwrap().0, 200);
+    assert!(gateway.metrics().await.contains("code=\"499\""));
+}
+
+#[tokio::test]
+async fn a_draining_worker_gets_nothing_new() {
+    let gateway = gateway(&[]).await;
+    let first = gateway.worker("w-1").await;
+    let mut second = gateway.worker("w-2").await;
+    first.send(FromWorker::Draining(Draining { deadline_ms: 0 })).await;
+    let registry = &gateway.running.gateway.registry;
+    in_time(async {
+        while registry.model(MODEL).unwrap().workers.len() > 1 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    for _ in 0..3 {
+        let answer = gateway.ask(json!({}));
+        let generate = second.generate().await;
+        second.done(&generate, 0).await;
+        assert_eq!(in_time(answer).await.unwrap().0, 200);
+    }
+}
+
+#[tokio::test]
+async fn streams_end_before_the_gateway_does() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let stream = gateway.stream(json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..1).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..1)).await;
+
+    let (metrics, draining) = (gateway.running.metrics, gateway.running.gateway.draining.clone());
+    let stopping = tokio::spawn(gateway.running.stop());
+    in_time(draining.cancelled()).await;
+    let ready = reqwest::get(format!("http://{metrics}/readyz")).await.unwrap();
+    assert_eq!(ready.status(), 503);
+    worker.speak(&generate, 1..3).await;
+    worker.done(&generate, 3).await;
+    stream.to_end().await;
+    assert_eq!(stream.text(), text(0..3));
+    in_time(stopping).await.unwrap();
+}

@@ -1,0 +1,357 @@
+//! A gateway on free ports, workers that a test plays, and clients.
+
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use clap::Parser;
+use futures::StreamExt;
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use serde_json::{Value, json};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{Request, Status, Streaming};
+use vicuna_gateway::config::Config;
+use vicuna_gateway::gateway::{self, Running};
+use vicuna_protocol::auth::TokenFile;
+use vicuna_protocol::inference::gateway_message::Body as FromGateway;
+use vicuna_protocol::inference::worker_message::Body as FromWorker;
+use vicuna_protocol::inference::workers_client::WorkersClient;
+use vicuna_protocol::inference::{Delta, Done, GatewayMessage, Generate, Load, ModelOffer, WorkerHello, WorkerMessage};
+use vicuna_protocol::tls;
+
+/// Nothing here takes longer, unless it hangs.
+const DEADLINE: Duration = Duration::from_secs(20);
+pub const MODEL: &str = "team/chat";
+
+pub async fn in_time<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(DEADLINE, future).await.expect("in time")
+}
+
+/// Certificates, keys and token files in one folder.
+pub struct Trust {
+    folder: TempDir,
+    key: KeyPair,
+}
+
+impl Trust {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca_key = KeyPair::generate().unwrap();
+        write("ca.crt", &params.self_signed(&ca_key).unwrap().pem());
+        let names = ["vicuna-gateway".to_owned(), "vicuna-operator".to_owned()];
+        let tls_key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(names).unwrap();
+        let certificate = certificate.signed_by(&tls_key, &Issuer::new(params, ca_key)).unwrap();
+        write("tls.crt", &certificate.pem());
+        write("tls.key", &tls_key.serialize_pem());
+        let key = KeyPair::generate().unwrap();
+        write("jwks.json", &jwks(&key).to_string());
+        Self { folder, key }
+    }
+
+    pub fn path(&self, name: &str) -> std::path::PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A file with a token of a pod.
+    pub fn token(&self, audience: &str, namespace: &str, pod: &str) -> TokenFile {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let claims = json!({
+            "aud": [audience], "exp": now + 600, "iat": now, "iss": "test",
+            "kubernetes.io": {
+                "namespace": namespace, "serviceaccount": { "name": "default", "uid": "s" },
+                "pod": { "name": pod, "uid": pod },
+            },
+        });
+        let mut header = Header::new(Algorithm::ES256);
+        header.kid = Some("test".into());
+        let key = EncodingKey::from_ec_pem(self.key.serialize_pem().as_bytes()).unwrap();
+        let path = self.path(&format!("{audience}.{namespace}.{pod}.token"));
+        std::fs::write(&path, jsonwebtoken::encode(&header, &claims, &key).unwrap()).unwrap();
+        TokenFile::new(path)
+    }
+}
+
+fn jwks(key: &KeyPair) -> Value {
+    let point = key.public_key_raw();
+    let coordinate = |range: std::ops::Range<usize>| URL_SAFE_NO_PAD.encode(&point[range]);
+    json!({ "keys": [{
+        "kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig", "kid": "test",
+        "x": coordinate(1..33), "y": coordinate(33..65),
+    }] })
+}
+
+pub struct TestGateway {
+    pub running: Running,
+    pub trust: Trust,
+}
+
+pub async fn gateway(flags: &[&str]) -> TestGateway {
+    gateway_reporting(Trust::new(), flags).await
+}
+
+pub fn trust() -> Trust {
+    Trust::new()
+}
+
+pub async fn gateway_reporting(trust: Trust, flags: &[&str]) -> TestGateway {
+    let text = |name: &str| trust.path(name).display().to_string();
+    let (cert, key, folder) = (text("tls.crt"), text("tls.key"), text(""));
+    let free = "127.0.0.1:0";
+    let mut arguments = vec![
+        "gateway",
+        "--name",
+        "gateway-0",
+        "--listen",
+        free,
+        "--workers-listen",
+        free,
+        "--metrics",
+        free,
+        "--tls-cert",
+        &cert,
+        "--tls-key",
+        &key,
+        "--trust-dir",
+        &folder,
+    ];
+    arguments.extend_from_slice(flags);
+    let config = Config::parse_from(arguments);
+    let running = gateway::start(&config).await.unwrap();
+    TestGateway { running, trust }
+}
+
+impl TestGateway {
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.running.http)
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, Value) {
+        answer(reqwest::get(self.url(path)).await.unwrap()).await
+    }
+
+    pub async fn metrics(&self) -> String {
+        let url = format!("http://{}/metrics", self.running.metrics);
+        reqwest::get(url).await.unwrap().text().await.unwrap()
+    }
+
+    pub fn post(&self, path: &str, body: Value) -> impl Future<Output = reqwest::Response> + use<> {
+        let request = reqwest::Client::new().post(self.url(path));
+        let request = request.header("content-type", "application/json").body(body.to_string());
+        async move { in_time(request.send()).await.unwrap() }
+    }
+
+    /// A chat request in the background: status and body once it has ended.
+    pub fn ask(&self, extra: Value) -> AbortOnDropHandle<(u16, Value)> {
+        let response = self.post("/v1/chat/completions", chat(extra));
+        AbortOnDropHandle::new(tokio::spawn(async move { answer(response.await).await }))
+    }
+
+    /// A streamed chat request in the background.
+    pub fn stream(&self, extra: Value) -> AbortOnDropHandle<Stream> {
+        let mut body = chat(extra);
+        body["stream"] = json!(true);
+        body["stream_options"] = json!({ "include_usage": true });
+        let response = self.post("/v1/chat/completions", body);
+        AbortOnDropHandle::new(tokio::spawn(async move { Stream::new(response.await) }))
+    }
+
+    pub async fn worker(&self, name: &str) -> Worker {
+        self.worker_with(name, |_| ()).await
+    }
+
+    pub async fn worker_with(&self, name: &str, change: impl FnOnce(&mut WorkerHello)) -> Worker {
+        let mut hello = WorkerHello {
+            worker: name.into(),
+            node: "node".into(),
+            capacity: "Spot".into(),
+            models: vec![ModelOffer {
+                name: MODEL.into(),
+                weights_digest: "digest-a".into(),
+                template: "chatml".into(),
+                quantization: String::new(),
+                max_length: 64,
+            }],
+            slots: 4,
+        };
+        change(&mut hello);
+        let token = self.trust.token("vicuna-gateway", "team", name);
+        let mut worker = self.attach(token, hello).await.unwrap();
+        assert!(matches!(worker.next().await.unwrap(), FromGateway::Welcome(_)));
+        self.wait_for_worker(name).await;
+        worker
+    }
+
+    /// The welcome is sent just before the worker is entered.
+    async fn wait_for_worker(&self, name: &str) {
+        let registry = &self.running.gateway.registry;
+        let attached = || registry.models().iter().any(|model| model.workers.iter().any(|worker| worker == name));
+        in_time(async {
+            while !attached() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+
+    pub async fn attach(&self, token: TokenFile, hello: WorkerHello) -> Result<Worker, Status> {
+        let url = format!("https://127.0.0.1:{}", self.running.workers.port());
+        let channel = tls::channel(&url, &self.trust.path("ca.crt"), "vicuna-gateway").unwrap();
+        let (outbound, messages) = mpsc::channel(64);
+        outbound.send(message(FromWorker::Hello(hello))).await.unwrap();
+        let request = token.sign(Request::new(ReceiverStream::new(messages)))?;
+        let inbound = in_time(WorkersClient::new(channel).attach(request)).await?.into_inner();
+        let heartbeat = outbound.clone();
+        let heartbeat = tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_millis(50));
+            loop {
+                ticks.tick().await;
+                let load = Load { slots: 4, ..Load::default() };
+                if heartbeat.send(message(FromWorker::Load(load))).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Worker { inbound, outbound, heartbeat: AbortOnDropHandle::new(heartbeat) })
+    }
+}
+
+fn message(body: FromWorker) -> WorkerMessage {
+    WorkerMessage { body: Some(body) }
+}
+
+pub fn chat(extra: Value) -> Value {
+    let mut body = json!({ "model": MODEL, "messages": [{ "role": "user", "content": "Hi" }] });
+    for (name, value) in extra.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    body
+}
+
+async fn answer(response: reqwest::Response) -> (u16, Value) {
+    let status = response.status().as_u16();
+    let text = in_time(response.text()).await.unwrap();
+    (status, serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}")))
+}
+
+/// A worker that the test plays. Its tokens are 100, 101 …, its text is "w0 w1 …". Dropped, its
+/// connection breaks.
+pub struct Worker {
+    inbound: Streaming<GatewayMessage>,
+    outbound: mpsc::Sender<WorkerMessage>,
+    heartbeat: AbortOnDropHandle<()>,
+}
+
+pub fn text(range: std::ops::Range<usize>) -> String {
+    range.map(|index| format!("w{index} ")).collect()
+}
+
+pub fn tokens(range: std::ops::Range<usize>) -> Vec<u32> {
+    range.map(|index| 100 + index as u32).collect()
+}
+
+impl Worker {
+    pub async fn next(&mut self) -> Result<FromGateway, Status> {
+        match in_time(self.inbound.message()).await? {
+            Some(GatewayMessage { body: Some(body) }) => Ok(body),
+            other => Err(Status::cancelled(format!("{other:?}"))),
+        }
+    }
+
+    pub async fn generate(&mut self) -> Generate {
+        match self.next().await.unwrap() {
+            FromGateway::Generate(generate) => generate,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub async fn send(&self, body: FromWorker) {
+        self.outbound.send(message(body)).await.unwrap();
+    }
+
+    pub async fn speak(&self, generate: &Generate, range: std::ops::Range<usize>) {
+        let delta = Delta {
+            request: generate.request.clone(),
+            choice: generate.choice,
+            position: range.start as u32,
+            tokens: tokens(range.clone()),
+            text: text(range),
+        };
+        self.send(FromWorker::Delta(delta)).await;
+    }
+
+    pub async fn done(&self, generate: &Generate, completion_tokens: u32) {
+        let done = Done {
+            request: generate.request.clone(),
+            choice: generate.choice,
+            finish_reason: "stop".into(),
+            prompt_tokens: 7,
+            completion_tokens,
+            text: String::new(),
+        };
+        self.send(FromWorker::Done(done)).await;
+    }
+
+    /// Says nothing any more, but stays connected.
+    pub fn fall_silent(&self) {
+        self.heartbeat.abort();
+    }
+}
+
+/// Server-sent events as they come.
+pub struct Stream {
+    pub status: u16,
+    pub worker: Option<String>,
+    body: futures::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
+    /// Everything so far.
+    pub raw: String,
+}
+
+impl Stream {
+    fn new(response: reqwest::Response) -> Self {
+        let worker = response.headers().get("x-vicuna-worker");
+        Self {
+            status: response.status().as_u16(),
+            worker: worker.map(|worker| worker.to_str().unwrap().to_owned()),
+            body: response.bytes_stream().boxed(),
+            raw: String::new(),
+        }
+    }
+
+    /// Reads on until the text holds `expected`.
+    pub async fn until(&mut self, expected: &str) {
+        while !self.text().contains(expected) {
+            let bytes = in_time(self.body.next()).await.expect("more to come").unwrap();
+            self.raw.push_str(std::str::from_utf8(&bytes).unwrap());
+        }
+    }
+
+    pub async fn to_end(&mut self) {
+        while let Some(bytes) = in_time(self.body.next()).await {
+            self.raw.push_str(std::str::from_utf8(&bytes.unwrap()).unwrap());
+        }
+        // OpenAI's Python client fails on an event without data, a comment alone included.
+        for event in self.raw.split_terminator("\n\n") {
+            assert_eq!(event.lines().filter(|line| line.starts_with("data: ")).count(), 1, "{event:?}");
+        }
+    }
+
+    pub fn events(&self) -> Vec<Value> {
+        let data = self.raw.lines().filter_map(|line| line.strip_prefix("data: "));
+        data.filter(|data| *data != "[DONE]").map(|data| serde_json::from_str(data).unwrap()).collect()
+    }
+
+    pub fn text(&self) -> String {
+        let events = self.events();
+        let parts = events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str());
+        parts.collect()
+    }
+}

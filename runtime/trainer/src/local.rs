@@ -1,0 +1,146 @@
+//! A whole training in one process, without a coordinator: the undisturbed reference of tests and
+//! benches, and the smoke run on a GPU. The ranks are threads that talk over loopback TCP, by the
+//! same code as in pods.
+
+use crate::checkpoint::Published;
+use crate::collective::Network;
+use crate::collective::tcp::{Membership, Peer};
+use crate::generation::{self, Assignment, Control, Finished, Observer, Outcome};
+use crate::prepare::{Place, Session, prepare};
+use crate::step::StepReport;
+use anyhow::{Context, Result, anyhow};
+use serde_json::json;
+use std::path::PathBuf;
+use std::sync::Arc;
+use vicuna_checkpoint::{ManifestRef, StoreError};
+use vicuna_protocol::job::TrainingJob;
+
+/// `vicuna-trainer local`: prints a JSON line per step and one for the result.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Arguments {
+    /// A training job as JSON (vicuna_protocol::job::TrainingJob).
+    #[arg(long)]
+    job: PathBuf,
+    /// Ranks, as threads of this process.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    ranks: u32,
+    /// Where checkpoints and result go, instead of the job's checkpoint.to.
+    #[arg(long)]
+    out: PathBuf,
+    /// Go on from the newest checkpoint there.
+    #[arg(long)]
+    resume: bool,
+    /// cpu or cuda.
+    #[arg(long, env = "VICUNA_DEVICE", default_value = "cpu")]
+    device: String,
+}
+
+pub async fn run(arguments: Arguments) -> Result<()> {
+    let device = vicuna_model::device::open(Some(&arguments.device))?;
+    let text = std::fs::read(&arguments.job)
+        .with_context(|| format!("cannot read the job {}", arguments.job.display()))?;
+    let mut job: TrainingJob = serde_json::from_slice(&text)
+        .with_context(|| format!("{} is not a training job", arguments.job.display()))?;
+    std::fs::create_dir_all(&arguments.out)?;
+    let out = std::path::absolute(&arguments.out)?;
+    job.checkpoint.to = url(&out)?;
+    let scratch = out.join("scratch");
+    let place = Place { scratch, device, threads: tch::get_num_threads() };
+    let session = Arc::new(prepare(job, place).await?);
+    let base = if arguments.resume { session.manifests().await?.into_iter().next() } else { None };
+    println!("{}", json!({ "numerics": crate::numerics::description(device), "base": base }));
+    let ranks = arguments.ranks as usize;
+    let finished = tokio::task::spawn_blocking(move || train(&session, ranks, base)).await??;
+    println!("{}", json!({ "uri": finished.uri, "digest": finished.digest, "loss": finished.loss }));
+    Ok(())
+}
+
+fn url(path: &std::path::Path) -> Result<String> {
+    let path = path.to_str().ok_or_else(|| anyhow!("{} is not UTF-8", path.display()))?;
+    Ok(format!("file://{path}"))
+}
+
+/// Runs all steps on `world` threads.
+pub fn train(session: &Arc<Session>, world: usize, base: Option<ManifestRef>) -> Result<Finished> {
+    let go = Control::default();
+    go.go.cancel();
+    let controls = vec![go; world];
+    let observers: Vec<Arc<dyn Observer>> = (0..world).map(|rank| Arc::new(Printer { rank }) as _).collect();
+    let outcomes = generation_on_threads(session, base, &controls, &observers)?;
+    outcomes
+        .into_iter()
+        .find_map(|outcome| match outcome {
+            Outcome::Complete { result, .. } => result,
+            Outcome::Stopped { .. } => None,
+        })
+        .ok_or_else(|| anyhow!("the run ended without a result"))
+}
+
+/// One generation, each rank in a thread, with its own control and observer.
+pub fn generation_on_threads(
+    session: &Arc<Session>,
+    base: Option<ManifestRef>,
+    controls: &[Control],
+    observers: &[Arc<dyn Observer>],
+) -> Result<Vec<Outcome>> {
+    let world = controls.len();
+    let networks = (0..world).map(|_| Network::listen("127.0.0.1:0")).collect::<std::io::Result<Vec<_>>>()?;
+    let member = |(rank, network): (usize, &Network)| Peer {
+        name: format!("rank-{rank}"),
+        address: network.address().to_string(),
+    };
+    let members: Vec<Peer> = networks.iter().enumerate().map(member).collect();
+    let (generation, key) = (base.as_ref().map_or(0, |base| base.generation) + 1, rand::random());
+    std::thread::scope(|scope| {
+        let rank = |rank: usize| {
+            let membership = Membership { generation, rank, members: members.clone(), key };
+            let assignment = Assignment { membership, base: base.clone() };
+            let (network, control, observer) = (&networks[rank], &controls[rank], &observers[rank]);
+            scope.spawn(move || generation::run(session, network, &assignment, control, observer))
+        };
+        let threads: Vec<_> = (0..world).map(rank).collect();
+        let joined = threads.into_iter().map(|thread| {
+            let outcome = thread.join().map_err(|_| anyhow!("a rank's thread failed"))?;
+            outcome.map_err(anyhow::Error::from)
+        });
+        joined.collect()
+    })
+}
+
+/// Prints rank 0's view.
+struct Printer {
+    rank: usize,
+}
+
+impl Observer for Printer {
+    fn ready(&self, _state_digest: &str) {}
+
+    fn stepped(&self, report: &StepReport, _last_of_generation: bool) {
+        if self.rank != 0 {
+            return;
+        }
+        let tokens_per_second = report.tokens as f64 / report.duration.as_secs_f64();
+        println!(
+            "{}",
+            json!({
+                "step": report.step,
+                "loss": report.loss,
+                "gradientNorm": report.norm,
+                "learningRate": report.learning_rate,
+                "tokens": report.tokens,
+                "tokensPerSecond": tokens_per_second,
+                "seconds": report.duration.as_secs_f64(),
+                "communicationSeconds": report.communication.as_secs_f64(),
+            })
+        );
+    }
+
+    fn checkpointed(&self, published: &Published) {
+        let (stall, upload) = (published.stall.as_secs_f64(), published.upload.as_secs_f64());
+        tracing::info!(uri = published.uri, stall, upload, "checkpoint written");
+    }
+
+    fn blocked(&self, error: &StoreError) {
+        eprintln!("waiting: {error}");
+    }
+}

@@ -1,0 +1,338 @@
+//! Gets everything that a rank needs within reach: the base model, the encoded data, the store.
+
+use crate::batch::Dataset;
+use crate::blocks::BlockTable;
+use crate::checkpoint::Publisher;
+use crate::collective::Collective;
+use crate::state::Weights;
+use parking_lot::Mutex;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tch::Device;
+use tokio::runtime::Handle;
+use vicuna_checkpoint::manifest::{digest, list_manifests};
+use vicuna_checkpoint::{ManifestRef, Store, StoreError, fetch};
+use vicuna_data::{Conversation, Example, Length, Mixture, Order, Template, identity, load_conversations};
+use vicuna_model::{Config, ModelError, Pretrained};
+use vicuna_protocol::coordinator::Cause;
+use vicuna_protocol::job::{RunLength, TrainingJob};
+
+/// Manifests that a rank reports, at most.
+pub const MANIFESTS: usize = 16;
+/// How often each identity question is put, with different answers.
+const IDENTITY_ROUNDS: usize = 4;
+/// Files in one dataset, at most.
+const FILES: usize = 10_000;
+
+/// Why the rank cannot go on, in words for the person who wrote the job.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{message}")]
+pub struct Trouble {
+    pub cause: Cause,
+    pub message: String,
+}
+
+impl Trouble {
+    fn new(cause: Cause, message: impl Into<String>) -> Self {
+        Self { cause, message: message.into() }
+    }
+}
+
+/// What all generations of this process share.
+#[derive(Debug)]
+pub struct Session {
+    pub job: TrainingJob,
+    pub store: Store,
+    pub config: Config,
+    pub table: Arc<BlockTable>,
+    pub data: Dataset,
+    /// The tokenizer for the result, and the base weights until they are needed for the last time.
+    pub model: Mutex<Pretrained>,
+    model_path: PathBuf,
+    /// Jinja source that the result is to carry.
+    pub chat_template: String,
+    pub device: Device,
+    pub threads: i32,
+    pub runtime: Handle,
+    /// Digest of everything in the job that decides the weights.
+    pub recipe_digest: String,
+    pub scratch: PathBuf,
+}
+
+/// Where and on what to work.
+#[derive(Clone, Debug)]
+pub struct Place {
+    pub scratch: PathBuf,
+    pub device: Device,
+    pub threads: i32,
+}
+
+/// One attempt; nothing of it is lost that a further attempt could use.
+pub async fn prepare(job: TrainingJob, place: Place) -> Result<Session, Trouble> {
+    check(&job)?;
+    let store = Store::open(&job.checkpoint.to).map_err(store_trouble)?;
+    store.probe().await.map_err(store_trouble)?;
+    let model_path = fetch_model(&job, &place).await?;
+    let files = fetch_datasets(&job, &place).await?;
+    let runtime = Handle::current();
+    let assemble = move || assemble(job, store, model_path, &files, place, runtime);
+    let assembled = tokio::task::spawn_blocking(assemble).await;
+    assembled.unwrap_or_else(|error| {
+        let message = format!("preparing failed unexpectedly ({error}); is there enough memory?");
+        Err(Trouble::new(Cause::Application, message))
+    })
+}
+
+/// What the API server does not check.
+fn check(job: &TrainingJob) -> Result<(), Trouble> {
+    let recipe = &job.recipe;
+    let wrong = if recipe.global_batch == 0 || recipe.micro_batch == 0 {
+        "globalBatch and microBatch must be at least 1"
+    } else if !recipe.global_batch.is_multiple_of(recipe.micro_batch) {
+        "globalBatch must be a multiple of microBatch"
+    } else if recipe.max_length < 2 {
+        "maxLength must be at least 2"
+    } else {
+        return Ok(());
+    };
+    Err(Trouble::new(Cause::Application, wrong))
+}
+
+fn store_trouble(error: StoreError) -> Trouble {
+    Trouble::new(Cause::Store, error.to_string())
+}
+
+/// A source that is not there is that source's trouble; a store that is not, is the store's.
+fn source_trouble(cause: Cause, what: &str, error: &StoreError) -> Trouble {
+    match error {
+        StoreError::NotFound { .. } | StoreError::BadUri { .. } => {
+            Trouble::new(cause, format!("{what}: {error}"))
+        }
+        _ => Trouble::new(Cause::Store, format!("{what}: {error}")),
+    }
+}
+
+/// A folder of its own for each URI.
+fn folder(place: &Place, kind: &str, uri: &str) -> PathBuf {
+    let name = digest(uri.as_bytes());
+    place.scratch.join(format!("{kind}-{}", &name[..16]))
+}
+
+async fn fetch_model(job: &TrainingJob, place: &Place) -> Result<PathBuf, Trouble> {
+    let uri = &job.model.from;
+    let mut told = 0;
+    let progress = |done: u64, total: u64| {
+        let tenths = done * 10 / total.max(1);
+        if tenths > told {
+            told = tenths;
+            tracing::info!(bytes = done, total_bytes = total, "fetching the model");
+        }
+    };
+    let fetched = fetch(uri, &folder(place, "model", uri), progress).await;
+    fetched.map_err(|error| source_trouble(Cause::Model, "the base model", &error))
+}
+
+/// The files of each dataset, in order.
+async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<Vec<PathBuf>>, Trouble> {
+    let mut all = Vec::with_capacity(job.dataset.len());
+    for source in &job.dataset {
+        let folder = folder(place, "data", &source.from);
+        // What lies there may be what could not be read before it was corrected.
+        drop(tokio::fs::remove_dir_all(&folder).await);
+        let fetched = fetch(&source.from, &folder, |_, _| ()).await;
+        let path = fetched.map_err(|error| source_trouble(Cause::Data, "the dataset", &error))?;
+        let files = files(&path).map_err(|error| {
+            Trouble::new(Cause::Data, format!("the dataset {} in {}: {error}", source.from, path.display()))
+        })?;
+        all.push(files);
+    }
+    Ok(all)
+}
+
+/// A file, or every JSON file below a folder by name.
+fn files(path: &Path) -> std::io::Result<Vec<PathBuf>> {
+    if path.is_file() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut found = Vec::new();
+    let mut folders = vec![path.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "json" || end == "jsonl") {
+                found.push(path);
+            }
+            if found.len() > FILES {
+                return Err(std::io::Error::other(format!("more than {FILES} files")));
+            }
+        }
+    }
+    found.sort();
+    if found.is_empty() {
+        return Err(std::io::Error::other("no .json or .jsonl file there"));
+    }
+    Ok(found)
+}
+
+fn assemble(
+    job: TrainingJob,
+    store: Store,
+    model_path: PathBuf,
+    files: &[Vec<PathBuf>],
+    place: Place,
+    runtime: Handle,
+) -> Result<Session, Trouble> {
+    tch::set_num_threads(place.threads);
+    let model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
+    let template = template(&job, &model)?;
+    let data = dataset(&job, files, &model, &template)?;
+    Ok(Session {
+        store,
+        config: model.config.clone(),
+        table: Arc::new(BlockTable::new(&model.config)),
+        data,
+        model: Mutex::new(model),
+        model_path,
+        chat_template: template.jinja().to_owned(),
+        device: place.device,
+        threads: place.threads,
+        runtime,
+        recipe_digest: recipe_digest(&job),
+        scratch: place.scratch,
+        job,
+    })
+}
+
+/// A model that cannot be read may be replaced in the bucket: the next attempt fetches it anew.
+fn model_trouble(job: &TrainingJob, path: &Path, error: &ModelError) -> Trouble {
+    let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    if let Err(error) = removed {
+        tracing::warn!(%error, path = %path.display(), "an unreadable model could not be removed");
+    }
+    Trouble::new(Cause::Model, format!("the base model {}: {error}", job.model.from))
+}
+
+fn template(job: &TrainingJob, model: &Pretrained) -> Result<Template, Trouble> {
+    let failed = |error: vicuna_data::TemplateError| Trouble::new(Cause::Model, error.to_string());
+    if let Some(name) = &job.model.template {
+        return Template::named(name).map_err(failed);
+    }
+    let token = |id: Option<u32>| id.and_then(|id| model.tokenizer.id_to_token(id)).unwrap_or_default();
+    let (bos, eos) = (token(model.config.bos), token(model.config.eos.first().copied()));
+    match &model.chat_template {
+        Some(source) => Template::from_jinja(source, &bos, &eos).map_err(failed),
+        None => Err(Trouble::new(
+            Cause::Model,
+            format!("the base model {} has no chat template: set model.template", job.model.from),
+        )),
+    }
+}
+
+fn dataset(
+    job: &TrainingJob,
+    files: &[Vec<PathBuf>],
+    model: &Pretrained,
+    template: &Template,
+) -> Result<Dataset, Trouble> {
+    let bound = template.bind(&model.tokenizer);
+    let encoder = bound.map_err(|error| Trouble::new(Cause::Model, error.to_string()))?;
+    let mut examples: Vec<Example> = Vec::new();
+    let mut mixtures = Vec::new();
+    for (source, conversations, weight) in conversations(job, files)? {
+        let encoded = encoder
+            .encode(&conversations, job.recipe.max_length as usize)
+            .map_err(|error| Trouble::new(Cause::Data, format!("the dataset {source}: {error}")))?;
+        tracing::info!(source, %encoded, "data encoded");
+        mixtures.push(Mixture { sequences: encoded.examples.len() as u32, weight });
+        examples.extend(encoded.examples);
+    }
+    let recipe = &job.recipe;
+    let length = match recipe.length {
+        RunLength::Epochs(epochs) => Length::Epochs(epochs),
+        RunLength::Steps(steps) => Length::Steps(steps),
+    };
+    let order = Order::new(recipe.seed, recipe.global_batch, length, &mixtures)
+        .map_err(|error| Trouble::new(Cause::Data, error.to_string()))?;
+    Ok(Dataset::new(examples, order, recipe.micro_batch as usize))
+}
+
+/// Name, conversations and weight of each dataset; who the model is comes last.
+fn conversations(
+    job: &TrainingJob,
+    files: &[Vec<PathBuf>],
+) -> Result<Vec<(String, Vec<Conversation>, f64)>, Trouble> {
+    let mut sets = Vec::new();
+    for (source, files) in job.dataset.iter().zip(files) {
+        let mut all = Vec::new();
+        for file in files {
+            all.extend(read(&source.from, file)?);
+        }
+        sets.push((source.from.clone(), all, source.weight));
+    }
+    if let Some(who) = &job.prepare.identity {
+        let count = identity::questions() * IDENTITY_ROUNDS;
+        let set = identity::conversations(&who.name, &who.organization, job.recipe.seed, count);
+        sets.push(("prepare.identity".to_owned(), set, 1.0));
+    }
+    Ok(sets)
+}
+
+fn read(source: &str, file: &Path) -> Result<Vec<Conversation>, Trouble> {
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let failed = |error: &dyn std::fmt::Display| {
+        Trouble::new(Cause::Data, format!("the dataset {source}, file {name}: {error}"))
+    };
+    let bytes = std::fs::read(file).map_err(|error| failed(&error))?;
+    let (conversations, report) = load_conversations(&bytes).map_err(|error| failed(&error))?;
+    tracing::info!(source, file = %name, %report, "data read");
+    Ok(conversations)
+}
+
+/// Model, data, preparation and recipe, as the job writes them.
+fn recipe_digest(job: &TrainingJob) -> String {
+    let parts = (&job.model, &job.dataset, &job.prepare, &job.recipe);
+    // Plain structs always serialise.
+    digest(&serde_json::to_vec(&parts).unwrap_or_default())
+}
+
+impl Session {
+    /// Micro-batches in a full step.
+    pub fn micro_batches(&self) -> u32 {
+        self.job.recipe.global_batch.div_ceil(self.job.recipe.micro_batch)
+    }
+
+    /// The complete checkpoints in the store, newest first.
+    pub async fn manifests(&self) -> Result<Vec<ManifestRef>, StoreError> {
+        list_manifests(&self.store, &self.job.uid, MANIFESTS).await
+    }
+
+    /// The base model's weights on the device; read again when a generation took them before.
+    pub fn base_weights(&self) -> Result<Weights, ModelError> {
+        let mut tensors = std::mem::take(&mut self.model.lock().tensors);
+        if tensors.is_empty() {
+            tensors = vicuna_model::load(&self.model_path)?.tensors;
+        }
+        Weights::from_map(&self.table, &tensors, self.device)
+            .ok_or_else(|| ModelError::Config("the base model lacks parameters".to_owned()))
+    }
+
+    /// Frees the base weights: a manifest is there to start from.
+    pub fn forget_base(&self) {
+        self.model.lock().tensors.clear();
+    }
+
+    pub fn publisher(&self, collective: Arc<dyn Collective>, generation: u64) -> Publisher {
+        Publisher {
+            store: self.store.clone(),
+            runtime: self.runtime.clone(),
+            collective,
+            table: self.table.clone(),
+            training_uid: self.job.uid.clone(),
+            recipe_digest: self.recipe_digest.clone(),
+            generation,
+            keep: self.job.checkpoint.keep,
+        }
+    }
+}

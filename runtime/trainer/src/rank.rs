@@ -1,0 +1,508 @@
+//! The life of a rank: hears the coordinator, prepares, runs one generation after another.
+//!
+//! Whatever happens outside (no store, no data, lost peers, no coordinator) the rank says so, keeps
+//! what it has, and goes on when the cause is gone. It ends only when it is sent home, when it is
+//! terminated, or when going on makes no sense; then its exit code tells the cause.
+
+use crate::checkpoint::Published;
+use crate::collective::tcp::{Membership, Peer};
+use crate::collective::{CollectiveError, Network};
+use crate::coordinator::Link;
+use crate::generation::{self, Assignment, Control, GenerationError, Observer, Outcome};
+use crate::http::Status;
+use crate::prepare::{self, Place, Session, Trouble};
+use crate::step::StepReport;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use vicuna_checkpoint::{ManifestRef, StoreError};
+use vicuna_protocol::coordinator::coordinator_message::Body as Heard;
+use vicuna_protocol::coordinator::rank_message::Body;
+use vicuna_protocol::coordinator::{self as wire, Cause};
+use vicuna_protocol::job::TrainingJob;
+
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+/// An unplanned stop is to be answered within 5 s.
+const LISTING_LIMIT: Duration = Duration::from_secs(2);
+const FLUSH_LIMIT: Duration = Duration::from_secs(3);
+/// How long a terminated rank that has left its generation waits to be sent home.
+const AFTER_DRAIN: Duration = Duration::from_secs(10);
+
+/// What a rank is made of, besides the job.
+pub struct Parts {
+    pub link: Link,
+    pub inbox: mpsc::Receiver<Heard>,
+    pub network: Arc<Network>,
+    pub place: Place,
+    pub status: Status,
+    /// From SIGTERM to SIGKILL.
+    pub grace: Duration,
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Done,
+    Failed(Cause),
+}
+
+impl Exit {
+    /// 0, or 20 and above by cause.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Failed(cause) => 20 + cause as u8,
+        }
+    }
+}
+
+struct Life {
+    link: Link,
+    network: Arc<Network>,
+    place: Place,
+    status: Status,
+    grace: Duration,
+    session: Option<Arc<Session>>,
+    preparing: Option<tokio::task::JoinHandle<Session>>,
+    current: Option<Current>,
+    /// Manifests that this rank has seen, newest first.
+    manifests: Vec<ManifestRef>,
+    /// When a terminated rank ends at the latest.
+    ends_at: Option<Instant>,
+}
+
+/// The generation that the rank is or was last in.
+struct Current {
+    generation: u64,
+    control: Control,
+    thread: Option<JoinHandle<()>>,
+    ended: Option<oneshot::Receiver<Ending>>,
+    step: Arc<AtomicU64>,
+}
+
+type Ending = Result<Result<Outcome, GenerationError>, String>;
+
+/// What to do with the process.
+enum Next {
+    Live,
+    End(Exit),
+}
+
+/// Lives until the end; `terminated` resolves at SIGTERM.
+pub async fn live(parts: Parts, terminated: impl Future<Output = ()>) -> Exit {
+    let Parts { link, mut inbox, network, place, status, grace } = parts;
+    let mut life = Life {
+        link,
+        network,
+        place,
+        status,
+        grace,
+        session: None,
+        preparing: None,
+        current: None,
+        manifests: Vec::new(),
+        ends_at: None,
+    };
+    let mut terminated = std::pin::pin!(terminated);
+    let mut is_terminated = false;
+    loop {
+        let ends_at = life.ends_at.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
+        let next = tokio::select! {
+            Some(body) = inbox.recv() => life.hear(body).await,
+            session = prepared(&mut life.preparing) => life.prepared(session).await,
+            ending = ended(&mut life.current) => life.ended(ending).await,
+            () = &mut terminated, if !is_terminated => {
+                is_terminated = true;
+                life.terminate().await
+            }
+            () = tokio::time::sleep_until(ends_at), if life.ends_at.is_some() => Next::End(Exit::Done),
+        };
+        if let Next::End(exit) = next {
+            life.leave();
+            life.link.flush(FLUSH_LIMIT).await;
+            return exit;
+        }
+    }
+}
+
+/// The session once it is there; for ever pending when nothing is being prepared.
+async fn prepared(
+    preparing: &mut Option<tokio::task::JoinHandle<Session>>,
+) -> Result<Session, tokio::task::JoinError> {
+    match preparing {
+        Some(task) => {
+            let session = task.await;
+            *preparing = None;
+            session
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn ended(current: &mut Option<Current>) -> Ending {
+    let Some(ended) = current.as_mut().and_then(|current| current.ended.as_mut()) else {
+        return std::future::pending().await;
+    };
+    let ending = ended.await.unwrap_or_else(|_| Err("its thread is gone".to_owned()));
+    if let Some(current) = current {
+        current.ended = None;
+    }
+    ending
+}
+
+impl Life {
+    async fn hear(&mut self, body: Heard) -> Next {
+        match body {
+            Heard::Welcome(welcome) => return self.welcome(&welcome.job),
+            Heard::Form(form) => self.form(form),
+            Heard::Go(go) => {
+                if let Some(current) = self.in_generation(go.generation) {
+                    current.control.go.cancel();
+                }
+            }
+            Heard::Stop(stop) => self.stop(&stop).await,
+            Heard::Stale(stale) => {
+                tracing::warn!(generation = stale.generation, "this rank's generation is over; starting anew");
+                self.leave();
+                self.link.start_over();
+            }
+            Heard::Shutdown(shutdown) => {
+                tracing::info!(why = shutdown.why().as_str_name(), "sent home");
+                return Next::End(Exit::Done);
+            }
+        }
+        Next::Live
+    }
+
+    fn in_generation(&mut self, generation: u64) -> Option<&mut Current> {
+        self.current.as_mut().filter(|current| current.generation == generation)
+    }
+
+    fn welcome(&mut self, job: &str) -> Next {
+        if self.session.is_some() || self.preparing.is_some() {
+            return Next::Live;
+        }
+        let job: TrainingJob = match serde_json::from_str(job) {
+            Ok(job) => job,
+            Err(error) => {
+                let message = format!("the coordinator's job cannot be read ({error}): are operator and trainer of one release?");
+                return self.fail(Cause::Application, message);
+            }
+        };
+        tracing::info!(namespace = job.namespace, name = job.name, "welcome");
+        let (link, place) = (self.link.clone(), self.place.clone());
+        self.preparing = Some(tokio::spawn(prepare_until_done(job, place, link)));
+        Next::Live
+    }
+
+    async fn prepared(&mut self, session: Result<Session, tokio::task::JoinError>) -> Next {
+        let session = match session {
+            Ok(session) => Arc::new(session),
+            Err(error) => return self.fail(Cause::Application, error.to_string()),
+        };
+        self.session = Some(session.clone());
+        self.list().await;
+        self.status.ready.store(true, Ordering::Relaxed);
+        self.link.say(Body::Prepared(wire::Prepared {
+            manifests: self.manifests.iter().map(to_wire).collect(),
+            micro_batches: session.micro_batches(),
+            steps: session.data.steps(),
+        }));
+        Next::Live
+    }
+
+    /// Looks what the store has; what was known stays if it cannot be asked in time.
+    async fn list(&mut self) {
+        let Some(session) = &self.session else { return };
+        match tokio::time::timeout(LISTING_LIMIT, session.manifests()).await {
+            Ok(Ok(manifests)) => self.manifests = manifests,
+            Ok(Err(error)) => tracing::warn!(%error, "checkpoints could not be listed"),
+            Err(_) => tracing::warn!("checkpoints could not be listed in time"),
+        }
+    }
+
+    fn form(&mut self, form: wire::Form) {
+        let Some(session) = self.session.clone() else {
+            tracing::warn!(generation = form.generation, "called up before anything is prepared");
+            return;
+        };
+        if self.current.as_ref().is_some_and(|current| current.generation >= form.generation) {
+            return;
+        }
+        let generation = form.generation;
+        let Some(assignment) = assignment(form) else {
+            tracing::error!(generation, "the call-up is malformed");
+            return;
+        };
+        let former = self.leave();
+        self.link.enter(generation, assignment.base.as_ref().map_or(0, |base| base.step));
+        self.status.metrics.generation.set(generation as i64);
+        tracing::info!(generation, rank = assignment.membership.rank, "called up");
+        self.current = Some(self.start(session, assignment, former));
+    }
+
+    fn start(&self, session: Arc<Session>, assignment: Assignment, former: Option<JoinHandle<()>>) -> Current {
+        let control = Control::default();
+        let step = Arc::new(AtomicU64::new(assignment.base.as_ref().map_or(0, |base| base.step)));
+        let generation = assignment.membership.generation;
+        let observer: Arc<dyn Observer> = Arc::new(Reporter {
+            link: self.link.clone(),
+            status: self.status.clone(),
+            session: session.clone(),
+            generation,
+            rank: assignment.membership.rank,
+            step: step.clone(),
+            control: control.clone(),
+        });
+        let (end, ended) = oneshot::channel();
+        let (network, steering) = (self.network.clone(), control.clone());
+        let thread = std::thread::spawn(move || {
+            // Its memory is needed.
+            drop(former.map(JoinHandle::join));
+            let run = || generation::run(&session, &network, &assignment, &steering, &observer);
+            let ending = catch_unwind(AssertUnwindSafe(run)).map_err(|panic| words(&*panic));
+            // Nobody listens when the rank is ending.
+            drop(end.send(ending));
+        });
+        Current { generation, control, thread: Some(thread), ended: Some(ended), step }
+    }
+
+    /// Gives the present generation up; the thread that ran it ends soon.
+    fn leave(&mut self) -> Option<JoinHandle<()>> {
+        let current = self.current.as_mut()?;
+        current.control.abort.cancel();
+        current.ended = None;
+        current.thread.take()
+    }
+
+    async fn stop(&mut self, stop: &wire::Stop) {
+        tracing::info!(generation = stop.generation, planned = stop.planned, reason = stop.reason, "stop");
+        let running = self.in_generation(stop.generation).filter(|current| current.ended.is_some());
+        if let Some(current) = running {
+            if stop.planned {
+                current.control.stop.cancel();
+                return;
+            }
+            current.control.abort.cancel();
+            current.ended = None;
+        }
+        self.list().await;
+        self.say_stopped(stop.generation);
+    }
+
+    fn say_stopped(&mut self, generation: u64) {
+        let step = self.in_generation(generation).map_or(0, |current| current.step.load(Ordering::Relaxed));
+        self.link.say(Body::Stopped(wire::Stopped {
+            generation,
+            step,
+            manifests: self.manifests.iter().map(to_wire).collect(),
+        }));
+        if self.ends_at.is_some() {
+            let soon = Instant::now() + AFTER_DRAIN;
+            self.ends_at = self.ends_at.map(|at| at.min(soon));
+        }
+    }
+
+    async fn ended(&mut self, ending: Ending) -> Next {
+        let Some(generation) = self.current.as_ref().map(|current| current.generation) else {
+            return Next::Live;
+        };
+        match ending {
+            Ok(Ok(Outcome::Stopped { step, manifest })) => {
+                tracing::info!(generation, step, "generation ended");
+                self.learn(manifest);
+                self.say_stopped(generation);
+            }
+            Ok(Ok(Outcome::Complete { step, manifest, result })) => {
+                self.learn(manifest);
+                tracing::info!(generation, step, "every step is done");
+                if let Some(result) = result {
+                    let (uri, digest, loss) = (result.uri, result.digest, result.loss);
+                    self.link.say(Body::Finished(wire::Finished { generation, step, uri, digest, loss }));
+                }
+            }
+            Ok(Err(error)) => return self.broke(generation, error).await,
+            Err(panic) => {
+                let cause = if is_out_of_memory(&panic) { Cause::OutOfMemory } else { Cause::Application };
+                return self.fail(cause, panic);
+            }
+        }
+        Next::Live
+    }
+
+    fn learn(&mut self, manifest: Option<ManifestRef>) {
+        if let Some(manifest) = manifest.filter(|manifest| !self.manifests.contains(manifest)) {
+            self.manifests.insert(0, manifest);
+            self.manifests.truncate(prepare::MANIFESTS);
+        }
+    }
+
+    async fn broke(&mut self, generation: u64, error: GenerationError) -> Next {
+        match error {
+            GenerationError::Collective(CollectiveError::Aborted) => {}
+            GenerationError::Collective(_) | GenerationError::Checkpoint(_) => {
+                tracing::warn!(generation, %error, "the generation broke; waiting for the coordinator");
+                self.list().await;
+                self.say_stopped(generation);
+            }
+            GenerationError::Load { manifest, message } => {
+                tracing::error!(generation, message, "the checkpoint cannot be loaded");
+                let manifest = Some(to_wire(&manifest));
+                self.link.say(Body::LoadFailed(wire::LoadFailed { generation, manifest, message }));
+            }
+            GenerationError::Numerics { .. } => return self.fail(Cause::Numerics, error.to_string()),
+            GenerationError::Model(_) => return self.fail(Cause::Model, error.to_string()),
+            GenerationError::Torch(_) => {
+                let message = error.to_string();
+                let cause = if is_out_of_memory(&message) { Cause::OutOfMemory } else { Cause::Application };
+                return self.fail(cause, message);
+            }
+        }
+        Next::Live
+    }
+
+    fn fail(&mut self, cause: Cause, message: String) -> Next {
+        tracing::error!(cause = cause.as_str_name(), message, "this rank cannot go on");
+        let step = self.current.as_ref().map_or(0, |current| current.step.load(Ordering::Relaxed));
+        self.link.say(Body::Failed(wire::Failed { cause: cause.into(), message, step }));
+        Next::End(Exit::Failed(cause))
+    }
+
+    /// SIGTERM: tells the coordinator and, through the next step's commit, the peers.
+    async fn terminate(&mut self) -> Next {
+        let deadline = SystemTime::now() + self.grace;
+        let deadline_ms = deadline.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64);
+        tracing::warn!(grace_seconds = self.grace.as_secs(), "terminated");
+        self.link.say(Body::Notice(wire::Notice { source: "SIGTERM".to_owned(), deadline_ms }));
+        let running = self.current.as_ref().filter(|current| current.ended.is_some());
+        let Some(current) = running else { return Next::End(Exit::Done) };
+        current.control.stop.cancel();
+        self.ends_at = Some(Instant::now() + self.grace);
+        Next::Live
+    }
+}
+
+/// Tries until everything is in reach, and says what is missing meanwhile.
+async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Session {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let Trouble { cause, message } = match prepare::prepare(job.clone(), place.clone()).await {
+            Ok(session) => return session,
+            Err(trouble) => trouble,
+        };
+        tracing::warn!(cause = cause.as_str_name(), message, "blocked");
+        link.say(Body::Blocked(wire::Blocked { cause: cause.into(), message }));
+        tokio::time::sleep(pause.mul_f64(rand::random_range(0.75..1.25))).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+fn assignment(form: wire::Form) -> Option<Assignment> {
+    let rank = form.rank as usize;
+    let members = form.members.into_iter();
+    let members: Vec<Peer> =
+        members.map(|member| Peer { name: member.pod_name, address: member.address }).collect();
+    let key = form.key.try_into().ok()?;
+    (rank < members.len()).then(|| Assignment {
+        membership: Membership { generation: form.generation, rank, members, key },
+        base: form.base.map(from_wire),
+    })
+}
+
+fn to_wire(manifest: &ManifestRef) -> wire::ManifestRef {
+    let ManifestRef { step, generation, key, digest } = manifest.clone();
+    wire::ManifestRef { step, generation, key, digest }
+}
+
+fn from_wire(manifest: wire::ManifestRef) -> ManifestRef {
+    let wire::ManifestRef { step, generation, key, digest } = manifest;
+    ManifestRef { step, generation, key, digest }
+}
+
+fn words(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("an unexpected failure").to_owned()
+}
+
+/// libtorch reports an allocation that failed in words only.
+fn is_out_of_memory(message: &str) -> bool {
+    ["out of memory", "not enough memory", "can't allocate memory"].iter().any(|words| message.contains(words))
+}
+
+/// Passes what happens in a generation on.
+struct Reporter {
+    link: Link,
+    status: Status,
+    session: Arc<Session>,
+    generation: u64,
+    rank: usize,
+    step: Arc<AtomicU64>,
+    control: Control,
+}
+
+impl Reporter {
+    /// Nothing is said of a generation that was left.
+    fn say(&self, body: Body) {
+        if !self.control.abort.is_cancelled() {
+            self.link.say(body);
+        }
+    }
+}
+
+impl Observer for Reporter {
+    fn ready(&self, state_digest: &str) {
+        let state_digest = state_digest.to_owned();
+        self.say(Body::Ready(wire::Ready { generation: self.generation, state_digest }));
+    }
+
+    fn stepped(&self, report: &StepReport, last_of_generation: bool) {
+        self.step.store(report.step, Ordering::Relaxed);
+        self.status.metrics.stepped(report);
+        let seconds = report.duration.as_secs_f64();
+        tracing::info!(step = report.step, loss = report.loss, seconds, tokens = report.tokens, "step");
+        self.say(Body::Progress(wire::Progress {
+            generation: self.generation,
+            step: report.step,
+            steps: self.session.data.steps(),
+            epoch: self.session.data.epochs_done(report.step),
+            loss: report.loss,
+            learning_rate: report.learning_rate,
+            gradient_norm: report.norm,
+            tokens: report.tokens,
+            step_seconds: seconds,
+            communication_seconds: report.communication.as_secs_f64(),
+            last_of_generation,
+        }));
+    }
+
+    fn checkpointed(&self, published: &Published) {
+        self.status.metrics.checkpointed(published);
+        // The first checkpoint makes the base model superfluous.
+        self.session.forget_base();
+        if self.rank != 0 {
+            return;
+        }
+        let (step, upload_seconds) = (published.manifest.step, published.upload.as_secs_f64());
+        tracing::info!(step, upload_seconds, uri = published.uri, "checkpoint written");
+        self.say(Body::Checkpointed(wire::Checkpointed {
+            generation: self.generation,
+            manifest: Some(to_wire(&published.manifest)),
+            uri: published.uri.clone(),
+            bytes_written: published.bytes_written,
+            stall_seconds: published.stall.as_secs_f64(),
+            upload_seconds,
+        }));
+    }
+
+    fn blocked(&self, error: &StoreError) {
+        let message = error.to_string();
+        self.say(Body::Blocked(wire::Blocked { cause: Cause::Store.into(), message }));
+    }
+}

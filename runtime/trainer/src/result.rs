@@ -1,0 +1,41 @@
+//! The result of a run: a plain Hugging Face directory in the bucket.
+
+use crate::checkpoint::{CheckpointError, retry};
+use crate::generation::GenerationError;
+use crate::prepare::Session;
+use crate::step::Engine;
+use tokio_util::sync::CancellationToken;
+use vicuna_checkpoint::{StoreError, upload_dir};
+use vicuna_model::ModelError;
+
+/// Where it lies below the checkpoint URI.
+pub const RESULT: &str = "result";
+
+#[derive(Clone, Debug)]
+pub struct Written {
+    pub uri: String,
+    pub digest: String,
+}
+
+/// Saves the model to scratch and uploads it, trying until it works or `cancel` is called.
+pub fn write(
+    session: &Session,
+    engine: &Engine,
+    cancel: &CancellationToken,
+    trouble: &dyn Fn(&StoreError),
+) -> Result<Written, GenerationError> {
+    let directory = session.scratch.join(RESULT);
+    let tensors = engine.weights.to_map(&engine.table);
+    let digest = vicuna_model::weights_digest(&tensors)?;
+    let model = session.model.lock();
+    vicuna_model::save(&directory, &session.config, &tensors, &model.tokenizer, Some(&session.chat_template))?;
+    drop(model);
+    drop(tensors);
+    let store = session.store.below(RESULT);
+    let uploaded = retry(&session.runtime, cancel, trouble, || upload_dir(&store, &directory));
+    uploaded.map_err(|error: CheckpointError| GenerationError::from(error))?;
+    std::fs::remove_dir_all(&directory)
+        .map_err(|source| ModelError::Write { path: directory, source })?;
+    tracing::info!(uri = store.uri(), digest, "result written");
+    Ok(Written { uri: store.uri().to_owned(), digest })
+}

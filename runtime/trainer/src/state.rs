@@ -1,0 +1,152 @@
+//! What a rank holds: the compute weights of the whole model, and masters and moments of the blocks
+//! that it owns (ZeRO stage 1, Rajbhandari et al. 2020).
+
+use crate::blocks::{Block, BlockTable};
+use crate::optimizer::{Slot, Update, adamw};
+use std::collections::BTreeMap;
+use tch::{Device, Kind, TchError, Tensor};
+
+/// Master weights and AdamW's moments of one block, in the order of its elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OwnedBlock {
+    pub weights: Vec<f32>,
+    pub first: Vec<f32>,
+    pub second: Vec<f32>,
+}
+
+impl OwnedBlock {
+    /// Fresh moments.
+    pub fn new(weights: Vec<f32>) -> Self {
+        let zeros = vec![0.0; weights.len()];
+        Self { first: zeros.clone(), second: zeros, weights }
+    }
+
+    /// Weights, first and second moments, little-endian: a block as the store keeps it.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(12 * self.weights.len());
+        for part in [&self.weights, &self.first, &self.second] {
+            bytes.extend_from_slice(bytemuck::cast_slice(part));
+        }
+        bytes
+    }
+
+    /// `None` if the length is not that of `elements`.
+    pub fn from_bytes(bytes: &[u8], elements: usize) -> Option<Self> {
+        if bytes.len() != 12 * elements {
+            return None;
+        }
+        let part = |index: usize| floats(&bytes[index * 4 * elements..(index + 1) * 4 * elements]);
+        Some(Self { weights: part(0), first: part(1), second: part(2) })
+    }
+
+    /// Applies a finished gradient.
+    pub fn update(&mut self, table: &BlockTable, block: &Block, gradient: &[f32], update: Update) {
+        let mut start = 0;
+        for segment in &block.segments {
+            let range = start..start + segment.elements;
+            start = range.end;
+            let decays = table.parameters[segment.parameter].decays();
+            let weight_decay = if decays { update.weight_decay } else { 0.0 };
+            let slot = Slot {
+                weights: &mut self.weights[range.clone()],
+                first: &mut self.first[range.clone()],
+                second: &mut self.second[range.clone()],
+            };
+            adamw(slot, &gradient[range], Update { weight_decay, ..update });
+        }
+    }
+}
+
+/// fp32 values of little-endian bytes; all platforms of libtorch are little-endian.
+pub fn floats(bytes: &[u8]) -> Vec<f32> {
+    let (values, _rest) = bytes.as_chunks();
+    values.iter().map(|value| f32::from_le_bytes(*value)).collect()
+}
+
+/// Compute weights on the device, in canonical order.
+#[derive(Debug)]
+pub struct Weights {
+    pub tensors: Vec<Tensor>,
+}
+
+impl Weights {
+    /// Uninitialised but for what [`Weights::write`] will put there: zeros.
+    pub fn zeros(table: &BlockTable, device: Device) -> Self {
+        let zeros = |shape: &Vec<i64>| Tensor::zeros(shape, (Kind::Float, device));
+        Self { tensors: table.parameters.iter().map(|p| zeros(&p.shape)).collect() }
+    }
+
+    /// Takes a model's tensors; `None` if one is missing.
+    pub fn from_map(table: &BlockTable, map: &BTreeMap<String, Tensor>, device: Device) -> Option<Self> {
+        let copy = |name: &String| Some(map.get(name)?.to_device(device).to_kind(Kind::Float).contiguous());
+        let tensors = table.parameters.iter().map(|parameter| copy(&parameter.name)).collect::<Option<_>>()?;
+        Some(Self { tensors })
+    }
+
+    /// By name, on the CPU.
+    pub fn to_map(&self, table: &BlockTable) -> BTreeMap<String, Tensor> {
+        let named = table.parameters.iter().zip(&self.tensors);
+        named.map(|(parameter, tensor)| (parameter.name.clone(), tensor.to_device(Device::Cpu))).collect()
+    }
+
+    /// Replaces a block's elements.
+    pub fn write(&mut self, block: &Block, values: &[f32]) -> Result<(), TchError> {
+        let mut start = 0;
+        for segment in &block.segments {
+            let values = Tensor::f_from_slice(&values[start..start + segment.elements])?;
+            start += segment.elements;
+            let flat = self.tensors[segment.parameter].f_view([-1])?;
+            let mut place = flat.f_narrow(0, segment.offset as i64, segment.elements as i64)?;
+            place.f_copy_(&values)?;
+        }
+        Ok(())
+    }
+
+    /// A block's elements.
+    pub fn read(&self, block: &Block) -> Result<Vec<f32>, TchError> {
+        read_block(block, |parameter| &self.tensors[parameter])
+    }
+}
+
+/// Collects a block from tensors, given by parameter index.
+pub fn read_block<'a>(block: &Block, tensor: impl Fn(usize) -> &'a Tensor) -> Result<Vec<f32>, TchError> {
+    let mut values = vec![0f32; block.elements];
+    let mut start = 0;
+    for segment in &block.segments {
+        let flat = tensor(segment.parameter).f_view([-1])?;
+        let place = flat.f_narrow(0, segment.offset as i64, segment.elements as i64)?;
+        let place = place.f_to_device(Device::Cpu)?;
+        place.f_copy_data(&mut values[start..start + segment.elements], segment.elements)?;
+        start += segment.elements;
+    }
+    Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_survives_the_store_bit_for_bit() {
+        let mut block = OwnedBlock::new(vec![1.5, -0.0, f32::MIN_POSITIVE / 2.0]);
+        block.second[1] = 3.25;
+        let bytes = block.to_bytes();
+        let back = OwnedBlock::from_bytes(&bytes, 3).unwrap();
+        assert_eq!(back.to_bytes(), bytes);
+        assert!(OwnedBlock::from_bytes(&bytes, 2).is_none());
+    }
+
+    #[test]
+    fn blocks_read_from_the_weights_write_back_the_same_model() {
+        let model = vicuna_model::tiny::tiny(3);
+        let table = BlockTable::new(&model.config);
+        let weights = Weights::from_map(&table, &model.tensors, Device::Cpu).unwrap();
+        let mut copy = Weights::zeros(&table, Device::Cpu);
+        for block in &table.blocks {
+            copy.write(block, &weights.read(block).unwrap()).unwrap();
+        }
+        let digest = |weights: &Weights| vicuna_model::weights_digest(&weights.to_map(&table)).unwrap();
+        assert_eq!(digest(&copy), digest(&weights));
+        assert_eq!(digest(&copy), vicuna_model::weights_digest(&model.tensors).unwrap());
+    }
+}

@@ -1,0 +1,295 @@
+//! Connections to gateways. The worker dials out: it resolves the gateways' host name every few
+//! seconds and keeps one stream to each address.
+
+use crate::completion::{Completion, Vocabulary};
+use crate::health::Health;
+use crate::prompt::prompt_ids;
+use crate::scheduler::{Command, Connection, Handle, Job, Occupancy, Replies, failure};
+use anyhow::{Context, Result, anyhow, bail};
+use rand::Rng;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Streaming};
+use vicuna_data::template::Encoder;
+use vicuna_protocol::auth::TokenFile;
+use vicuna_protocol::inference::failure::Code;
+use vicuna_protocol::inference::gateway_message::Body as FromGateway;
+use vicuna_protocol::inference::worker_message::Body;
+use vicuna_protocol::inference::workers_client::WorkersClient;
+use vicuna_protocol::inference::{Draining, GatewayMessage, Generate, Load, WorkerHello};
+
+const RESOLVE_EVERY: Duration = Duration::from_secs(5);
+const LOAD_EVERY: Duration = Duration::from_secs(1);
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for the last messages to leave when the worker ends.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+const SLOWEST_RETRY: Duration = Duration::from_secs(5);
+/// Messages that a gateway may be behind before its connection is given up.
+const OUTGOING: usize = 4096;
+/// Gateways dialled at most; more addresses than this are a mistake of the name's owner.
+const MAX_GATEWAYS: usize = 256;
+
+/// Where the gateways are and how to be let in.
+#[derive(Clone, Debug)]
+pub struct Gateways {
+    /// `https://host:port`; TLS unless it is `http`.
+    pub url: String,
+    pub server_name: String,
+    pub ca: PathBuf,
+    pub token: TokenFile,
+}
+
+/// What every connection shares.
+pub struct Shared {
+    pub gateways: Gateways,
+    pub hello: WorkerHello,
+    pub encoder: Encoder,
+    pub vocabulary: Vocabulary,
+    pub scheduler: Handle,
+    pub health: Arc<Health>,
+    /// Tokens generated since the start.
+    pub tokens: prometheus::IntCounter,
+    /// Unix time in ms at which the worker leaves, once it knows.
+    pub draining: watch::Receiver<Option<u64>>,
+    /// Cancelled when the last messages should leave.
+    pub closing: CancellationToken,
+}
+
+/// Keeps a stream to every gateway until `closing`, then waits for the streams to end.
+pub async fn run(shared: Arc<Shared>) {
+    let tasks = TaskTracker::new();
+    let mut known: HashMap<SocketAddr, CancellationToken> = HashMap::new();
+    while !shared.closing.is_cancelled() {
+        match resolve(&shared.gateways.url).await {
+            Ok(addresses) => follow(&shared, &addresses, &mut known, &tasks),
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "cannot resolve the gateways"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(RESOLVE_EVERY) => {}
+            () = shared.closing.cancelled() => {}
+        }
+    }
+    tasks.close();
+    if tokio::time::timeout(FLUSH_TIMEOUT, tasks.wait()).await.is_err() {
+        tracing::warn!("a gateway did not take the last messages in time");
+    }
+}
+
+/// Dials new addresses; an address that is gone is not dialled again once its stream ends.
+fn follow(
+    shared: &Arc<Shared>,
+    addresses: &[SocketAddr],
+    known: &mut HashMap<SocketAddr, CancellationToken>,
+    tasks: &TaskTracker,
+) {
+    known.retain(|address, unwanted| {
+        let wanted = addresses.contains(address);
+        if !wanted {
+            unwanted.cancel();
+        }
+        wanted
+    });
+    for address in addresses.iter().take(MAX_GATEWAYS) {
+        known.entry(*address).or_insert_with(|| {
+            let unwanted = shared.closing.child_token();
+            tasks.spawn(stay_attached(shared.clone(), *address, unwanted.clone()));
+            unwanted
+        });
+    }
+}
+
+async fn resolve(url: &str) -> Result<Vec<SocketAddr>> {
+    let (_, host, port) = parts(url)?;
+    let found = tokio::net::lookup_host((host.as_str(), port)).await;
+    let mut addresses: Vec<SocketAddr> = found.with_context(|| format!("looking up {host}"))?.collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    Ok(addresses)
+}
+
+/// Scheme, host and port.
+fn parts(url: &str) -> Result<(String, String, u16)> {
+    let uri: tonic::transport::Uri = url.parse().with_context(|| format!("{url:?} is not a URL"))?;
+    match (uri.scheme_str(), uri.host(), uri.port_u16()) {
+        (Some(scheme), Some(host), Some(port)) => {
+            Ok((scheme.to_owned(), host.trim_matches(['[', ']']).to_owned(), port))
+        }
+        _ => bail!("{url:?} needs a scheme, a host and a port"),
+    }
+}
+
+/// Attaches again whenever the stream ends, with growing pauses while that does not succeed.
+async fn stay_attached(shared: Arc<Shared>, address: SocketAddr, unwanted: CancellationToken) {
+    let mut pause = FIRST_RETRY;
+    while !unwanted.is_cancelled() {
+        let started = Instant::now();
+        match attach(&shared, address).await {
+            Ok(()) => tracing::info!(%address, "the gateway's stream ended"),
+            Err(error) => tracing::warn!(%address, error = format!("{error:#}"), "no stream to the gateway"),
+        }
+        pause = if started.elapsed() > SLOWEST_RETRY { FIRST_RETRY } else { (pause * 2).min(SLOWEST_RETRY) };
+        let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
+        tokio::select! {
+            () = tokio::time::sleep(jittered) => {}
+            () = unwanted.cancelled() => {}
+        }
+    }
+}
+
+/// One stream, from hello to its end.
+async fn attach(shared: &Shared, address: SocketAddr) -> Result<()> {
+    let (scheme, _, _) = parts(&shared.gateways.url)?;
+    let gateways = &shared.gateways;
+    let url = format!("{scheme}://{address}");
+    let channel = match scheme.as_str() {
+        "http" => tonic::transport::Endpoint::from_shared(url)?.connect_lazy(),
+        _ => vicuna_protocol::tls::channel(&url, &gateways.ca, &gateways.server_name)?,
+    };
+    let (outgoing, messages) = mpsc::channel(OUTGOING);
+    let broken = CancellationToken::new();
+    let replies = Replies::new(outgoing, broken.clone());
+    replies.send(Body::Hello(shared.hello.clone()));
+    let request = gateways.token.sign(Request::new(ReceiverStream::new(messages)))?;
+    let call = WorkersClient::new(channel);
+    let answer = tokio::time::timeout(ATTACH_TIMEOUT, { call }.attach(request)).await;
+    let incoming = answer.map_err(|_| anyhow!("no answer within {ATTACH_TIMEOUT:?}"))??.into_inner();
+    Stream::new(shared, replies).serve(incoming, broken).await
+}
+
+/// One attached gateway.
+struct Stream<'a> {
+    shared: &'a Shared,
+    connection: Connection,
+    replies: Replies,
+    welcomed: bool,
+    meter: Meter,
+}
+
+impl Drop for Stream<'_> {
+    fn drop(&mut self) {
+        if self.welcomed {
+            self.shared.health.detached();
+        }
+    }
+}
+
+impl<'a> Stream<'a> {
+    fn new(shared: &'a Shared, replies: Replies) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let connection = NEXT.fetch_add(1, Ordering::Relaxed);
+        let meter = Meter { tokens: shared.tokens.get(), since: Instant::now() };
+        Self { shared, connection, replies, welcomed: false, meter }
+    }
+
+    /// Until the gateway ends the stream, or stops reading, or the worker closes.
+    async fn serve(mut self, mut incoming: Streaming<GatewayMessage>, broken: CancellationToken) -> Result<()> {
+        let result = self.exchange(&mut incoming, broken).await;
+        self.shared.scheduler.send(Command::Disconnected(self.connection)).await;
+        if self.shared.closing.is_cancelled() {
+            drop(self);
+            // With our half closed the gateway reads what is left and closes its own.
+            while incoming.message().await?.is_some() {}
+        }
+        result
+    }
+
+    async fn exchange(&mut self, incoming: &mut Streaming<GatewayMessage>, broken: CancellationToken) -> Result<()> {
+        let mut draining = self.shared.draining.clone();
+        let mut clock = tokio::time::interval(LOAD_EVERY);
+        self.tell_draining(*draining.borrow_and_update());
+        loop {
+            tokio::select! {
+                message = incoming.message() => match message? {
+                    Some(message) => self.handle(message).await,
+                    None => return Ok(()),
+                },
+                _ = clock.tick() => self.send_load(),
+                Ok(()) = draining.changed() => self.tell_draining(*draining.borrow_and_update()),
+                () = broken.cancelled() => bail!("the gateway did not read {OUTGOING} messages"),
+                () = self.shared.closing.cancelled() => return Ok(()),
+            }
+        }
+    }
+
+    async fn handle(&mut self, message: GatewayMessage) {
+        match message.body {
+            Some(FromGateway::Welcome(welcome)) => self.welcome(&welcome.gateway),
+            Some(FromGateway::Generate(generate)) => self.submit(generate).await,
+            Some(FromGateway::Cancel(cancel)) => {
+                let connection = self.connection;
+                let (request, choice) = (cancel.request, cancel.choice);
+                self.shared.scheduler.send(Command::Cancel { connection, request, choice }).await;
+            }
+            None => tracing::debug!("the gateway sent a message of a newer version"),
+        }
+    }
+
+    fn welcome(&mut self, gateway: &str) {
+        if !std::mem::replace(&mut self.welcomed, true) {
+            tracing::info!(gateway, "attached");
+            self.shared.health.attached();
+        }
+    }
+
+    async fn submit(&self, generate: Generate) {
+        match self.prepare(&generate) {
+            Ok(job) => self.shared.scheduler.send(Command::Submit(Box::new(job))).await,
+            Err(reason) => {
+                self.replies.send(failure(&generate.request, generate.choice, Code::Invalid, reason));
+            }
+        }
+    }
+
+    fn prepare(&self, generate: &Generate) -> Result<Job, String> {
+        let offered = self.shared.hello.models.iter().any(|offer| offer.name == generate.model);
+        if !offered {
+            return Err(format!("this worker does not serve {:?}", generate.model));
+        }
+        let prompt = prompt_ids(&self.shared.encoder, generate)?;
+        let completion = Completion::new(generate, prompt.len(), &self.shared.vocabulary)?;
+        Ok(Job { connection: self.connection, prompt, completion, replies: self.replies.clone() })
+    }
+
+    fn tell_draining(&self, deadline_ms: Option<u64>) {
+        if let Some(deadline_ms) = deadline_ms {
+            self.replies.send(Body::Draining(Draining { deadline_ms }));
+        }
+    }
+
+    fn send_load(&mut self) {
+        let Occupancy { running, waiting } = *self.shared.scheduler.occupancy().borrow();
+        self.replies.send(Body::Load(Load {
+            running: running as u32,
+            waiting: waiting as u32,
+            slots: self.shared.hello.slots,
+            tokens_per_second: self.meter.rate(self.shared.tokens.get()),
+        }));
+    }
+}
+
+/// Tokens per second between two readings of a counter.
+struct Meter {
+    tokens: u64,
+    since: Instant,
+}
+
+impl Meter {
+    fn rate(&mut self, tokens: u64) -> f64 {
+        let seconds = self.since.elapsed().as_secs_f64();
+        let generated = tokens.saturating_sub(self.tokens) as f64;
+        *self = Self { tokens, since: Instant::now() };
+        if seconds > 0.0 { generated / seconds } else { 0.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests;

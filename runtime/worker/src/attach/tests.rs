@@ -1,0 +1,205 @@
+//! A worker against a gateway in the same process, over a real connection.
+
+use super::*;
+use crate::metrics::Metrics;
+use crate::options::Options;
+use crate::scheduler::Scheduler;
+use clap::Parser;
+use std::pin::Pin;
+use tokio_stream::Stream as TokioStream;
+use tonic::{Response, Status};
+use vicuna_protocol::inference::workers_server::{Workers, WorkersServer};
+use vicuna_protocol::inference::{GatewayWelcome, Message, Sampling, WorkerMessage};
+
+const WAIT: Duration = Duration::from_secs(20);
+
+/// One attached worker, as the gateway sees it.
+struct Attached {
+    from_worker: Streaming<WorkerMessage>,
+    to_worker: mpsc::Sender<Result<GatewayMessage, Status>>,
+}
+
+struct FakeGateway(mpsc::Sender<Attached>);
+
+#[tonic::async_trait]
+impl Workers for FakeGateway {
+    type AttachStream = Pin<Box<dyn TokioStream<Item = Result<GatewayMessage, Status>> + Send>>;
+
+    async fn attach(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Self::AttachStream>, Status> {
+        if request.metadata().get("authorization").is_none_or(|value| value != "Bearer secret") {
+            return Err(Status::unauthenticated("no token"));
+        }
+        let (to_worker, messages) = mpsc::channel(16);
+        let attached = Attached { from_worker: request.into_inner(), to_worker };
+        self.0.send(attached).await.map_err(|_| Status::unavailable("gone"))?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
+    }
+}
+
+impl Attached {
+    async fn send(&self, body: FromGateway) {
+        self.to_worker.send(Ok(GatewayMessage { body: Some(body) })).await.unwrap();
+    }
+
+    /// The next message that is not Load.
+    async fn next(&mut self) -> Body {
+        loop {
+            let message = tokio::time::timeout(WAIT, self.from_worker.message()).await.expect("no message in time");
+            match message.unwrap().expect("the worker closed its stream").body.unwrap() {
+                Body::Load(_) => {}
+                other => return other,
+            }
+        }
+    }
+}
+
+struct Setup {
+    workers: mpsc::Receiver<Attached>,
+    health: Arc<Health>,
+    draining: watch::Sender<Option<u64>>,
+    closing: CancellationToken,
+    running: tokio::task::JoinHandle<()>,
+    _files: tempfile::TempDir,
+}
+
+async fn set_up() -> Setup {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (sender, workers) = mpsc::channel(4);
+    let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+    let server = tonic::transport::Server::builder().add_service(WorkersServer::new(FakeGateway(sender)));
+    tokio::spawn(server.serve_with_incoming(incoming));
+    let files = tempfile::tempdir().unwrap();
+    let (shared, draining) = shared(&url, files.path());
+    let (health, closing) = (shared.health.clone(), shared.closing.clone());
+    let running = tokio::spawn(run(Arc::new(shared)));
+    Setup { workers, health, draining, closing, running, _files: files }
+}
+
+fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<u64>>) {
+    let token = folder.join("token");
+    std::fs::write(&token, "secret\n").unwrap();
+    let model = vicuna_model::tiny::tiny(2);
+    let path = folder.join("model");
+    vicuna_model::save(&path, &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref()).unwrap();
+    let arguments = ["worker", "--model-name", "default/tiny", "--model-uri", "file:///unused", "--gateway", url];
+    let options = Options::parse_from(arguments);
+    let served = crate::model::load(&path, &options, tch::Device::Cpu).unwrap();
+    let metrics = Metrics::new().unwrap();
+    let tokens = metrics.tokens.clone();
+    let (scheduler, handle) = Scheduler::new(served.engine, 2, metrics);
+    std::thread::spawn(move || scheduler.run());
+    let (draining, deadline) = watch::channel(None);
+    let health = Arc::new(Health::new(folder.join("none")));
+    health.serving();
+    let gateways =
+        Gateways { url: url.to_owned(), server_name: String::new(), ca: PathBuf::new(), token: TokenFile::new(&token) };
+    let hello = WorkerHello { worker: "w".into(), models: vec![served.offer], slots: 2, ..WorkerHello::default() };
+    let shared = Shared {
+        gateways,
+        hello,
+        encoder: served.encoder,
+        vocabulary: served.vocabulary,
+        scheduler: handle,
+        health,
+        tokens,
+        draining: deadline,
+        closing: CancellationToken::new(),
+    };
+    (shared, draining)
+}
+
+fn question(request: &str, model: &str, max_tokens: u32) -> FromGateway {
+    FromGateway::Generate(Generate {
+        request: request.into(),
+        model: model.into(),
+        messages: vec![Message { role: "user".into(), content: "Who are you?".into() }],
+        sampling: Some(Sampling { max_tokens, temperature: 1.0, ..Sampling::default() }),
+        ..Generate::default()
+    })
+}
+
+async fn attached(setup: &mut Setup) -> Attached {
+    let mut worker = tokio::time::timeout(WAIT, setup.workers.recv()).await.expect("no worker in time").unwrap();
+    match worker.next().await {
+        Body::Hello(hello) => {
+            assert_eq!(hello.models[0].name, "default/tiny");
+            assert_eq!(hello.models[0].weights_digest.len(), 64);
+        }
+        other => panic!("{other:?} came before the hello"),
+    }
+    worker.send(FromGateway::Welcome(GatewayWelcome { gateway: "g".into() })).await;
+    worker
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_attaches_answers_and_attaches_again_when_the_stream_ends() {
+    let mut setup = set_up().await;
+    let mut worker = attached(&mut setup).await;
+    worker.send(question("r", "default/tiny", 5)).await;
+    let mut tokens = 0;
+    loop {
+        match worker.next().await {
+            Body::Delta(delta) => {
+                assert_eq!((delta.request.as_str(), delta.position), ("r", tokens));
+                tokens += delta.tokens.len() as u32;
+            }
+            Body::Done(done) => {
+                assert_eq!(done.completion_tokens, tokens);
+                assert!(done.prompt_tokens > 10);
+                break;
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    assert!(setup.health.readiness().is_ok());
+    drop(worker);
+    let _again = attached(&mut setup).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_request_is_told_to_the_client() {
+    let mut setup = set_up().await;
+    let mut worker = attached(&mut setup).await;
+    let unknown_role = FromGateway::Generate(Generate {
+        request: "role".into(),
+        model: "default/tiny".into(),
+        messages: vec![Message { role: "wizard".into(), content: String::new() }],
+        ..Generate::default()
+    });
+    for (message, expected) in [
+        (question("model", "default/other", 5), "default/other"),
+        (unknown_role, "wizard"),
+        (FromGateway::Generate(Generate { model: "default/tiny".into(), ..Generate::default() }), "messages is empty"),
+    ] {
+        worker.send(message).await;
+        match worker.next().await {
+            Body::Failure(failure) => {
+                assert_eq!(failure.code, Code::Invalid as i32);
+                assert!(failure.message.contains(expected), "{}", failure.message);
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn draining_is_announced_and_the_stream_closes_after_the_last_message() {
+    let mut setup = set_up().await;
+    let mut worker = attached(&mut setup).await;
+    setup.draining.send_replace(Some(77));
+    assert!(matches!(worker.next().await, Body::Draining(Draining { deadline_ms: 77 })));
+    setup.closing.cancel();
+    let end = tokio::time::timeout(WAIT, async { while let Ok(Some(_)) = worker.from_worker.message().await {} });
+    end.await.expect("the worker did not close its stream");
+    drop(worker);
+    tokio::time::timeout(WAIT, setup.running).await.expect("the worker did not end").unwrap();
+}
+
+#[test]
+fn a_gateway_url_needs_scheme_host_and_port() {
+    assert_eq!(parts("https://gateway.vicuna-system.svc:9443").unwrap().2, 9443);
+    assert_eq!(parts("http://[::1]:80").unwrap().1, "::1");
+    assert!(parts("gateway:9443").is_err());
+    assert!(parts("https://gateway").is_err());
+}

@@ -1,0 +1,42 @@
+//! What Prometheus sees of a worker.
+
+use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntGauge, Registry, TextEncoder};
+
+/// From a fast GPU's step to a slow CPU's.
+const DECODE_BUCKETS: [f64; 12] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
+
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Registry,
+    pub running: IntGauge,
+    pub waiting: IntGauge,
+    pub tokens: IntCounter,
+    pub decode_seconds: Histogram,
+}
+
+impl Metrics {
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let decode = HistogramOpts::new("vicuna_worker_decode_seconds", "Time of one batched decoding step.")
+            .buckets(DECODE_BUCKETS.to_vec());
+        let metrics = Self {
+            running: IntGauge::new("vicuna_worker_running", "Sequences in the batch.")?,
+            waiting: IntGauge::new("vicuna_worker_waiting", "Requests that wait for a slot.")?,
+            tokens: IntCounter::new("vicuna_worker_tokens_total", "Tokens generated.")?,
+            decode_seconds: Histogram::with_opts(decode)?,
+            registry,
+        };
+        metrics.registry.register(Box::new(metrics.running.clone()))?;
+        metrics.registry.register(Box::new(metrics.waiting.clone()))?;
+        metrics.registry.register(Box::new(metrics.tokens.clone()))?;
+        metrics.registry.register(Box::new(metrics.decode_seconds.clone()))?;
+        Ok(metrics)
+    }
+
+    /// In Prometheus' text format.
+    pub fn text(&self) -> Result<Vec<u8>, prometheus::Error> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}

@@ -1,0 +1,124 @@
+//! Getting the model: from the object store to weights on the device. An unavailable model is asked
+//! for again and again, and why it is unavailable is said where people look.
+
+use crate::completion::Vocabulary;
+use crate::detokenize::TokenBytes;
+use crate::health::Health;
+use crate::options::Options;
+use anyhow::{Context, Result, anyhow};
+use rand::Rng;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tch::Device;
+use vicuna_data::template::{Encoder, Template};
+use vicuna_model::inference::Engine;
+use vicuna_model::{Config, Pretrained};
+use vicuna_protocol::inference::ModelOffer;
+
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const SLOWEST_RETRY: Duration = Duration::from_secs(10);
+
+/// A model, ready to serve.
+pub struct Served {
+    pub engine: Engine,
+    pub encoder: Encoder,
+    pub vocabulary: Vocabulary,
+    pub offer: ModelOffer,
+}
+
+/// Fetches and loads the model, trying again for `model_patience` while it cannot be had. The error
+/// is then the last reason.
+pub async fn obtain(options: &Options, device: Device, health: &Health) -> Result<Served> {
+    let started = Instant::now();
+    let mut pause = FIRST_RETRY;
+    loop {
+        let error = match attempt(options, device, health).await {
+            Ok(served) => return Ok(served),
+            Err(error) => error,
+        };
+        report(options, health, &error);
+        if started.elapsed() + pause > options.model_patience {
+            return Err(error);
+        }
+        tokio::time::sleep(pause.mul_f64(rand::rng().random_range(0.8..1.2))).await;
+        pause = (pause * 2).min(SLOWEST_RETRY);
+    }
+}
+
+fn report(options: &Options, health: &Health, error: &anyhow::Error) {
+    let reason = format!("{error:#}");
+    tracing::warn!(uri = options.model_uri, reason, "the model is unavailable");
+    println!(
+        "{}",
+        serde_json::json!({ "event": "modelUnavailable", "model": options.model_name, "uri": options.model_uri, "reason": reason })
+    );
+    health.model_unavailable(&reason);
+}
+
+async fn attempt(options: &Options, device: Device, health: &Health) -> Result<Served> {
+    let folder = options.scratch.join("model");
+    let path = vicuna_checkpoint::fetch(&options.model_uri, &folder, |done, total| {
+        health.loading(format!("fetched {done} of {total} bytes of the model"));
+    })
+    .await?;
+    health.loading("the model is being loaded".to_owned());
+    let settings = options.clone();
+    let loading = tokio::task::spawn_blocking(move || load(&path, &settings, device));
+    let loaded = loading.await.context("loading the model was interrupted")?;
+    if loaded.is_err() {
+        forget(&folder).await;
+    }
+    loaded.with_context(|| format!("the model {} cannot be used", options.model_uri))
+}
+
+/// Files of the right size are not fetched again; those of a model that does not load must be.
+async fn forget(folder: &Path) {
+    if let Err(error) = tokio::fs::remove_dir_all(folder).await {
+        tracing::warn!(%error, folder = %folder.display(), "cannot remove the model's files");
+    }
+}
+
+/// Loads, checks and names a model on disk.
+pub fn load(path: &Path, options: &Options, device: Device) -> Result<Served> {
+    let model = vicuna_model::load(path)?;
+    let encoder = template(&model, options.template.as_deref())?.bind(&model.tokenizer)?;
+    let max_length = options.max_length.map(|length| length as usize);
+    let engine = Engine::new(&model.config, &model.tensors, device, options.dtype.kind(), max_length)?;
+    let vocabulary = Vocabulary {
+        bytes: Arc::new(TokenBytes::of(&model.tokenizer)),
+        end_tokens: end_tokens(&model.config, &encoder),
+        size: model.config.vocab,
+        max_length: engine.max_length(),
+    };
+    let offer = ModelOffer {
+        name: options.model_name.clone(),
+        weights_digest: vicuna_model::weights_digest(&model.tensors)?,
+        template: encoder.template().name().to_owned(),
+        quantization: options.dtype.name().to_owned(),
+        max_length: engine.max_length() as u32,
+    };
+    Ok(Served { engine, encoder, vocabulary, offer })
+}
+
+/// The named template, else the model's own.
+fn template(model: &Pretrained, name: Option<&str>) -> Result<Template> {
+    if let Some(name) = name {
+        return Ok(Template::named(name)?);
+    }
+    let source = model.chat_template.as_deref().ok_or_else(|| {
+        anyhow!("the model has no chat template of its own; name one (vicuna_v1.1 or chatml) in the template field")
+    })?;
+    let token = |id: Option<u32>| id.and_then(|id| model.tokenizer.id_to_token(id)).unwrap_or_default();
+    let (bos, eos) = (token(model.config.bos), token(model.config.eos.first().copied()));
+    Ok(Template::from_jinja(source, &bos, &eos)?)
+}
+
+/// The model's own end tokens and those of the template.
+fn end_tokens(config: &Config, encoder: &Encoder) -> Arc<[u32]> {
+    let mut tokens = config.eos.clone();
+    tokens.extend(encoder.end_tokens());
+    tokens.sort_unstable();
+    tokens.dedup();
+    tokens.into()
+}

@@ -1,0 +1,187 @@
+//! From the command line to the end of the process.
+
+use crate::attach::{self, Gateways, Shared};
+use crate::health::Health;
+use crate::metrics::Metrics;
+use crate::model::{Served, obtain};
+use crate::options::Options;
+use crate::scheduler::{Command, Handle, Scheduler};
+use crate::http;
+use anyhow::{Context, Result, anyhow};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+use vicuna_protocol::auth::TokenFile;
+use vicuna_protocol::inference::WorkerHello;
+
+/// Runs the worker until SIGTERM or SIGINT. Blocks; an error is why the pod should be started anew,
+/// and is left as its termination message.
+pub fn run(options: Options) -> Result<()> {
+    log();
+    let health = Arc::new(Health::new(options.termination_log.clone()));
+    let outcome = serve(options, health.clone());
+    if let Err(error) = &outcome {
+        health.leave_message(&format!("{error:#}"));
+    }
+    outcome
+}
+
+fn log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let installed = match std::env::var("VICUNA_LOG_FORMAT").as_deref() {
+        Ok("json") => logger.json().try_init(),
+        _ => logger.try_init(),
+    };
+    if let Err(error) = installed {
+        eprintln!("vicuna-worker: {error}");
+    }
+}
+
+fn serve(options: Options, health: Arc<Health>) -> Result<()> {
+    let device = vicuna_model::device::open(None)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    let outcome = runtime.block_on(async {
+        let mut stop = Stop::listen()?;
+        let metrics = Metrics::new()?;
+        serve_http(&options, health.clone(), metrics.clone()).await?;
+        let served = tokio::select! {
+            served = obtain(&options, device, &health) => served?,
+            () = stop.wait() => return Ok(()),
+        };
+        Worker::start(&options, served, health, metrics)?.until(stop, options.drain_timeout).await
+    });
+    // Loading may still hold a thread; it has nothing to finish.
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn serve_http(options: &Options, health: Arc<Health>, metrics: Metrics) -> Result<()> {
+    let listener = tokio::net::TcpListener::bind(options.metrics)
+        .await
+        .with_context(|| format!("listening on {} for --metrics", options.metrics))?;
+    let server = axum::serve(listener, http::router(health, metrics));
+    tokio::spawn(async move {
+        if let Err(error) = server.await {
+            tracing::error!(%error, "the metrics server ended");
+        }
+    });
+    Ok(())
+}
+
+/// SIGTERM or SIGINT.
+struct Stop {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Stop {
+    fn listen() -> Result<Self> {
+        let listen = |kind| signal(kind).context("listening for signals");
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// A worker with its model.
+struct Worker {
+    scheduler: Handle,
+    /// Ends when the scheduler's thread does, by panic too.
+    scheduler_ended: oneshot::Receiver<()>,
+    attachments: tokio::task::JoinHandle<()>,
+    health: Arc<Health>,
+    draining: watch::Sender<Option<u64>>,
+    closing: CancellationToken,
+}
+
+impl Worker {
+    fn start(options: &Options, served: Served, health: Arc<Health>, metrics: Metrics) -> Result<Self> {
+        let tokens = metrics.tokens.clone();
+        let (scheduler, handle) = Scheduler::new(served.engine, options.slots as usize, metrics);
+        let (ended, scheduler_ended) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("scheduler".to_owned())
+            .spawn(move || {
+                let _ended = ended;
+                scheduler.run();
+            })
+            .context("starting the scheduler")?;
+        let (draining, drain_deadline) = watch::channel(None);
+        let closing = CancellationToken::new();
+        tracing::info!(model = served.offer.name, digest = served.offer.weights_digest, "the model is loaded");
+        let shared = Shared {
+            gateways: gateways(options),
+            hello: WorkerHello {
+                worker: options.worker_name.clone(),
+                node: options.node_name.clone(),
+                capacity: options.capacity.name().to_owned(),
+                models: vec![served.offer],
+                slots: options.slots,
+            },
+            encoder: served.encoder,
+            vocabulary: served.vocabulary,
+            scheduler: handle.clone(),
+            health: health.clone(),
+            tokens,
+            draining: drain_deadline,
+            closing: closing.clone(),
+        };
+        health.serving();
+        let attachments = tokio::spawn(attach::run(Arc::new(shared)));
+        Ok(Self { scheduler: handle, scheduler_ended, attachments, health, draining, closing })
+    }
+
+    /// Serves until `stop`, then drains.
+    async fn until(mut self, mut stop: Stop, drain_timeout: Duration) -> Result<()> {
+        tokio::select! {
+            () = stop.wait() => {}
+            _ = &mut self.scheduler_ended => {
+                return Err(anyhow!("the scheduler ended unexpectedly; its log line says why (out of memory?)"));
+            }
+        }
+        self.drain(drain_timeout).await;
+        Ok(())
+    }
+
+    async fn drain(self, timeout: Duration) {
+        tracing::info!(timeout_seconds = timeout.as_secs(), "draining");
+        self.health.draining();
+        self.draining.send_replace(Some(unix_time_ms() + timeout.as_millis() as u64));
+        self.scheduler.send(Command::Drain).await;
+        let mut occupancy = self.scheduler.occupancy();
+        let idle = occupancy.wait_for(|now| now.running + now.waiting == 0);
+        if tokio::time::timeout(timeout, idle).await.is_err() {
+            tracing::warn!("requests are still running at the deadline; their gateways resume them elsewhere");
+        }
+        self.closing.cancel();
+        if let Err(error) = self.attachments.await {
+            tracing::warn!(%error, "the attachments did not end well");
+        }
+    }
+}
+
+fn gateways(options: &Options) -> Gateways {
+    Gateways {
+        url: options.gateway.clone(),
+        server_name: options.gateway_server_name.clone(),
+        ca: options.ca.clone(),
+        token: TokenFile::new(&options.token_file),
+    }
+}
+
+fn unix_time_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_millis() as u64)
+}
