@@ -9,6 +9,7 @@ download() {
     "$here/seaweedfs.sh"
     "$here/kubectl.sh"
     "$here/pause.sh"
+    "$here/llama_tokenizer.sh"
 }
 
 compile() {

@@ -11,8 +11,7 @@ use crate::context::Context;
 use crate::leader::NotLeader;
 use crate::pki::PkiError;
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
-use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Resource, ResourceExt};
 use serde::Serialize;
@@ -156,12 +155,13 @@ fn tell_deleted(context: &Context, observed: &Observed, removal: &Removal) {
     context.events.normal(&about, "WorkerLetGo", "Delete", format!("Let worker {name} go: {because}."));
 }
 
-/// Only named to make sure that what we apply can be applied.
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config;
     use crate::serving::plan::tests::observed;
+    use k8s_openapi::api::core::v1::ServiceAccount;
+    use k8s_openapi::api::policy::v1::PodDisruptionBudget;
     use serde_json::json;
 
     #[test]

@@ -5,6 +5,7 @@
 pub mod apply;
 pub mod build;
 pub mod controller;
+pub mod memory;
 pub mod observe;
 pub mod plan;
 pub mod status;

@@ -2,8 +2,8 @@
 
 mod readiness;
 
-use super::build::pod::{self, REVISION_LABEL};
-use super::plan::Memory;
+use super::build::pod::{self as worker_pod, REVISION_LABEL};
+use super::memory::Memory;
 use crate::config::{POOL_LABEL, SERVING_LABEL};
 use crate::context::Context;
 use crate::loads::Demand;
@@ -107,7 +107,7 @@ pub async fn observe(
     readiness::ask(&mut workers).await;
     let model = model(&serving, |training| context.watches.training(&namespace, training));
     let revision = match &model {
-        Model::Known(source) => Some(pod::revision(&serving, source, &context.config)),
+        Model::Known(source) => Some(worker_pod::revision(&serving, source, &context.config)),
         Model::Missing { .. } => None,
     };
     Ok(Observed {

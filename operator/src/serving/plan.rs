@@ -4,6 +4,7 @@ pub mod placement;
 pub mod replace;
 pub mod scale;
 
+use super::memory::Memory;
 use super::observe::{Model, Observed};
 use std::time::{Duration, SystemTime};
 use vicuna_crds::Pool;
@@ -12,13 +13,6 @@ use vicuna_crds::Pool;
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How soon to look again at a serving where nothing moves.
 const LOOK_AGAIN_AT_REST: Duration = Duration::from_secs(30);
-
-/// What one plan leaves for the next. It may be lost: replicas then stay up a little longer.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Memory {
-    pub demand: scale::Window,
-    pub stock_outs: placement::StockOuts,
-}
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {

@@ -14,7 +14,7 @@ use crate::coordinator::report::{Counters, Happening};
 use crate::coordinator::store::Owner;
 use crate::leader::NotLeader;
 use crate::watches::Change;
-use futures::{Stream, StreamExt};
+use futures::{FutureExt, Stream, StreamExt};
 use kube::api::{Api, Patch, PatchParams};
 use kube::runtime::controller::{self, Action, ReconcileRequest};
 use kube::runtime::reflector::ObjectRef;
@@ -78,7 +78,8 @@ pub async fn run(context: Arc<Context>, told: mpsc::Receiver<Told>) {
         tellings(controller.clone(), told),
     );
     let config = controller::Config::default().concurrency(CONCURRENCY);
-    controller::applier(reconcile, on_error, controller.clone(), store, queue.boxed(), config)
+    let look = |training, controller| reconcile(training, controller).boxed();
+    controller::applier(look, on_error, controller.clone(), store, queue.boxed(), config)
         .for_each(|result| {
             if let Err(controller::Error::ObjectNotFound(gone)) = result {
                 controller.forget(gone.namespace.as_deref().unwrap_or_default(), &gone.name);

@@ -1,4 +1,4 @@
-//! The gateway's metrics. `model` is one of the models that workers have offered, or `unknown`.
+//! The gateway's metrics. `model` is always one that workers have offered.
 
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,

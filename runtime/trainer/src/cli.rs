@@ -138,7 +138,9 @@ async fn run(arguments: RankArguments) -> Result<Exit> {
         grace: Duration::from_secs(arguments.grace_seconds),
     };
     let mut terminate = signal(SignalKind::terminate())?;
-    let terminated = async move { drop(terminate.recv().await) };
+    let terminated = async move {
+        let _signal = terminate.recv().await;
+    };
     tokio::select! {
         exit = rank::live(parts, terminated) => Ok(exit),
         served = served => {

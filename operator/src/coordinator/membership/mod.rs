@@ -24,7 +24,7 @@ use super::report::{
 use rank::Rank;
 use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator::coordinator_message::Body;
-use vicuna_protocol::coordinator::{self as wire, Cause};
+use vicuna_protocol::coordinator as wire;
 
 /// Unix time in ms, from a clock that never goes back.
 pub type Millis = u64;

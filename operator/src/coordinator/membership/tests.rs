@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::coordinator::manifest::Manifest;
+use wire::Cause;
 use wire::rank_message::Body as Said;
 
 struct Fixture {

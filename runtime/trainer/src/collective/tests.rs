@@ -148,7 +148,10 @@ fn tampering_proxy(target: String) -> String {
         for inbound in listener.incoming().flatten() {
             let outbound = TcpStream::connect(&target).unwrap();
             let (mut back_in, mut back_out) = (outbound.try_clone().unwrap(), inbound.try_clone().unwrap());
-            std::thread::spawn(move || drop(std::io::copy(&mut back_in, &mut back_out)));
+            std::thread::spawn(move || {
+                drop(std::io::copy(&mut back_in, &mut back_out));
+                drop(back_out.shutdown(std::net::Shutdown::Both));
+            });
             forward_with_a_flip(inbound, outbound);
         }
     });
