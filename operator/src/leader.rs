@@ -270,7 +270,7 @@ mod tests {
         assert_eq!(elector.judge(Some(&lease("operator-0_2", "2")), Instant::now()), Claim::Wait);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn leadership_is_lost_by_the_local_clock_alone() {
         let leadership = Leadership::for_tests(Duration::from_millis(20));
         assert!(leadership.check().is_ok());

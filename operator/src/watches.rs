@@ -39,9 +39,8 @@ impl Watches {
     pub fn start(client: &Client) -> Self {
         let (changes, _) = broadcast::channel(MAX_BEHIND);
         let ours = watcher::Config::default()
-            .labels(&format!("app.kubernetes.io/managed-by={MANAGER}"))
-            .streaming_lists();
-        let all = watcher::Config::default().streaming_lists();
+            .labels(&format!("app.kubernetes.io/managed-by={MANAGER}"));
+        let all = watcher::Config::default();
         Self {
             pods: watch(Api::all(client.clone()), ours, slim_pod, pod_change, changes.clone()),
             nodes: watch(Api::all(client.clone()), all.clone(), slim_node, node_change, changes.clone()),

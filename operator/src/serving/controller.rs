@@ -75,7 +75,7 @@ fn own(
     writer: reflector::store::Writer<VicunaServing>,
 ) -> impl Stream<Item = ObjectRef<VicunaServing>> {
     let api: Api<VicunaServing> = Api::all(work.context.client.clone());
-    watcher(api, watcher::Config::default().streaming_lists())
+    watcher(api, watcher::Config::default())
         .default_backoff()
         .reflect(writer)
         .filter_map(move |event| {

@@ -167,19 +167,23 @@ pub(crate) mod tests {
     }
 
     pub fn created(plan: &Plan) -> Vec<&NewWorker> {
-        let creation = |action| match action {
-            Action::Create(new) => Some(new),
-            Action::Delete(_) => None,
-        };
-        plan.actions.iter().filter_map(|action| creation(action)).collect()
+        let actions = plan.actions.iter();
+        actions
+            .filter_map(|action| match action {
+                Action::Create(new) => Some(new),
+                Action::Delete(_) => None,
+            })
+            .collect()
     }
 
     pub fn deleted(plan: &Plan) -> Vec<(&str, Why)> {
-        let removal = |action| match action {
-            Action::Delete(Removal { name, why, .. }) => Some((name.as_str(), *why)),
-            Action::Create(_) => None,
-        };
-        plan.actions.iter().filter_map(|action| removal(action)).collect()
+        let actions = plan.actions.iter();
+        actions
+            .filter_map(|action| match action {
+                Action::Delete(Removal { name, why, .. }) => Some((name.as_str(), *why)),
+                Action::Create(_) => None,
+            })
+            .collect()
     }
 
     #[test]

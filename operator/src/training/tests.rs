@@ -73,7 +73,7 @@ impl Observed {
         self.pod(name, |pod| pod.ended = Some(end))
     }
 
-    fn rank(mut self, pod: &str, change: impl FnOnce(&mut RankView)) -> Self {
+    fn rank(self, pod: &str, change: impl FnOnce(&mut RankView)) -> Self {
         let mut rank = RankView { connected: true, prepared: true, leaving: false, released: false, blocked: None };
         change(&mut rank);
         self.reported(|report| {
@@ -248,6 +248,8 @@ fn what_lies_outside_the_program_spends_no_retry() {
         assert_eq!((plan.memory.restarts, plan.memory.mishaps), (0, 1), "{cause:?}");
         assert!(plan.memory.backoff_until_ms > NOW);
     }
+    let unheard = plan(&observed().ended("t-spot-0", failed(21)), NOW);
+    assert_eq!((unheard.memory.restarts, unheard.memory.mishaps), (0, 1), "the exit code says Store");
     let oom = End { exit_code: Some(137), reason: "OOMKilled".into(), ..End::default() };
     let plan = plan(&observed().ended("t-spot-0", oom), NOW);
     assert_eq!(plan.memory.restarts, 1);
@@ -272,7 +274,7 @@ fn hung_and_released_pods_are_replaced() {
         .pod("t-spot-0", |_| {})
         .pod("t-spot-1", |_| {})
         .rank("t-spot-1", |rank| rank.released = true)
-        .reported(|report| drop(report.unresponsive.insert("t-spot-0".into())));
+        .reported(|report| report.unresponsive = ["t-spot-0".to_owned()].into());
     let plan = plan(&seen, NOW);
     assert_eq!(deleted(&plan), ["t-spot-0"]);
     assert_eq!(created(&plan).len(), 2);

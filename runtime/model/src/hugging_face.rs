@@ -10,6 +10,7 @@ use safetensors::{Dtype, SafeTensors, View};
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 use tokenizers::Tokenizer;
@@ -160,7 +161,10 @@ fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<
     // transformers refuses files that do not say which framework wrote them.
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     safetensors::serialize_to_file(views, Some(metadata), path)
-        .map_err(|error| ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() })
+        .map_err(|error| ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() })?;
+    // The crate makes it readable for its owner only, unlike the files beside it.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
+        .map_err(|source| ModelError::Write { path: path.to_owned(), source })
 }
 
 /// A tensor's values as fp32 bytes, made when they are written.

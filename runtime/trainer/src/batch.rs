@@ -6,7 +6,7 @@ use vicuna_data::template::IGNORED;
 use vicuna_data::{Cursor, Example, Order};
 
 /// Lengths are rounded up to a multiple of this.
-pub const LENGTH_STEP: usize = 64;
+pub const LENGTH_STEP: usize = 16;
 /// Raised when the rule changes: part of the numerics class.
 pub const SHAPE_RULE: u32 = 1;
 
@@ -119,12 +119,12 @@ mod tests {
     fn micro_batches_are_padded_by_their_own_longest_sequence() {
         let data = dataset(&[3, 70, 5]);
         let batch = data.micro_batch(&[0, 1]);
-        assert_eq!((batch.rows, batch.length), (2, 128));
+        assert_eq!((batch.rows, batch.length), (2, 80));
         assert_eq!(batch.ids[..4], [1, 2, 3, 0]);
         assert_eq!(batch.labels[..4], [IGNORED, IGNORED, 3, IGNORED]);
-        assert_eq!(batch.ids[128..130], [1, 2]);
-        assert_eq!(data.micro_batch(&[2]).length, 64);
-        assert_eq!(data.longest(), 128);
+        assert_eq!(batch.ids[80..82], [1, 2]);
+        assert_eq!(data.micro_batch(&[2]).length, 16);
+        assert_eq!(data.longest(), 80);
     }
 
     #[test]

@@ -31,6 +31,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(20);
 /// An unplanned stop is to be answered within 5 s.
 const LISTING_LIMIT: Duration = Duration::from_secs(2);
 const FLUSH_LIMIT: Duration = Duration::from_secs(3);
+const JOIN_LIMIT: Duration = Duration::from_secs(20);
 /// How long a terminated rank that has left its generation waits to be sent home.
 const AFTER_DRAIN: Duration = Duration::from_secs(10);
 
@@ -126,8 +127,17 @@ pub async fn live(parts: Parts, terminated: impl Future<Output = ()>) -> Exit {
         if let Next::End(exit) = next {
             life.leave();
             life.link.flush(FLUSH_LIMIT).await;
+            join(life.former_thread()).await;
             return exit;
         }
+    }
+}
+
+/// libtorch does not survive that the process ends under a running backward pass.
+async fn join(thread: Option<JoinHandle<()>>) {
+    if let Some(thread) = thread {
+        let joined = tokio::task::spawn_blocking(move || drop(thread.join()));
+        drop(tokio::time::timeout(JOIN_LIMIT, joined).await);
     }
 }
 
@@ -240,7 +250,8 @@ impl Life {
             tracing::error!(generation, "the call-up is malformed");
             return;
         };
-        let former = self.leave();
+        self.leave();
+        let former = self.former_thread();
         self.link.enter(generation, assignment.base.as_ref().map_or(0, |base| base.step));
         self.status.metrics.generation.set(generation as i64);
         tracing::info!(generation, rank = assignment.membership.rank, "called up");
@@ -273,12 +284,17 @@ impl Life {
         Current { generation, control, thread: Some(thread), ended: Some(ended), step }
     }
 
-    /// Gives the present generation up; the thread that ran it ends soon.
-    fn leave(&mut self) -> Option<JoinHandle<()>> {
-        let current = self.current.as_mut()?;
-        current.control.abort.cancel();
-        current.ended = None;
-        current.thread.take()
+    /// Gives the present generation up; its thread ends soon, without being heard.
+    fn leave(&mut self) {
+        if let Some(current) = &mut self.current {
+            current.control.abort.cancel();
+            current.ended = None;
+        }
+    }
+
+    /// The thread of the generation that was given up, to be waited for.
+    fn former_thread(&mut self) -> Option<JoinHandle<()>> {
+        self.current.as_mut()?.thread.take()
     }
 
     async fn stop(&mut self, stop: &wire::Stop) {

@@ -2,87 +2,23 @@
 //!
 //! Real ranks in threads, real TCP on loopback, checkpoints on disk, the tiny model.
 
+mod support;
+
 use parking_lot::Mutex;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tch::Device;
+use support::{Fixture, STEPS, url};
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
-use vicuna_data::{Conversation, identity};
-use vicuna_protocol::job::{
-    Checkpointing, DatasetSource, Method, ModelSource, Prepare, Recipe, RunLength, Schedule, TrainingJob,
-};
+use vicuna_protocol::job::TrainingJob;
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::generation::{Control, Finished, Observer, Outcome};
 use vicuna_trainer::local::generation_on_threads;
 use vicuna_trainer::prepare::{Place, Session, prepare};
 use vicuna_trainer::step::StepReport;
 
-const STEPS: u64 = 6;
-const DAY: u64 = 86_400;
-
-/// Folders of one training.
-struct Fixture {
-    dir: tempfile::TempDir,
-    runtime: tokio::runtime::Runtime,
-}
-
-fn url(path: &Path) -> String {
-    format!("file://{}", path.display())
-}
-
-impl Fixture {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let model = vicuna_model::tiny::tiny(11);
-        let template = model.chat_template.as_deref();
-        vicuna_model::save(&dir.path().join("model"), &model.config, &model.tensors, &model.tokenizer, template).unwrap();
-        let set = identity::conversations("Willow", "Spot Labs", 5, 40);
-        let records: Vec<_> = set.iter().map(Conversation::to_sharegpt).collect();
-        std::fs::write(dir.path().join("data.json"), serde_json::to_vec(&records).unwrap()).unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        Self { dir, runtime }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// 7 micro-batches in a step: neither a power of two nor a multiple of the ranks.
-    fn job(&self, bucket: &str) -> TrainingJob {
-        TrainingJob {
-            namespace: "default".to_owned(),
-            name: "tiny".to_owned(),
-            uid: "uid".to_owned(),
-            model: ModelSource { from: url(&self.path("model")), template: None },
-            dataset: vec![DatasetSource { from: url(&self.path("data.json")), weight: 1.0 }],
-            prepare: Prepare::default(),
-            recipe: Recipe {
-                method: Method::Full,
-                global_batch: 14,
-                micro_batch: 2,
-                length: RunLength::Steps(STEPS),
-                learning_rate: 1e-2,
-                schedule: Schedule::Cosine,
-                warmup_ratio: 0.2,
-                weight_decay: 0.1,
-                gradient_clip: 1.0,
-                max_length: 96,
-                seed: 3,
-            },
-            checkpoint: Checkpointing { to: url(&self.path(bucket)), interval_seconds: DAY, keep: 3 },
-        }
-    }
-
-    fn session(&self, job: TrainingJob) -> Arc<Session> {
-        let scratch = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
-        let place = Place { scratch, device: Device::Cpu, threads: 1 };
-        Arc::new(self.runtime.block_on(prepare(job, place)).unwrap())
-    }
-
-    fn manifests(&self, session: &Session) -> Vec<ManifestRef> {
-        self.runtime.block_on(session.manifests()).unwrap()
-    }
+fn manifests(fixture: &Fixture, session: &Session) -> Vec<ManifestRef> {
+    fixture.runtime.block_on(session.manifests()).unwrap()
 }
 
 /// Records what happens, and may ask for the end.
@@ -190,10 +126,10 @@ fn stops_and_changes_of_size_leave_no_trace_in_the_weights() {
     let first = generation(&session, 3, None, Some(2));
     let (step, manifest) = first.stopped();
     assert_eq!(step, 2);
-    let second = generation(&session, 1, Some(manifest), Some(3));
+    let second = generation(&session, 1, Some(manifest), Some(4));
     let (step, manifest) = second.stopped();
-    assert_eq!((step, manifest.generation), (3, 2));
-    assert_eq!(fixture.manifests(&session)[0], manifest);
+    assert_eq!((step, manifest.generation), (4, 2));
+    assert_eq!(manifests(&fixture, &session)[0], manifest);
     let third = generation(&session, 4, Some(manifest), None);
     assert_eq!(third.result().digest, undisturbed);
 }
@@ -208,7 +144,7 @@ fn the_result_is_a_model_with_the_digest_that_was_told() {
     assert_eq!(vicuna_model::weights_digest(&model.tensors).unwrap(), run.result().digest);
     assert!(model.chat_template.is_some());
     // Someone who starts over from the last checkpoint only writes the result again.
-    let newest = fixture.manifests(&session).remove(0);
+    let newest = manifests(&fixture, &session).remove(0);
     assert_eq!(newest.step, STEPS);
     let again = generation(&session, 3, Some(newest), None);
     assert_eq!(again.result().digest, run.result().digest);
@@ -226,7 +162,7 @@ fn periodic_checkpoints_do_not_change_the_weights_and_old_ones_go() {
     let run = generation(&session, 2, None, None);
     assert_eq!(run.result().digest, undisturbed.result().digest);
     assert_eq!(*run.watches[0].checkpoints.lock().last().unwrap(), STEPS);
-    let left = fixture.manifests(&session);
+    let left = manifests(&fixture, &session);
     assert_eq!(left.iter().map(|manifest| manifest.step).collect::<Vec<_>>(), [STEPS]);
 }
 
@@ -278,10 +214,10 @@ fn abort_ends_all_ranks_without_a_checkpoint() {
         let run = scope.spawn(|| generation_on_threads(&session, None, &controls, &observers));
         // Rank 0 trains and waits for rank 1, which never gets its Go.
         controls[0].go.cancel();
-        controls[0].abort.cancel();
+        controls.iter().for_each(|control| control.abort.cancel());
         assert!(run.join().unwrap().is_err());
     });
-    assert!(fixture.manifests(&session).is_empty());
+    assert!(manifests(&fixture, &session).is_empty());
 }
 
 #[test]

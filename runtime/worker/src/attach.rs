@@ -2,7 +2,7 @@
 //! seconds and keeps one stream to each address.
 
 use crate::completion::{Completion, Vocabulary};
-use crate::health::Health;
+use crate::health::{Health, explain};
 use crate::prompt::prompt_ids;
 use crate::scheduler::{Command, Connection, Handle, Job, Occupancy, Replies, failure};
 use anyhow::{Context, Result, anyhow, bail};
@@ -71,7 +71,7 @@ pub async fn run(shared: Arc<Shared>) {
     while !shared.closing.is_cancelled() {
         match resolve(&shared.gateways.url).await {
             Ok(addresses) => follow(&shared, &addresses, &mut known, &tasks),
-            Err(error) => tracing::warn!(error = format!("{error:#}"), "cannot resolve the gateways"),
+            Err(error) => tracing::warn!(error = explain(&error), "cannot resolve the gateways"),
         }
         tokio::select! {
             () = tokio::time::sleep(RESOLVE_EVERY) => {}
@@ -134,7 +134,7 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr, unwanted: Cance
         let started = Instant::now();
         match attach(&shared, address).await {
             Ok(()) => tracing::info!(%address, "the gateway's stream ended"),
-            Err(error) => tracing::warn!(%address, error = format!("{error:#}"), "no stream to the gateway"),
+            Err(error) => tracing::warn!(%address, error = explain(&error), "no stream to the gateway"),
         }
         pause = if started.elapsed() > SLOWEST_RETRY { FIRST_RETRY } else { (pause * 2).min(SLOWEST_RETRY) };
         let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));

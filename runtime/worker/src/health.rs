@@ -77,6 +77,19 @@ impl Health {
     }
 }
 
+/// An error and its causes on one line. Many of our messages quote their cause already: those are
+/// not said twice.
+pub fn explain(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        match (text.is_empty(), text.contains(&cause)) {
+            (true, _) => cause,
+            (_, true) => text,
+            _ => format!("{text}: {cause}"),
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,6 +108,12 @@ mod tests {
         health.attached();
         health.draining();
         assert_eq!(health.readiness().unwrap_err(), "draining");
+    }
+
+    #[test]
+    fn a_cause_that_the_message_quotes_is_not_said_twice() {
+        let error = anyhow::anyhow!("no such file").context("cannot read x: no such file").context("loading");
+        assert_eq!(explain(&error), "loading: cannot read x: no such file");
     }
 
     #[test]

@@ -7,9 +7,7 @@ fn main() -> ExitCode {
     let options = vicuna_worker::Options::parse();
     match vicuna_worker::run(options) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("vicuna-worker: {error:#}");
-            ExitCode::FAILURE
-        }
+        // Logged, and left as the pod's termination message.
+        Err(_) => ExitCode::FAILURE,
     }
 }

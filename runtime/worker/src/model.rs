@@ -3,7 +3,7 @@
 
 use crate::completion::Vocabulary;
 use crate::detokenize::TokenBytes;
-use crate::health::Health;
+use crate::health::{Health, explain};
 use crate::options::Options;
 use anyhow::{Context, Result, anyhow};
 use rand::Rng;
@@ -47,7 +47,7 @@ pub async fn obtain(options: &Options, device: Device, health: &Health) -> Resul
 }
 
 fn report(options: &Options, health: &Health, error: &anyhow::Error) {
-    let reason = format!("{error:#}");
+    let reason = explain(error);
     tracing::warn!(uri = options.model_uri, reason, "the model is unavailable");
     println!(
         "{}",

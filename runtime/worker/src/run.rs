@@ -1,12 +1,12 @@
 //! From the command line to the end of the process.
 
 use crate::attach::{self, Gateways, Shared};
-use crate::health::Health;
+use crate::health::{Health, explain};
+use crate::http;
 use crate::metrics::Metrics;
 use crate::model::{Served, obtain};
 use crate::options::Options;
 use crate::scheduler::{Command, Handle, Scheduler};
-use crate::http;
 use anyhow::{Context, Result, anyhow};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,7 +24,9 @@ pub fn run(options: Options) -> Result<()> {
     let health = Arc::new(Health::new(options.termination_log.clone()));
     let outcome = serve(options, health.clone());
     if let Err(error) = &outcome {
-        health.leave_message(&format!("{error:#}"));
+        let reason = explain(error);
+        tracing::error!(reason, "the worker ends");
+        health.leave_message(&reason);
     }
     outcome
 }

@@ -30,9 +30,9 @@ fn config_text(layout: &Layout, rules: &[PathBuf]) -> Result<String> {
     let config = json!({
         "global": {"scrape_interval": "5s", "evaluation_interval": "5s"},
         "rule_files": rules,
-        "scrape_configs": [{"job_name": "pods",
-            // The operator speaks of objects in other namespaces than its own: its labels win.
-            "honor_labels": true, "file_sd_configs": [{"files": [discovery::target_file(layout)]}]}],
+        // The operator speaks of objects in other namespaces than its own: its labels win.
+        "scrape_configs": [{"job_name": "pods", "honor_labels": true,
+            "file_sd_configs": [{"files": [discovery::target_file(layout)]}]}],
     });
     Ok(serde_json::to_string_pretty(&config)?)
 }

@@ -12,7 +12,7 @@ const MAX_TRANSITIONS: usize = 8;
 
 impl Membership {
     pub(super) fn advance(&mut self, now: Millis) {
-        if self.target.is_none() {
+        if self.target.is_none() || self.pods.is_none() {
             return;
         }
         for _ in 0..MAX_TRANSITIONS {
@@ -349,6 +349,8 @@ impl Membership {
             return false;
         }
         let patience = match self.step_ms {
+            // After the last step the result is written.
+            Some(_) if self.steps > 0 && self.step >= self.steps => self.limits.move_ms,
             Some(step_ms) => self.limits.stall_ms.max(5 * step_ms),
             None => self.limits.first_step_ms,
         };

@@ -38,7 +38,9 @@ impl Membership {
             return;
         }
         // Caches lag behind calls: the service has just seen the pod.
-        self.pods.entry(pod.clone()).or_default();
+        if let Some(pods) = &mut self.pods {
+            pods.entry(pod.clone()).or_default();
+        }
         let member = self.is_member(&pod);
         if hello.generation != 0 && !(member && hello.generation == self.generation()) {
             self.rejoin_as_newcomer(&pod, &hello);
@@ -147,7 +149,7 @@ impl Membership {
             Said::Blocked(blocked) => self.blocked(pod, blocked),
             Said::Ready(ready) => self.ready(pod, ready),
             Said::Progress(progress) => self.progressed(now, pod, &progress),
-            Said::Checkpointed(checkpointed) => self.checkpointed(now, pod, checkpointed),
+            Said::Checkpointed(checkpointed) => self.checkpointed(now, checkpointed),
             Said::Notice(notice) => self.noticed(pod, notice),
             Said::Stopped(stopped) => self.stopped(now, pod, stopped),
             Said::Finished(finished) => self.finished(pod, finished),
@@ -210,7 +212,8 @@ impl Membership {
 
     /// A step counts when the first rank says so.
     fn stepped(&mut self, now: Millis, report: StepReport) {
-        if self.interrupted {
+        // The last step of a generation that is being stopped is not the first one after it.
+        if self.interrupted && matches!(self.state, State::Steady { .. }) {
             self.interrupted = false;
             let after_ms = now.saturating_sub(self.last_step_at);
             self.counters.last_recovery_ms = Some(after_ms);
@@ -228,12 +231,15 @@ impl Membership {
         self.happened(Happening::Stepped(report));
     }
 
-    fn checkpointed(&mut self, now: Millis, pod: &str, said: wire::Checkpointed) {
+    fn checkpointed(&mut self, now: Millis, said: wire::Checkpointed) {
         let Some(manifest) = said.manifest.map(Manifest::from) else { return };
         if said.generation != self.generation() || manifest.generation != said.generation {
             return;
         }
-        self.unblock(pod);
+        // A manifest names the blocks of every rank: the store takes what each of them writes.
+        for member in self.members().to_vec() {
+            self.unblock(&member.pod_uid);
+        }
         let newer = self.checkpoint.as_ref().is_none_or(|last| last.step < manifest.step);
         self.manifests.learn([manifest.clone()]);
         if newer {
@@ -331,31 +337,31 @@ impl Membership {
         }
     }
 
-    fn pods(&mut self, pods: BTreeMap<PodUid, PodFact>) {
-        // What its departure was is needed after the pod is gone, to tell a reclaim from a deletion.
-        let before = std::mem::replace(&mut self.pods, pods);
+    fn pods(&mut self, mut pods: BTreeMap<PodUid, PodFact>) {
+        let before = self.pods.take().unwrap_or_default();
         for (pod, rank) in &self.ranks {
-            let last = before.get(pod);
-            if let (Some(fact), Some(last)) = (self.pods.get_mut(pod), last)
-                && fact.ended
-                && fact.departure.is_none()
-            {
-                fact.departure.clone_from(&last.departure);
+            let Some(last) = before.get(pod).filter(|fact| !fact.ended) else { continue };
+            if pods.get(pod).is_some_and(|fact| !fact.ended) {
+                continue;
             }
-            let was_there = last.is_some_and(|fact| !fact.ended);
-            let now_gone = self.pods.get(pod).is_none_or(|fact| fact.ended);
-            if was_there && now_gone {
-                let fact = self.pods.get(pod).or(last);
-                let reclaim = fact.and_then(|fact| fact.departure.as_ref()).is_some_and(|it| it.reclaim);
-                let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
-                self.counters.reclaims += u64::from(reclaim);
-                self.effects.push(Effect::Happened(if reclaim {
-                    Happening::Reclaimed { pod, node }
-                } else {
-                    Happening::Lost { pod, node }
-                }));
+            // Why it went is needed after it is gone, to tell a reclaim from a deletion.
+            let said = pods.get(pod).and_then(|fact| fact.departure.as_ref());
+            let reclaim = said.or(last.departure.as_ref()).is_some_and(|departure| departure.reclaim);
+            let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
+            self.counters.reclaims += u64::from(reclaim);
+            self.effects.push(Effect::Happened(if reclaim {
+                Happening::Reclaimed { pod, node }
+            } else {
+                Happening::Lost { pod, node }
+            }));
+        }
+        // A pod that ended keeps the reason for which it was to go.
+        for (pod, fact) in &mut pods {
+            if fact.ended && fact.departure.is_none() {
+                fact.departure = before.get(pod).and_then(|last| last.departure.clone());
             }
         }
+        self.pods = Some(pods);
         self.count_notices();
         self.forget_strangers();
     }
@@ -385,13 +391,17 @@ impl Membership {
         }
     }
 
+    fn exists(&self, pod: &str) -> bool {
+        self.pods.as_ref().is_some_and(|pods| pods.contains_key(pod))
+    }
+
     /// Drops ranks whose pods are gone and that no generation counts on.
     fn forget_strangers(&mut self) {
         let kept: Vec<PodUid> = self
             .ranks
             .iter()
             .filter(|(pod, rank)| {
-                rank.connected || self.pods.contains_key(*pod) || self.is_member(pod)
+                rank.connected || self.exists(pod) || self.is_member(pod)
             })
             .map(|(pod, _)| pod.clone())
             .collect();

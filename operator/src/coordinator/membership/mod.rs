@@ -177,7 +177,8 @@ pub struct Membership {
     record: Option<Record>,
     state: State,
     ranks: BTreeMap<PodUid, Rank>,
-    pods: BTreeMap<PodUid, PodFact>,
+    /// `None` until the caches were heard: until then nobody is known to be gone.
+    pods: Option<BTreeMap<PodUid, PodFact>>,
     manifests: Manifests,
     /// The last step that anybody applied, in the branch that counts.
     step: u64,
@@ -205,7 +206,7 @@ impl Membership {
             target: None,
             state: State::held(now),
             ranks: BTreeMap::new(),
-            pods: BTreeMap::new(),
+            pods: None,
             manifests: Manifests::default(),
             step: record.as_ref().map_or(0, |record| record.base_step),
             last_step_at: now,
@@ -277,13 +278,14 @@ impl Membership {
 
     /// Whether the rank can take part no more.
     fn is_gone(&self, pod: &str) -> bool {
-        let ended = self.pods.get(pod).is_none_or(|fact| fact.ended);
-        ended || self.ranks.get(pod).is_some_and(|rank| rank.failed)
+        let ended = |pods: &BTreeMap<PodUid, PodFact>| pods.get(pod).is_none_or(|fact| fact.ended);
+        self.pods.as_ref().is_some_and(ended) || self.ranks.get(pod).is_some_and(|rank| rank.failed)
     }
 
     /// Why and by when the rank goes: what its node says, or what it says itself.
     fn departure(&self, pod: &str) -> Option<&Departure> {
-        let told = self.pods.get(pod).and_then(|fact| fact.departure.as_ref());
+        let fact = self.pods.as_ref().and_then(|pods| pods.get(pod));
+        let told = fact.and_then(|fact| fact.departure.as_ref());
         let own = self.ranks.get(pod).and_then(|rank| rank.own_notice.as_ref());
         match (told, own) {
             (Some(told), Some(own)) if !told.hurry && own.hurry => Some(own),

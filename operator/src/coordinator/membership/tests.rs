@@ -155,7 +155,7 @@ fn no_rank_hears_of_a_generation_before_the_record_is_written() {
     fixture.join("a", 0).join("b", 0).prepare("a", vec![]).prepare("b", vec![]);
     let effects = fixture.take();
     let record = record_of(&effects);
-    assert_eq!((record.generation, record.members.len(), record.base), (1, 2, None));
+    assert_eq!((record.generation, record.members.len(), record.base.as_ref()), (1, 2, None));
     assert!(!forms(&effects));
     fixture.written();
     assert_eq!(fixture.take().last(), Some(&Effect::Form(record)));
@@ -210,7 +210,7 @@ fn a_notice_that_is_taken_back_brings_the_rank_back() {
     let mut fixture = Fixture::training(1, 2);
     fixture.notice("a", 30_000).stopped("a", 1, vec![manifest(1, 1)]).stopped("b", 1, vec![]);
     fixture.written().ready("b").progress("b", 2).take();
-    fixture.after(60_000);
+    fixture.after(20_000);
     assert_eq!(fixture.phase(), Phase::Steady, "a stays on standby");
     fixture.pods.insert("a".into(), PodFact::default());
     fixture.sync();
@@ -391,4 +391,27 @@ fn a_cordoned_member_stays_until_its_replacement_is_there() {
     fixture.stopped("a", 3, vec![manifest(1, 3)]).stopped("b", 3, vec![]);
     let record = record_of(&fixture.take());
     assert_eq!(record.members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["b", "c"]);
+}
+
+#[test]
+fn writing_the_result_is_no_stall() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 99).after(29_000);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    fixture.progress("a", 100).after(300_000);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    fixture.after(300_000);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+}
+
+#[test]
+fn a_checkpoint_shows_that_the_store_takes_what_every_rank_writes() {
+    let mut fixture = Fixture::training(1, 2);
+    let blocked = wire::Blocked { cause: Cause::Store.into(), message: "down".into() };
+    fixture.say("b", Said::Blocked(blocked));
+    let blocked = |fixture: &Fixture| fixture.membership.report(fixture.now).ranks["b"].blocked.is_some();
+    assert!(blocked(&fixture));
+    let checkpointed = wire::Checkpointed { generation: 1, manifest: Some(manifest(1, 1).into()), ..Default::default() };
+    fixture.say("a", Said::Checkpointed(checkpointed));
+    assert!(!blocked(&fixture));
 }

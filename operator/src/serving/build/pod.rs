@@ -113,7 +113,7 @@ fn container(serving: &VicunaServing, source: &Source, config: &Config, pool: &P
         name: "worker".to_owned(),
         image: Some(config.runtime_image.clone()),
         image_pull_policy: Some(config.image_pull_policy.clone()),
-        command: Some(vec!["vicuna-worker".to_owned()]),
+        command: Some(vec!["/usr/bin/vicuna-worker".to_owned()]),
         args: Some(args(serving, source, config, pool)),
         env: Some(environment()),
         env_from: source.credentials.as_ref().map(|secret| {

@@ -65,7 +65,7 @@ pub fn pod(
                 "fsGroup": USER,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            "containers": [container(training, config)],
+            "containers": [container(training, config, pool)],
             "volumes": volumes(config),
         },
     }))
@@ -117,7 +117,7 @@ fn affinity(training: &VicunaTraining, avoided: &BTreeSet<String>) -> Value {
     })
 }
 
-fn container(training: &VicunaTraining, config: &Config) -> Value {
+fn container(training: &VicunaTraining, config: &Config, pool: &Pool) -> Value {
     let probe = |path: &str| json!({"httpGet": {"path": path, "port": "metrics"}});
     let mut liveness = probe("/healthz");
     liveness["periodSeconds"] = json!(10);
@@ -130,7 +130,7 @@ fn container(training: &VicunaTraining, config: &Config) -> Value {
         "imagePullPolicy": config.image_pull_policy,
         "command": ["vicuna-trainer"],
         "args": arguments(config),
-        "env": environment(training),
+        "env": environment(training, pool),
         "envFrom": credentials(training),
         "ports": [
             {"name": "peers", "containerPort": PEER_PORT},
@@ -166,7 +166,7 @@ fn arguments(config: &Config) -> Vec<String> {
     ]
 }
 
-fn environment(training: &VicunaTraining) -> Vec<Value> {
+fn environment(training: &VicunaTraining, pool: &Pool) -> Vec<Value> {
     let fields = [
         ("POD_NAME", "metadata.name"),
         ("POD_NAMESPACE", "metadata.namespace"),
@@ -179,6 +179,7 @@ fn environment(training: &VicunaTraining) -> Vec<Value> {
     let values = [
         // The number of threads decides the last bits: it must not depend on the node.
         json!({"name": "VICUNA_THREADS", "value": threads.to_string()}),
+        json!({"name": "VICUNA_GRACE_SECONDS", "value": grace_seconds(pool).to_string()}),
         json!({"name": "TMPDIR", "value": SCRATCH_DIRECTORY}),
     ];
     fields.into_iter().map(field).chain(values).collect()

@@ -93,7 +93,7 @@ pub fn fault(pod: &PodView, end: &End, said: Option<&RankFailure>) -> Fault {
     if told || end.with_its_node || pod.departure.is_some() || pod.deleting {
         return Fault::Nobody;
     }
-    match said.map(|failure| failure.cause) {
+    match cause(end, said) {
         Some(Cause::Infrastructure | Cause::Store | Cause::Model | Cause::Data) => return Fault::Surroundings,
         Some(_) => return Fault::Application,
         None => {}
@@ -106,8 +106,16 @@ pub fn fault(pod: &PodView, end: &End, said: Option<&RankFailure>) -> Fault {
     }
 }
 
+/// What the rank said, or else what its exit code says: 20 and the cause's number.
+fn cause(end: &End, said: Option<&RankFailure>) -> Option<Cause> {
+    said.map(|failure| failure.cause).or_else(|| {
+        let number = end.exit_code?.checked_sub(20)?;
+        Cause::try_from(number).ok().filter(|cause| *cause != Cause::Unspecified)
+    })
+}
+
 fn failure(pod: &PodView, end: &End, said: Option<&RankFailure>, fault: Fault) -> Failure {
-    let cause = match said.map(|failure| failure.cause) {
+    let cause = match cause(end, said) {
         Some(Cause::Store) => "Store",
         Some(Cause::Model) => "Model",
         Some(Cause::Data) => "Data",

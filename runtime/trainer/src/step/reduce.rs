@@ -3,7 +3,7 @@
 use super::StepError;
 use super::gradients::Partial;
 use crate::blocks::{BlockTable, owner};
-use crate::collective::{Collective, Kind, Tag};
+use crate::collective::{Collective, CollectiveError, Kind, Tag};
 use crate::state::{floats, read_block};
 use crate::tree::{self, Node, Summand, TreeSum};
 use std::collections::BTreeMap;
@@ -56,6 +56,10 @@ impl<'a> Reduction<'a> {
 
     /// Takes this rank's sums of the next group.
     pub fn add(&mut self, partial: Partial) -> Result<(), StepError> {
+        // A rank alone never waits, and is to hear of the end all the same.
+        if self.abort.is_cancelled() {
+            return Err(CollectiveError::Aborted.into());
+        }
         let own = self.send(&partial)?;
         self.settle()?;
         self.pending = Some(Pending { group: partial.group, part: partial.part, own });
