@@ -34,7 +34,7 @@ impl Events {
             controller: MANAGER.to_owned(),
             instance: Some(config.pod_name.clone()),
         };
-        tokio::spawn(send_all(Recorder::new(client, reporter), waiting, leadership));
+        tokio::spawn(send_all(client, reporter, waiting, leadership));
         Self { queue, sent: Arc::default() }
     }
 
@@ -82,7 +82,8 @@ impl Events {
 }
 
 async fn send_all(
-    recorder: Recorder,
+    client: kube::Client,
+    reporter: Reporter,
     mut waiting: mpsc::Receiver<(Event, ObjectReference)>,
     leadership: Leadership,
 ) {
@@ -90,6 +91,9 @@ async fn send_all(
         if !leadership.is_held() {
             continue;
         }
+        // A recorder merges events of one reason and keeps the first note only; repetitions are kept
+        // back here already, so each event gets a recorder that remembers nothing.
+        let recorder = Recorder::new(client.clone(), reporter.clone());
         if let Err(error) = recorder.publish(&event, &about).await {
             tracing::warn!(%error, reason = event.reason, "an event was not recorded");
         }

@@ -1,11 +1,13 @@
 //! From the caches to the memberships: which pods exist, which end, which are about to go.
 
 use super::membership::PodFact;
+use super::registry::Key;
 use super::report::PodUid;
 use crate::config::TRAINING_LABEL;
 use crate::context::Context;
 use k8s_openapi::api::core::v1::{Node, Pod};
-use std::collections::BTreeMap;
+use kube::ResourceExt;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
@@ -31,8 +33,10 @@ pub async fn run(context: Arc<Context>) {
             () = tokio::time::sleep(LOOK_EVERY) => {}
         }
         observe_nodes(&context);
-        for ((namespace, name), session) in context.coordinator.all() {
-            session.set_pods(facts(&context, &namespace, &name, session.uid()));
+        let pods = by_training(&context);
+        for (key, session) in context.coordinator.all() {
+            let pods = pods.get(&key).map_or(&[][..], Vec::as_slice);
+            session.set_pods(facts_of(&context, pods, session.uid()));
         }
     }
 }
@@ -45,10 +49,23 @@ fn observe_nodes(context: &Context) {
     context.notices.retain(|name| context.watches.node(name).is_some());
 }
 
+fn by_training(context: &Context) -> HashMap<Key, Vec<Arc<Pod>>> {
+    let mut trainings: HashMap<Key, Vec<Arc<Pod>>> = HashMap::new();
+    for pod in context.watches.pods.state() {
+        if let (Some(namespace), Some(name)) = (pod.namespace(), pod.labels().get(TRAINING_LABEL)) {
+            trainings.entry((namespace, name.clone())).or_default().push(pod);
+        }
+    }
+    trainings
+}
+
 /// What the caches show of a training's pods.
 pub fn facts(context: &Context, namespace: &str, name: &str, uid: &str) -> BTreeMap<PodUid, PodFact> {
+    facts_of(context, &context.watches.pods_of(namespace, TRAINING_LABEL, name), uid)
+}
+
+fn facts_of(context: &Context, pods: &[Arc<Pod>], uid: &str) -> BTreeMap<PodUid, PodFact> {
     let now = context.coordinator.clock().now_ms();
-    let pods = context.watches.pods_of(namespace, TRAINING_LABEL, name);
     pods.iter()
         .filter(|pod| belongs_to(pod, uid))
         .filter_map(|pod| {

@@ -3,13 +3,13 @@
 use super::membership::{Effect, Event, Limits, Membership, PodFact, Target};
 use super::record::Record;
 use super::registry::{Clock, Key, Opening, Told};
-use super::report::{Happening, PodUid, Report};
+use super::report::{Happening, Phase, PodUid, RankView, Report};
 use super::store::{RecordStore, StoreError, Swap};
 use crate::metrics::Metrics;
 use rand::Rng;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use vicuna_protocol::coordinator::coordinator_message::Body;
 use vicuna_protocol::coordinator::{self as wire, CoordinatorMessage};
@@ -19,6 +19,8 @@ const MAILBOX: usize = 1024;
 /// Messages that wait for one rank, at most; a rank that is that slow loses its stream.
 pub const RANK_MAILBOX: usize = 64;
 const TICK: Duration = Duration::from_millis(500);
+/// Of mere steps the controller hears this often.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 const RETRY_STORE: Duration = Duration::from_secs(1);
 
 /// To one rank. An error ends its stream.
@@ -109,6 +111,9 @@ pub struct Session {
     membership: Membership,
     ranks: HashMap<PodUid, (u64, RankSender)>,
     report: watch::Sender<Option<Report>>,
+    told_at: Option<Instant>,
+    /// What the controller was told last, of what it acts on.
+    shown: (Phase, BTreeMap<PodUid, RankView>),
 }
 
 impl Session {
@@ -146,6 +151,8 @@ impl Session {
                 membership,
                 ranks: HashMap::new(),
                 report,
+                told_at: None,
+                shown: Default::default(),
             };
             session.run(mailbox, targets, pods_seen).await;
         });
@@ -307,12 +314,18 @@ impl Session {
     async fn publish(&mut self, happenings: Vec<Happening>) {
         let report = self.membership.report(self.clock.now_ms());
         self.gauge(&report);
+        let shown = (report.phase, report.ranks.clone());
         let changed = self.report.send_if_modified(|current| {
             let changed = current.as_ref() != Some(&report);
             *current = Some(report);
             changed
         });
-        if changed || !happenings.is_empty() {
+        let is_step = |happening: &Happening| matches!(happening, Happening::Stepped(_));
+        let steps_only = !happenings.is_empty() && happenings.iter().all(is_step);
+        let due = self.told_at.is_none_or(|at| at.elapsed() >= TELL_EVERY);
+        if (changed || !happenings.is_empty()) && (due || !steps_only || self.shown != shown) {
+            self.told_at = Some(Instant::now());
+            self.shown = shown;
             // The controller gone means that the process ends.
             let _ = self.told.send((self.key.clone(), happenings)).await;
         }

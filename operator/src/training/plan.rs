@@ -54,7 +54,7 @@ pub fn plan(observed: &Observed, now: Millis) -> Plan {
         leave::everyone(observed, &mut plan);
         return plan;
     }
-    leave::ended_and_hung(observed, now, &mut plan);
+    leave::ended_and_hung(observed, &mut plan);
     if observed.training.spec.suspend {
         plan.reason = "the training is suspended".to_owned();
         leave::when_stopped(observed, &mut plan);

@@ -30,6 +30,9 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
     if is_terminal(&before) {
         return before;
     }
+    if is_taking_over(observed) && before.state.is_some() && plan.memory.verdict.is_none() {
+        return before;
+    }
     let obstacle = obstacle(observed, applied);
     let state = state(observed, plan, obstacle.as_ref());
     let report = observed.report.as_ref();
@@ -52,6 +55,11 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
         start_time: before.start_time.or_else(|| (!observed.pods.is_empty() || applied.created > 0).then(|| time.clone())),
         completion_time: before.completion_time.or_else(|| over.then(|| time.clone())),
     }
+}
+
+/// A new leader does not know yet how things stand: ranks train on without it, so the status stays.
+fn is_taking_over(observed: &Observed) -> bool {
+    observed.report.as_ref().is_none_or(|report| report.phase == Phase::Adopting)
 }
 
 /// Terminal stays terminal.
@@ -81,8 +89,11 @@ pub fn when_to_write(new: &VicunaTrainingStatus, written: Option<&(VicunaTrainin
     }
 }
 
-fn without_numbers(status: &VicunaTrainingStatus) -> VicunaTrainingStatus {
-    VicunaTrainingStatus { progress: None, checkpoint: None, ..status.clone() }
+/// What is left is worth a write at once. The first step and the first checkpoint are.
+fn without_numbers(status: &VicunaTrainingStatus) -> (bool, bool, VicunaTrainingStatus) {
+    let (first_step, first_checkpoint) = (status.progress.is_some(), status.checkpoint.is_some());
+    let rest = VicunaTrainingStatus { progress: None, checkpoint: None, ..status.clone() };
+    (first_step, first_checkpoint, rest)
 }
 
 fn time(now: Millis) -> Time {

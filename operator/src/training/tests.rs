@@ -360,6 +360,17 @@ fn a_running_training_shows_numbers_and_members() {
 }
 
 #[test]
+fn a_new_leader_leaves_the_status_until_it_knows() {
+    let running = VicunaTrainingStatus { state: Some(TrainingState::Running), ..Default::default() };
+    let known = |phase| {
+        let seen = observed().spec(|training| training.status = Some(running.clone()));
+        told(&seen.reported(|report| report.phase = phase))
+    };
+    assert_eq!(known(Phase::Adopting), running);
+    assert_eq!(known(Phase::Collecting).state, Some(TrainingState::Pending));
+}
+
+#[test]
 fn the_result_ends_the_training() {
     let finish = Finish { step: 100, uri: "s3://bucket/run/result".into(), digest: "d".into(), loss: 1.0 };
     let seen = observed().pod("t-spot-0", |_| {}).reported(|report| {

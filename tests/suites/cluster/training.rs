@@ -9,7 +9,7 @@ use vicuna_tests::product::{Objects, SYSTEM_NAMESPACE, field};
 use crate::bad_input::set;
 use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED, training};
 
-const STEPS: u64 = 240;
+const STEPS: u64 = 600;
 const NOTICE: Duration = Duration::from_secs(10);
 
 pub fn a_reclaimed_run_has_the_weights_of_an_undisturbed_one(fixture: &Fixture) -> Result<()> {

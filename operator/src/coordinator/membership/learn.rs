@@ -349,11 +349,11 @@ impl Membership {
             let reclaim = said.or(last.departure.as_ref()).is_some_and(|departure| departure.reclaim);
             let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
             self.counters.reclaims += u64::from(reclaim);
-            self.effects.push(Effect::Happened(if reclaim {
-                Happening::Reclaimed { pod, node }
-            } else {
-                Happening::Lost { pod, node }
-            }));
+            if reclaim {
+                self.effects.push(Effect::Happened(Happening::Reclaimed { pod, node }));
+            } else if !rank.released {
+                self.effects.push(Effect::Happened(Happening::Lost { pod, node }));
+            }
         }
         // A pod that ended keeps the reason for which it was to go.
         for (pod, fact) in &mut pods {
@@ -372,13 +372,14 @@ impl Membership {
             .ranks
             .keys()
             .map(|pod| {
-                let departure = self.departure(pod).filter(|departure| departure.hurry);
+                // What has gone already gave no notice.
+                let departure = self.departure(pod).filter(|it| it.hurry && !self.is_gone(pod));
                 (pod.clone(), departure.map(|departure| departure.source.clone()))
             })
             .collect();
         for (pod, source) in hurried {
             let Some(rank) = self.ranks.get_mut(&pod) else { continue };
-            let first = source.is_some() && !rank.noticed;
+            let first = source.is_some() && !rank.noticed && !rank.released;
             rank.noticed = source.is_some();
             if let (true, Some(source)) = (first, source) {
                 self.counters.notices += 1;

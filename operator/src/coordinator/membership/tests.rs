@@ -235,6 +235,7 @@ fn a_rank_that_vanishes_costs_the_steps_since_the_checkpoint() {
     let effects = fixture.take();
     assert_eq!(record_of(&effects).base_step, 4);
     assert!(effects.contains(&Effect::Happened(Happening::StepsLost { steps: 1, base_step: 4 })));
+    assert_eq!(fixture.membership.counters.notices, 0);
 }
 
 #[test]

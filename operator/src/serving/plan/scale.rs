@@ -2,6 +2,7 @@
 //! lower for a while, and only while every gateway reports.
 
 use super::super::observe::Observed;
+use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::time::{Duration, SystemTime};
 use vicuna_crds::serving::Autoscaling;
@@ -82,7 +83,7 @@ fn follow(
     let Autoscaling { min, max, target, behavior } = autoscaling;
     let held = before.clamp(*min, *max);
     let Some(demand) = &observed.demand else {
-        let reason = "no gateway has reported yet".to_owned();
+        let reason = bounds_reason(before, held).unwrap_or_else(|| "no gateway has reported yet".to_owned());
         return Decision { before, desired: held, reason, activity: Activity::NoReports };
     };
     let stale = demand.stale_gateways > 0;
@@ -96,8 +97,19 @@ fn follow(
     Decision {
         before,
         desired,
-        reason: reason(demand.unfinished, target.in_flight, desired, held, width),
+        reason: bounds_reason(before, desired)
+            .filter(|_| desired == held)
+            .unwrap_or_else(|| reason(demand.unfinished, target.in_flight, desired, held, width)),
         activity: if stale { Activity::StaleReports } else { Activity::Following },
+    }
+}
+
+/// Why the spec alone changes the number of workers.
+fn bounds_reason(before: u32, held: u32) -> Option<String> {
+    match held.cmp(&before) {
+        Ordering::Greater => Some(format!("spec.autoscaling.min is {held}")),
+        Ordering::Less => Some(format!("spec.autoscaling.max is {held}")),
+        Ordering::Equal => None,
     }
 }
 
@@ -162,6 +174,16 @@ mod tests {
             });
             decision
         }
+    }
+
+    #[test]
+    fn the_first_worker_is_there_before_anybody_asks() {
+        let mut run = Run::new(2, 5);
+        let decision = run.step(0, 0);
+        assert_eq!((decision.desired, decision.reason.as_str()), (2, "spec.autoscaling.min is 2"));
+        let mut unknown = Run::new(2, 5);
+        unknown.seen.demand = None;
+        assert_eq!(unknown.again(0).reason, "spec.autoscaling.min is 2");
     }
 
     #[test]

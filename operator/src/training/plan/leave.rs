@@ -12,7 +12,7 @@ pub fn everyone(observed: &Observed, plan: &mut Plan) {
 }
 
 /// Pods that ended, that answer no more, or whose node is gone.
-pub fn ended_and_hung(observed: &Observed, _now: Millis, plan: &mut Plan) {
+pub fn ended_and_hung(observed: &Observed, plan: &mut Plan) {
     for pod in observed.pods.iter().filter(|pod| !pod.deleting) {
         if let Some(end) = &pod.ended {
             plan.actions.push(delete(pod, "it has ended", end.with_its_node));
