@@ -11,9 +11,7 @@ const KNOWN_INTEGER_FORMATS: [&str; 2] = ["int32", "int64"];
 
 /// All definitions, in the order of their names.
 pub fn all() -> Vec<CustomResourceDefinition> {
-    [VicunaServing::crd(), VicunaTraining::crd()]
-        .map(for_kubernetes)
-        .into()
+    [VicunaServing::crd(), VicunaTraining::crd()].map(for_kubernetes).into()
 }
 
 /// `<plural>.yaml` and the text of each definition.
@@ -43,9 +41,7 @@ fn polish(schema: &mut JSONSchemaProps) {
     }
     let integer = schema.type_.as_deref() == Some("integer");
     if integer {
-        schema
-            .format
-            .take_if(|format| !KNOWN_INTEGER_FORMATS.contains(&format.as_str()));
+        schema.format.take_if(|format| !KNOWN_INTEGER_FORMATS.contains(&format.as_str()));
     }
 }
 

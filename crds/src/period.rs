@@ -20,11 +20,7 @@ pub struct PeriodError(String);
 
 impl fmt::Display for PeriodError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:?} is not a length of time: write numbers with units, such as 90s, 10m or 1h30m",
-            self.0
-        )
+        write!(f, "{:?} is not a length of time: write numbers with units, such as 90s, 10m or 1h30m", self.0)
     }
 }
 
@@ -42,9 +38,7 @@ impl Period {
 
 impl From<Duration> for Period {
     fn from(duration: Duration) -> Self {
-        Self(Duration::from_millis(
-            u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
-        ))
+        Self(Duration::from_millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)))
     }
 }
 

@@ -10,9 +10,7 @@ use std::time::Duration;
 
 // No doc comment: it would replace that of the fields of this type.
 #[allow(missing_docs)]
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Capacity {
     OnPrem,
     Spot,

@@ -170,9 +170,7 @@ fn default_stabilization() -> u32 {
 
 impl Default for ScaleDown {
     fn default() -> Self {
-        Self {
-            stabilization_window_seconds: default_stabilization(),
-        }
+        Self { stabilization_window_seconds: default_stabilization() }
     }
 }
 
@@ -191,9 +189,7 @@ fn default_drain() -> Period {
 
 impl Default for Drain {
     fn default() -> Self {
-        Self {
-            timeout: default_drain(),
-        }
+        Self { timeout: default_drain() }
     }
 }
 
@@ -217,10 +213,7 @@ fn default_slots() -> u32 {
 
 impl Default for Worker {
     fn default() -> Self {
-        Self {
-            resources: None,
-            slots: default_slots(),
-        }
+        Self { resources: None, slots: default_slots() }
     }
 }
 

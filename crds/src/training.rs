@@ -2,9 +2,7 @@
 
 use crate::period::Period;
 use crate::pool::Pool;
-use crate::source::{
-    DatasetSource, ModelSource, SUPPORTED, SUPPORTED_MESSAGE, SecretReference,
-};
+use crate::source::{DatasetSource, ModelSource, SUPPORTED, SUPPORTED_MESSAGE, SecretReference};
 use k8s_openapi::api::core::v1::ResourceRequirements;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
@@ -247,9 +245,7 @@ fn default_stock_out_after() -> Period {
 
 impl Default for Placement {
     fn default() -> Self {
-        Self {
-            stock_out_after: default_stock_out_after(),
-        }
+        Self { stock_out_after: default_stock_out_after() }
     }
 }
 
@@ -297,9 +293,7 @@ fn default_application_retries() -> u32 {
 
 impl Default for Retries {
     fn default() -> Self {
-        Self {
-            application: default_application_retries(),
-        }
+        Self { application: default_application_retries() }
     }
 }
 

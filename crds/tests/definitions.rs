@@ -1,8 +1,6 @@
 //! What the definitions promise to users and to the API server.
 
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps,
-};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
 use serde_json::json;
 use std::path::Path;
 use vicuna_crds::training::{Method, Schedule};
@@ -10,21 +8,13 @@ use vicuna_crds::{Capacity, Pool, VicunaServing, VicunaTraining, definition};
 
 fn schema(crd: &CustomResourceDefinition) -> &JSONSchemaProps {
     let version = &crd.spec.versions[0];
-    version
-        .schema
-        .as_ref()
-        .unwrap()
-        .open_api_v3_schema
-        .as_ref()
-        .unwrap()
+    version.schema.as_ref().unwrap().open_api_v3_schema.as_ref().unwrap()
 }
 
 fn property<'a>(schema: &'a JSONSchemaProps, path: &str) -> &'a JSONSchemaProps {
     path.split('.').fold(schema, |at, name| {
         let properties = at.properties.as_ref();
-        properties
-            .and_then(|p| p.get(name))
-            .unwrap_or_else(|| panic!("no {name} of {path}"))
+        properties.and_then(|p| p.get(name)).unwrap_or_else(|| panic!("no {name} of {path}"))
     })
 }
 
@@ -55,10 +45,9 @@ fn the_yaml_is_what_the_types_say() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for (name, text) in definition::files().unwrap() {
         let chart = root.join("../charts/vicuna-operator-crds/templates");
-        for (path, expected) in [
-            (root.join("yaml").join(&name), text.clone()),
-            (chart.join(&name), definition::as_chart_template(&text)),
-        ] {
+        for (path, expected) in
+            [(root.join("yaml").join(&name), text.clone()), (chart.join(&name), definition::as_chart_template(&text))]
+        {
             let found = std::fs::read_to_string(&path).unwrap_or_default();
             assert!(
                 found == expected,
@@ -95,10 +84,7 @@ fn an_optional_choice_keeps_its_own_description() {
     let choices: Vec<_> = template.enum_.iter().flatten().filter_map(|v| v.0.as_str()).collect();
     assert_eq!(choices, ["vicuna_v1.1", "chatml"]);
     let state = property(schema(&training), "status.state");
-    assert_eq!(
-        state.description.as_deref(),
-        Some("The conditions in one word.")
-    );
+    assert_eq!(state.description.as_deref(), Some("The conditions in one word."));
     let served = property(schema(&serving), "spec.model.template");
     assert_eq!(served.description, template.description);
 }
@@ -112,10 +98,7 @@ fn the_schemas_are_structural() {
             assert!(at.one_of.is_none(), "{path} has oneOf");
             assert!(at.ref_path.is_none(), "{path} has a reference");
             let any_of = at.any_of.is_some();
-            assert!(
-                !any_of || at.x_kubernetes_int_or_string == Some(true),
-                "{path} has anyOf"
-            );
+            assert!(!any_of || at.x_kubernetes_int_or_string == Some(true), "{path} has anyOf");
             let format = at.format.as_deref();
             assert!(
                 matches!(format, None | Some("int32" | "int64" | "double" | "date-time")),
@@ -145,16 +128,10 @@ fn conditions_and_pools_are_merged_by_their_keys() {
     for crd in definition::all() {
         let conditions = property(schema(&crd), "status.conditions");
         assert_eq!(conditions.x_kubernetes_list_type.as_deref(), Some("map"));
-        assert_eq!(
-            conditions.x_kubernetes_list_map_keys,
-            Some(vec!["type".to_owned()])
-        );
+        assert_eq!(conditions.x_kubernetes_list_map_keys, Some(vec!["type".to_owned()]));
         let pools = property(schema(&crd), "spec.pools");
         assert_eq!(pools.x_kubernetes_list_type.as_deref(), Some("map"));
-        assert_eq!(
-            pools.x_kubernetes_list_map_keys,
-            Some(vec!["name".to_owned()])
-        );
+        assert_eq!(pools.x_kubernetes_list_map_keys, Some(vec!["name".to_owned()]));
     }
 }
 
@@ -251,10 +228,7 @@ fn a_short_serving_is_filled_in() {
     .unwrap();
     let autoscaling = serving.spec.autoscaling.unwrap();
     assert_eq!(autoscaling.min, 1);
-    assert_eq!(
-        autoscaling.behavior.scale_down.stabilization_window_seconds,
-        300
-    );
+    assert_eq!(autoscaling.behavior.scale_down.stabilization_window_seconds, 300);
     assert_eq!(serving.spec.drain.timeout.get().as_secs(), 60);
     assert_eq!(serving.spec.worker.slots, 8);
 }

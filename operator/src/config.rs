@@ -75,10 +75,7 @@ pub(crate) mod tests {
     fn addresses_name_the_operators_namespace() {
         let config = sample();
         assert_eq!(config.coordinator_url(), "https://vicuna-operator.vicuna-system.svc:9443");
-        assert_eq!(
-            config.gateway_workers_url(),
-            "https://vicuna-gateway-workers.vicuna-system.svc:9443"
-        );
+        assert_eq!(config.gateway_workers_url(), "https://vicuna-gateway-workers.vicuna-system.svc:9443");
         assert_eq!(config.gateway_url(), "http://vicuna-gateway.vicuna-system.svc:8080/v1");
     }
 }

@@ -30,10 +30,7 @@ impl Events {
     /// Starts the task that sends them.
     pub fn start(client: kube::Client, config: &Config, leadership: Leadership) -> Self {
         let (queue, waiting) = mpsc::channel(MAX_WAITING);
-        let reporter = Reporter {
-            controller: MANAGER.to_owned(),
-            instance: Some(config.pod_name.clone()),
-        };
+        let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(config.pod_name.clone()) };
         tokio::spawn(send_all(client, reporter, waiting, leadership));
         Self { queue, sent: Arc::default() }
     }

@@ -215,7 +215,9 @@ impl Elector {
         }
         let given_back = async {
             let mut lease = self.leases.get(&self.name).await?;
-            if let Some(spec) = lease.spec.as_mut().filter(|spec| spec.holder_identity.as_deref() == Some(&self.identity)) {
+            if let Some(spec) =
+                lease.spec.as_mut().filter(|spec| spec.holder_identity.as_deref() == Some(&self.identity))
+            {
                 spec.holder_identity = Some(String::new());
                 self.leases.replace(&self.name, &PostParams::default(), &lease).await?;
             }

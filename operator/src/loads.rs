@@ -86,12 +86,7 @@ impl Loads {
                 gateways.remove(&oldest);
             }
         }
-        let models = report
-            .models
-            .into_iter()
-            .take(MAX_MODELS)
-            .map(|load| (load.model.clone(), load))
-            .collect();
+        let models = report.models.into_iter().take(MAX_MODELS).map(|load| (load.model.clone(), load)).collect();
         gateways.insert(report.gateway, Reported { at: now, models });
     }
 
@@ -117,8 +112,7 @@ impl Demand {
         self.queued = self.queued.saturating_add(load.queued);
         if !stale {
             self.tokens_per_second += load.tokens_per_second;
-            self.workers
-                .extend(load.workers.iter().take(MAX_WORKERS).cloned());
+            self.workers.extend(load.workers.iter().take(MAX_WORKERS).cloned());
         }
     }
 }

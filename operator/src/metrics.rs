@@ -1,8 +1,6 @@
 //! The operator's metrics: one inventory, base units, labels bounded by the number of objects.
 
-use prometheus::{
-    HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, GaugeVec, Opts, Registry, TextEncoder,
-};
+use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 use std::time::Duration;
 
 /// Training and serving objects are told apart by these.
@@ -110,9 +108,7 @@ impl Metrics {
     /// Measures one reconciliation of `controller` (`training` or `serving`).
     pub fn reconciled(&self, controller: &str, took: Duration, failed: bool) {
         self.reconciles.with_label_values(&[controller]).inc();
-        self.reconcile_seconds
-            .with_label_values(&[controller])
-            .observe(took.as_secs_f64());
+        self.reconcile_seconds.with_label_values(&[controller]).observe(took.as_secs_f64());
         if failed {
             self.errors.with_label_values(&[controller]).inc();
         }

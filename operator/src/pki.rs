@@ -11,7 +11,9 @@ use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Client, ResourceExt};
 use parking_lot::Mutex;
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -44,7 +46,9 @@ pub enum PkiError {
     },
     #[error("a certificate cannot be made: {0}")]
     Certificate(#[from] rcgen::Error),
-    #[error("the secret {0} lacks tls.crt or tls.key: delete it, and restart operator, gateway and pods so that all trust a new CA")]
+    #[error(
+        "the secret {0} lacks tls.crt or tls.key: delete it, and restart operator, gateway and pods so that all trust a new CA"
+    )]
     MalformedCa(String),
     #[error("the API server's token keys cannot be read: {0}")]
     Keys(#[from] serde_json::Error),
@@ -75,10 +79,7 @@ impl Authority {
         params.distinguished_name.push(DnType::CommonName, "vicuna-operator CA");
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        Ok(Self(Identity {
-            certificate: params.self_signed(&key)?.pem(),
-            key: key.serialize_pem(),
-        }))
+        Ok(Self(Identity { certificate: params.self_signed(&key)?.pem(), key: key.serialize_pem() }))
     }
 
     pub fn certificate(&self) -> &str {
@@ -94,10 +95,7 @@ impl Authority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.use_authority_key_identifier_extension = true;
-        Ok(Identity {
-            certificate: params.signed_by(&key, &issuer)?.pem(),
-            key: key.serialize_pem(),
-        })
+        Ok(Identity { certificate: params.signed_by(&key, &issuer)?.pem(), key: key.serialize_pem() })
     }
 
     fn digest(&self) -> String {
@@ -154,11 +152,7 @@ fn tls_secret(name: &str, identity: &Identity, annotations: BTreeMap<String, Str
         metadata: metadata(name, annotations),
         type_: Some("kubernetes.io/tls".to_owned()),
         data: Some(
-            [
-                ("tls.crt".to_owned(), bytes(&identity.certificate)),
-                ("tls.key".to_owned(), bytes(&identity.key)),
-            ]
-            .into(),
+            [("tls.crt".to_owned(), bytes(&identity.certificate)), ("tls.key".to_owned(), bytes(&identity.key))].into(),
         ),
         ..Secret::default()
     }
@@ -317,17 +311,12 @@ impl Trust {
         let qualified = [format!("{gateway}.{namespace}.svc"), format!("{workers}.{namespace}.svc")];
         let names = [gateway.as_str(), workers, &qualified[0], &qualified[1]];
         let identity = self.authority.issue(&names, SERVING_DAYS)?;
-        let annotations = [
-            (ISSUED_ANNOTATION.to_owned(), now.to_string()),
-            (CA_ANNOTATION.to_owned(), self.authority.digest()),
-        ];
+        let annotations =
+            [(ISSUED_ANNOTATION.to_owned(), now.to_string()), (CA_ANNOTATION.to_owned(), self.authority.digest())];
         self.leadership.check()?;
         let secret = tls_secret(name, &identity, annotations.into());
         let parameters = PatchParams::apply(MANAGER).force();
-        secrets
-            .patch(name, &parameters, &Patch::Apply(&secret))
-            .await
-            .map_err(failed("the gateway's certificate"))?;
+        secrets.patch(name, &parameters, &Patch::Apply(&secret)).await.map_err(failed("the gateway's certificate"))?;
         tracing::info!(secret = name, days = SERVING_DAYS, "issued the gateway's certificate");
         Ok(())
     }
@@ -349,10 +338,7 @@ async fn read_keys(client: &Client) -> Result<Keys, PkiError> {
     let request = http::Request::get("/openid/v1/jwks")
         .body(Vec::new())
         .map_err(|error| failed("the token keys")(kube::Error::HttpError(error)))?;
-    let jwks = client
-        .request_text(request)
-        .await
-        .map_err(failed("the token keys at /openid/v1/jwks"))?;
+    let jwks = client.request_text(request).await.map_err(failed("the token keys at /openid/v1/jwks"))?;
     let verifier = TokenVerifier::new(&jwks, COORDINATOR_AUDIENCE)?;
     Ok(Keys { jwks, verifier })
 }
@@ -371,9 +357,8 @@ mod tests {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(authority.certificate().as_bytes()).unwrap()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let verifier = rustls::client::WebPkiServerVerifier::builder_with_provider(roots.into(), provider)
-            .build()
-            .unwrap();
+        let verifier =
+            rustls::client::WebPkiServerVerifier::builder_with_provider(roots.into(), provider).build().unwrap();
         let leaf = CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap();
         let name = ServerName::try_from(name.to_owned()).unwrap();
         use rustls::client::danger::ServerCertVerifier;
@@ -413,10 +398,8 @@ mod tests {
 
     #[test]
     fn the_gateways_certificate_is_renewed_in_time_and_after_a_change_of_ca() {
-        let annotations = [
-            (ISSUED_ANNOTATION.to_owned(), "1000000".to_owned()),
-            (CA_ANNOTATION.to_owned(), "ca1".to_owned()),
-        ];
+        let annotations =
+            [(ISSUED_ANNOTATION.to_owned(), "1000000".to_owned()), (CA_ANNOTATION.to_owned(), "ca1".to_owned())];
         let identity = Identity { certificate: String::new(), key: String::new() };
         let secret = tls_secret("s", &identity, annotations.into());
         assert!(is_fresh(&secret, "ca1", 1_000_000 + 59 * 86_400));

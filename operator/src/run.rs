@@ -31,7 +31,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let stop = stop_on_signal()?;
     let config = Arc::new(config);
-    let client = kube::Client::try_default().await.context("no way to the API server: is there a service account or a kubeconfig?")?;
+    let client = kube::Client::try_default()
+        .await
+        .context("no way to the API server: is there a service account or a kubeconfig?")?;
     let metrics = Arc::new(Metrics::new()?);
     let readiness = Readiness::default();
     let listener = TcpListener::bind(config.metrics_listen)

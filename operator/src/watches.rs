@@ -38,8 +38,7 @@ impl Watches {
     /// Starts the watches; they go on until the process ends.
     pub fn start(client: &Client) -> Self {
         let (changes, _) = broadcast::channel(MAX_BEHIND);
-        let ours = watcher::Config::default()
-            .labels(&format!("app.kubernetes.io/managed-by={MANAGER}"));
+        let ours = watcher::Config::default().labels(&format!("app.kubernetes.io/managed-by={MANAGER}"));
         let all = watcher::Config::default();
         Self {
             pods: watch(Api::all(client.clone()), ours, slim_pod, pod_change, changes.clone()),
@@ -89,17 +88,16 @@ where
     K: kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
 {
     let (store, writer) = reflector::store();
-    let events = watcher(api, config)
-        .default_backoff()
-        .modify(slim)
-        .reflect(writer);
+    let events = watcher(api, config).default_backoff().modify(slim).reflect(writer);
     tokio::spawn(async move {
         let mut events = std::pin::pin!(events);
         // An object that vanished while a watch was broken is in nobody's event: the periodic
         // look of controllers and coordinator finds it.
         while let Some(event) = events.next().await {
             match event {
-                Ok(watcher::Event::Apply(object) | watcher::Event::Delete(object) | watcher::Event::InitApply(object)) => {
+                Ok(
+                    watcher::Event::Apply(object) | watcher::Event::Delete(object) | watcher::Event::InitApply(object),
+                ) => {
                     if let Some(change) = change(&object) {
                         // Nobody listening is fine.
                         let _ = changes.send(change);

@@ -1,7 +1,4 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    tonic_prost_build::configure().compile_protos(
-        &["proto/coordinator.proto", "proto/inference.proto"],
-        &["proto"],
-    )?;
+    tonic_prost_build::configure().compile_protos(&["proto/coordinator.proto", "proto/inference.proto"], &["proto"])?;
     Ok(())
 }

@@ -26,8 +26,14 @@ const CASES: &[(&str, Case)] = &[
     ("refused_credentials_are_told_and_recover", bad_input::refused_credentials_are_told_and_recover),
     ("a_missing_bucket_is_told", bad_input::a_missing_bucket_is_told),
     ("a_pod_that_fits_nowhere_is_told", bad_input::a_pod_that_fits_nowhere_is_told),
-    ("a_reclaimed_run_has_the_weights_of_an_undisturbed_one", training::a_reclaimed_run_has_the_weights_of_an_undisturbed_one),
-    ("a_suspended_training_gives_its_pods_back_and_goes_on", training::a_suspended_training_gives_its_pods_back_and_goes_on),
+    (
+        "a_reclaimed_run_has_the_weights_of_an_undisturbed_one",
+        training::a_reclaimed_run_has_the_weights_of_an_undisturbed_one,
+    ),
+    (
+        "a_suspended_training_gives_its_pods_back_and_goes_on",
+        training::a_suspended_training_gives_its_pods_back_and_goes_on,
+    ),
     ("the_operators_restart_costs_no_step", training::the_operators_restart_costs_no_step),
     ("the_result_is_served", serving::the_result_is_served),
     ("a_stream_survives_its_worker", serving::a_stream_survives_its_worker),
@@ -36,7 +42,8 @@ const CASES: &[(&str, Case)] = &[
 
 fn main() {
     let only = std::env::args().skip(1).find(|word| !word.starts_with('-'));
-    let chosen: Vec<_> = CASES.iter().filter(|(name, _)| only.as_ref().is_none_or(|part| name.contains(part))).collect();
+    let chosen: Vec<_> =
+        CASES.iter().filter(|(name, _)| only.as_ref().is_none_or(|part| name.contains(part))).collect();
     println!("\nrunning {} tests", chosen.len());
     let failed = match Fixture::up() {
         Ok(fixture) => {

@@ -4,8 +4,7 @@ use kube::{Resource, ResourceExt};
 use vicuna_crds::VicunaTraining;
 use vicuna_crds::training as spec;
 use vicuna_protocol::job::{
-    Checkpointing, DatasetSource, Identity, Method, ModelSource, Prepare, Recipe, RunLength,
-    Schedule, TrainingJob,
+    Checkpointing, DatasetSource, Identity, Method, ModelSource, Prepare, Recipe, RunLength, Schedule, TrainingJob,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -28,11 +27,7 @@ pub fn job(training: &VicunaTraining) -> Result<TrainingJob, JobError> {
             from: spec.model.from.clone(),
             template: spec.model.template.map(|template| template.name().to_owned()),
         },
-        dataset: spec
-            .dataset
-            .iter()
-            .map(|set| DatasetSource { from: set.from.clone(), weight: set.weight })
-            .collect(),
+        dataset: spec.dataset.iter().map(|set| DatasetSource { from: set.from.clone(), weight: set.weight }).collect(),
         prepare: prepare(spec.prepare.as_ref()),
         recipe: recipe(&spec.recipe)?,
         checkpoint: Checkpointing {
@@ -46,10 +41,8 @@ pub fn job(training: &VicunaTraining) -> Result<TrainingJob, JobError> {
 fn prepare(prepare: Option<&spec::Prepare>) -> Prepare {
     let identity = prepare.and_then(|prepare| prepare.identity.as_ref());
     Prepare {
-        identity: identity.map(|identity| Identity {
-            name: identity.name.clone(),
-            organization: identity.organization.clone(),
-        }),
+        identity: identity
+            .map(|identity| Identity { name: identity.name.clone(), organization: identity.organization.clone() }),
     }
 }
 

@@ -44,9 +44,7 @@ pub struct Base {
 /// Whether a manifest lies on a branch that was given up: its generation is older than one that
 /// started before its step (design.md, Checkpoints).
 pub fn is_void(manifest: &Manifest, history: &[Base]) -> bool {
-    history
-        .iter()
-        .any(|base| base.generation > manifest.generation && base.step < manifest.step)
+    history.iter().any(|base| base.generation > manifest.generation && base.step < manifest.step)
 }
 
 /// Adds a base and drops those that say nothing beyond it: an older generation with a later start
@@ -86,9 +84,7 @@ impl Manifests {
     /// has not issued. `None`: start from the base model.
     pub fn newest_valid(&self, generation: u64, history: &[Base]) -> Option<&Manifest> {
         self.known.iter().rev().find(|manifest| {
-            manifest.generation <= generation
-                && !self.unusable.contains(&manifest.key)
-                && !is_void(manifest, history)
+            manifest.generation <= generation && !self.unusable.contains(&manifest.key) && !is_void(manifest, history)
         })
     }
 }
@@ -98,12 +94,7 @@ mod tests {
     use super::*;
 
     pub(crate) fn manifest(generation: u64, step: u64) -> Manifest {
-        Manifest {
-            step,
-            generation,
-            key: format!("manifests/{generation}-{step}"),
-            digest: "d".to_owned(),
-        }
+        Manifest { step, generation, key: format!("manifests/{generation}-{step}"), digest: "d".to_owned() }
     }
 
     #[test]

@@ -28,10 +28,7 @@ pub struct Clock {
 impl Clock {
     pub fn start() -> Self {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Self {
-            started: Instant::now(),
-            started_ms: u64::try_from(since.as_millis()).unwrap_or(0),
-        }
+        Self { started: Instant::now(), started_ms: u64::try_from(since.as_millis()).unwrap_or(0) }
     }
 
     pub fn now_ms(&self) -> Millis {
@@ -70,14 +67,7 @@ impl Coordinator {
         clock: Clock,
     ) -> (Self, mpsc::Receiver<Told>) {
         let (told, receiver) = mpsc::channel(1024);
-        let coordinator = Self {
-            client,
-            leadership,
-            metrics,
-            clock,
-            sessions: Mutex::default(),
-            told,
-        };
+        let coordinator = Self { client, leadership, metrics, clock, sessions: Mutex::default(), told };
         (coordinator, receiver)
     }
 
@@ -97,14 +87,8 @@ impl Coordinator {
             return None;
         }
         let store = ConfigMapStore::new(self.client.clone(), opening.owner.clone(), self.leadership.clone());
-        let session = Session::start(
-            key.clone(),
-            opening,
-            Box::new(store),
-            self.clock,
-            self.metrics.clone(),
-            self.told.clone(),
-        );
+        let session =
+            Session::start(key.clone(), opening, Box::new(store), self.clock, self.metrics.clone(), self.told.clone());
         sessions.insert(key, session.clone());
         Some(session)
     }

@@ -72,11 +72,7 @@ impl Coordinator for Service {
         let hello = first_hello(&mut messages).await?;
         let session = self.session_of(&caller, &hello)?;
         let (sender, answers) = mpsc::channel(RANK_MAILBOX);
-        let rank = RankStream {
-            id: self.streams.fetch_add(1, Ordering::Relaxed),
-            pod: hello.pod_uid.clone(),
-            session,
-        };
+        let rank = RankStream { id: self.streams.fetch_add(1, Ordering::Relaxed), pod: hello.pod_uid.clone(), session };
         tokio::spawn(rank.run(hello, messages, sender));
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
@@ -100,7 +96,8 @@ impl Service {
         if *pod_uid != hello.pod_uid {
             return Err(Status::permission_denied("the hello names another pod than the token"));
         }
-        let unknown = || Status::unavailable(format!("pod {pod_name} is not one of a training that is coordinated here (yet)"));
+        let unknown =
+            || Status::unavailable(format!("pod {pod_name} is not one of a training that is coordinated here (yet)"));
         let reference = ObjectRef::new(pod_name).within(&caller.namespace);
         let pod = self.context.watches.pods.get(&reference).ok_or_else(unknown)?;
         if pod.metadata.uid.as_ref() != Some(pod_uid) {

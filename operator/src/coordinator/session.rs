@@ -27,20 +27,9 @@ const RETRY_STORE: Duration = Duration::from_secs(1);
 pub type RankSender = mpsc::Sender<Result<CoordinatorMessage, tonic::Status>>;
 
 enum Mail {
-    Joined {
-        stream: u64,
-        hello: wire::Hello,
-        sender: RankSender,
-    },
-    Said {
-        stream: u64,
-        pod: PodUid,
-        body: wire::rank_message::Body,
-    },
-    Closed {
-        stream: u64,
-        pod: PodUid,
-    },
+    Joined { stream: u64, hello: wire::Hello, sender: RankSender },
+    Said { stream: u64, pod: PodUid, body: wire::rank_message::Body },
+    Closed { stream: u64, pod: PodUid },
 }
 
 /// The way to a session. The session ends when the last handle is dropped.
@@ -210,9 +199,7 @@ impl Session {
                 match body {
                     _ if !current => None,
                     // After Stale a rank says hello again, on the same stream.
-                    wire::rank_message::Body::Hello(hello) => {
-                        (hello.pod_uid == pod).then_some(Event::Joined(hello))
-                    }
+                    wire::rank_message::Body::Hello(hello) => (hello.pod_uid == pod).then_some(Event::Joined(hello)),
                     body => Some(Event::Said(pod, body)),
                 }
             }
@@ -364,10 +351,9 @@ impl Session {
             Happening::StepsLost { steps, .. } => {
                 metrics.lost_steps.with_label_values(&object).inc_by(*steps);
             }
-            Happening::Recovered { after_ms } => metrics
-                .recovery_seconds
-                .with_label_values(&object)
-                .observe(*after_ms as f64 / 1000.0),
+            Happening::Recovered { after_ms } => {
+                metrics.recovery_seconds.with_label_values(&object).observe(*after_ms as f64 / 1000.0)
+            }
             _ => {}
         }
     }

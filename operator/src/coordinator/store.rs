@@ -19,7 +19,9 @@ pub enum StoreError {
         #[source]
         source: Box<kube::Error>,
     },
-    #[error("the membership record {name} holds no valid record ({source}): restore it, or delete the ConfigMap to start again from the newest checkpoint")]
+    #[error(
+        "the membership record {name} holds no valid record ({source}): restore it, or delete the ConfigMap to start again from the newest checkpoint"
+    )]
     Malformed {
         name: String,
         #[source]
@@ -82,10 +84,7 @@ impl ConfigMapStore {
     }
 
     fn failed(&self, source: kube::Error) -> StoreError {
-        StoreError::Kube {
-            name: format!("{}/{}", self.owner.namespace, self.name),
-            source: Box::new(source),
-        }
+        StoreError::Kube { name: format!("{}/{}", self.owner.namespace, self.name), source: Box::new(source) }
     }
 
     fn parse(&self, map: &ConfigMap) -> Result<Option<Record>, StoreError> {
@@ -100,14 +99,9 @@ impl ConfigMapStore {
     }
 
     fn map(&self, record: &Record) -> Result<ConfigMap, StoreError> {
-        let envelope = Envelope {
-            training_uid: self.owner.uid.clone(),
-            record: record.clone(),
-        };
-        let text = serde_json::to_string(&envelope).map_err(|source| StoreError::Malformed {
-            name: self.name.clone(),
-            source,
-        })?;
+        let envelope = Envelope { training_uid: self.owner.uid.clone(), record: record.clone() };
+        let text = serde_json::to_string(&envelope)
+            .map_err(|source| StoreError::Malformed { name: self.name.clone(), source })?;
         Ok(ConfigMap {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
@@ -139,10 +133,7 @@ impl RecordStore for ConfigMapStore {
     async fn swap(&mut self, record: &Record) -> Result<Swap, StoreError> {
         let map = self.map(record)?;
         self.leadership.check()?;
-        let parameters = PostParams {
-            field_manager: Some(MANAGER.to_owned()),
-            ..PostParams::default()
-        };
+        let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
         let written = match self.version {
             None => self.maps.create(&parameters, &map).await,
             Some(_) => self.maps.replace(&self.name, &parameters, &map).await,

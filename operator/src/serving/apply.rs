@@ -110,11 +110,7 @@ where
     let name = object.name_any();
     let parameters = PatchParams::apply(MANAGER).force();
     let written = api.patch(&name, &parameters, &Patch::Apply(object)).await;
-    written.map(drop).map_err(|source| ApplyError::Write {
-        kind: K::kind(&()).into_owned(),
-        name,
-        source,
-    })
+    written.map(drop).map_err(|source| ApplyError::Write { kind: K::kind(&()).into_owned(), name, source })
 }
 
 async fn delete(context: &Context, namespace: &str, removal: &Removal) -> Result<(), ApplyError> {

@@ -75,30 +75,27 @@ fn own(
     writer: reflector::store::Writer<VicunaServing>,
 ) -> impl Stream<Item = ObjectRef<VicunaServing>> {
     let api: Api<VicunaServing> = Api::all(work.context.client.clone());
-    watcher(api, watcher::Config::default())
-        .default_backoff()
-        .reflect(writer)
-        .filter_map(move |event| {
-            let found = match event {
-                Ok(watcher::Event::Apply(serving) | watcher::Event::InitApply(serving)) => {
-                    Some(ObjectRef::from_obj(&serving))
-                }
-                Ok(watcher::Event::Delete(serving)) => {
-                    work.forget(&ObjectRef::from_obj(&serving));
-                    None
-                }
-                Ok(watcher::Event::InitDone) => {
-                    work.forget_all_but(&servings);
-                    None
-                }
-                Ok(watcher::Event::Init) => None,
-                Err(error) => {
-                    tracing::warn!(%error, kind = "VicunaServing", "a watch broke and is retried");
-                    None
-                }
-            };
-            std::future::ready(found)
-        })
+    watcher(api, watcher::Config::default()).default_backoff().reflect(writer).filter_map(move |event| {
+        let found = match event {
+            Ok(watcher::Event::Apply(serving) | watcher::Event::InitApply(serving)) => {
+                Some(ObjectRef::from_obj(&serving))
+            }
+            Ok(watcher::Event::Delete(serving)) => {
+                work.forget(&ObjectRef::from_obj(&serving));
+                None
+            }
+            Ok(watcher::Event::InitDone) => {
+                work.forget_all_but(&servings);
+                None
+            }
+            Ok(watcher::Event::Init) => None,
+            Err(error) => {
+                tracing::warn!(%error, kind = "VicunaServing", "a watch broke and is retried");
+                None
+            }
+        };
+        std::future::ready(found)
+    })
 }
 
 /// Servings whose pods, nodes or training changed.
@@ -129,9 +126,10 @@ fn concerned(change: &Change, context: &Context, servings: &Store<VicunaServing>
     match change {
         Change::ServingPod(namespace, name) => vec![serving(namespace, name)].into_iter().filter(known).collect(),
         Change::Node(node) => {
-            let pods = context.watches.pods.state_filter(|pod| {
-                pod.spec.as_ref().and_then(|spec| spec.node_name.as_ref()) == Some(node)
-            });
+            let pods = context
+                .watches
+                .pods
+                .state_filter(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.as_ref()) == Some(node));
             let of = |pod: &Arc<k8s_openapi::api::core::v1::Pod>| {
                 let name = pod.labels().get(SERVING_LABEL)?;
                 Some(serving(pod.metadata.namespace.as_deref()?, name))
@@ -192,9 +190,8 @@ async fn look(serving: Arc<VicunaServing>, work: &Work) -> Result<Action, Reconc
     context.leadership.check()?;
     let mut remembered = work.recall(&serving);
     let serving = with_last_status(serving, &remembered);
-    let observed = observe(context, serving.clone(), remembered.memory.clone())
-        .await
-        .map_err(ReconcileError::Observe)?;
+    let observed =
+        observe(context, serving.clone(), remembered.memory.clone()).await.map_err(ReconcileError::Observe)?;
     let plan = plan(&observed, SystemTime::now());
     let applied = apply(context, &observed, &plan).await;
     let status = status(&observed, &plan, &applied, &context.config, Timestamp::now());
@@ -264,7 +261,14 @@ fn tell(context: &Context, observed: &Observed, plan: &Plan, status: &VicunaServ
     }
     let scaling = &plan.scaling;
     if scaling.before != scaling.desired {
-        tracing::info!(namespace, serving = name, from = scaling.before, to = scaling.desired, reason = scaling.reason, "scaled");
+        tracing::info!(
+            namespace,
+            serving = name,
+            from = scaling.before,
+            to = scaling.desired,
+            reason = scaling.reason,
+            "scaled"
+        );
         let note = format!("From {} to {} workers: {}.", scaling.before, scaling.desired, scaling.reason);
         context.events.normal(&about, "Scaled", "Scale", note);
     }

@@ -38,7 +38,10 @@ pub struct Observed {
 pub enum Model {
     Known(Source),
     /// Not there yet: reason in one word, and a sentence.
-    Missing { reason: &'static str, message: String },
+    Missing {
+        reason: &'static str,
+        message: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,11 +99,7 @@ pub struct Trouble {
 
 /// Reads all of it. Pods are listed and not taken from the cache, so that a pod that was just made is
 /// there and is not made twice.
-pub async fn observe(
-    context: &Context,
-    serving: Arc<VicunaServing>,
-    memory: Memory,
-) -> Result<Observed, kube::Error> {
+pub async fn observe(context: &Context, serving: Arc<VicunaServing>, memory: Memory) -> Result<Observed, kube::Error> {
     let namespace = serving.namespace().unwrap_or_default();
     let name = serving.name_any();
     let mut workers = workers(context, &namespace, &name).await?;
@@ -151,18 +150,11 @@ fn avoided_nodes(context: &Context) -> Vec<String> {
 }
 
 /// The address of the model, or what it waits for.
-fn model(
-    serving: &VicunaServing,
-    training: impl Fn(&str) -> Option<Arc<VicunaTraining>>,
-) -> Model {
+fn model(serving: &VicunaServing, training: impl Fn(&str) -> Option<Arc<VicunaTraining>>) -> Model {
     let spec = &serving.spec.model;
     let credentials = || spec.credentials.as_ref().map(|secret| secret.name.clone());
     if let Some(uri) = &spec.from.uri {
-        return Model::Known(Source {
-            uri: uri.clone(),
-            digest: None,
-            credentials: credentials(),
-        });
+        return Model::Known(Source { uri: uri.clone(), digest: None, credentials: credentials() });
     }
     let Some(name) = spec.from.training_ref.as_ref().map(|training| &training.name) else {
         return Model::Missing {
@@ -269,11 +261,7 @@ fn trouble(pod: &Pod) -> Option<Trouble> {
 
 fn container_trouble(container: &ContainerStatus) -> Option<Trouble> {
     let (reason, message) = waiting(container).or_else(|| ended(container))?;
-    Some(Trouble {
-        reason,
-        message,
-        unschedulable_since: None,
-    })
+    Some(Trouble { reason, message, unschedulable_since: None })
 }
 
 fn waiting(container: &ContainerStatus) -> Option<(&'static str, String)> {
@@ -291,10 +279,9 @@ fn waiting(container: &ContainerStatus) -> Option<(&'static str, String)> {
             "SecretMissing",
             format!("The worker cannot start: {said}. Create the Secret that spec.model.credentials names."),
         )),
-        "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => Some((
-            "ContainerNotStarted",
-            format!("The worker cannot start: {said}."),
-        )),
+        "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => {
+            Some(("ContainerNotStarted", format!("The worker cannot start: {said}.")))
+        }
         _ => None,
     }
 }
@@ -305,7 +292,8 @@ fn ended(container: &ContainerStatus) -> Option<(&'static str, String)> {
     if ended.reason.as_deref() == Some("OOMKilled") {
         return Some((
             "OutOfMemory",
-            "The worker ran out of memory: raise spec.worker.resources.limits.memory, or lower spec.worker.slots.".to_owned(),
+            "The worker ran out of memory: raise spec.worker.resources.limits.memory, or lower spec.worker.slots."
+                .to_owned(),
         ));
     }
     let said = ended.message.as_deref().map(str::trim).filter(|said| !said.is_empty());
@@ -358,7 +346,8 @@ mod tests {
     #[test]
     fn a_serving_waits_for_its_training_and_then_uses_its_credentials() {
         let serving = served(json!({ "trainingRef": { "name": "t" } }));
-        let Model::Missing { reason, message } = model(&serving, |_| Some(trained(json!({ "state": "Running" })))) else {
+        let Model::Missing { reason, message } = model(&serving, |_| Some(trained(json!({ "state": "Running" }))))
+        else {
             panic!("there is no result yet");
         };
         assert_eq!(reason, "TrainingNotComplete");

@@ -70,12 +70,7 @@ pub fn plan(observed: &Observed, now: SystemTime) -> Plan {
         || observed.workers.len() != scaling.desired as usize
         || observed.serving.spec.autoscaling.is_some()
         || observed.workers.iter().any(|worker| worker.trouble.is_some());
-    Plan {
-        scaling,
-        actions,
-        memory,
-        again_after: if moving { LOOK_AGAIN } else { LOOK_AGAIN_AT_REST },
-    }
+    Plan { scaling, actions, memory, again_after: if moving { LOOK_AGAIN } else { LOOK_AGAIN_AT_REST } }
 }
 
 #[cfg(test)]

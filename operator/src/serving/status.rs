@@ -79,12 +79,8 @@ fn count(count: usize) -> u32 {
 fn ready(observed: &Observed, replicas: &Replicas, applied: &Applied) -> Finding {
     let Replicas { desired, ready, .. } = replicas;
     let trouble = observed.workers.iter().find_map(|worker| worker.trouble.as_ref());
-    let finding = |holds, reason: &str, message: String| Finding {
-        type_: READY,
-        holds,
-        reason: reason.to_owned(),
-        message,
-    };
+    let finding =
+        |holds, reason: &str, message: String| Finding { type_: READY, holds, reason: reason.to_owned(), message };
     let answering = format!("{ready} of {desired} workers answer requests.");
     if *ready > 0 {
         return match trouble {

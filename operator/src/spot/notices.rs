@@ -73,11 +73,7 @@ pub fn node_notices(node: &Node) -> Vec<NodeNotice> {
 
 impl NodeNotice {
     fn new(source: &str, urgency: Urgency) -> Self {
-        Self {
-            source: source.to_owned(),
-            urgency,
-            given_at_ms: None,
-        }
+        Self { source: source.to_owned(), urgency, given_at_ms: None }
     }
 }
 
@@ -90,14 +86,8 @@ fn taint_notice(taint: &Taint) -> Option<NodeNotice> {
         .filter(|_| value_is_time)
         .and_then(|value| value.parse::<u64>().ok())
         .map(|seconds| seconds.saturating_mul(1000));
-    let from_taint = taint
-        .time_added
-        .as_ref()
-        .and_then(|time| u64::try_from(time.0.as_millisecond()).ok());
-    Some(NodeNotice {
-        given_at_ms: from_value.or(from_taint),
-        ..NodeNotice::new(source, *urgency)
-    })
+    let from_taint = taint.time_added.as_ref().and_then(|time| u64::try_from(time.0.as_millisecond()).ok());
+    Some(NodeNotice { given_at_ms: from_value.or(from_taint), ..NodeNotice::new(source, *urgency) })
 }
 
 fn condition_notices(node: &Node) -> Vec<NodeNotice> {
@@ -142,9 +132,7 @@ impl NoticeBook {
         let notices = node_notices(node);
         let mut seen = self.first_seen.lock();
         if !notices.is_empty() || seen.keys().any(|(known, _)| *known == name) {
-            seen.retain(|(known, source), _| {
-                *known != name || notices.iter().any(|notice| notice.source == *source)
-            });
+            seen.retain(|(known, source), _| *known != name || notices.iter().any(|notice| notice.source == *source));
         }
         for notice in notices {
             if seen.len() < MAX_REMEMBERED {
@@ -210,12 +198,7 @@ impl NoticeBook {
             Urgency::Hurry => (true, given.saturating_add(notice_ms)),
             Urgency::Now => (true, given),
         };
-        Some(Departure {
-            reclaim: hurry,
-            source: notice.source,
-            deadline_ms,
-            hurry,
-        })
+        Some(Departure { reclaim: hurry, source: notice.source, deadline_ms, hurry })
     }
 }
 
@@ -238,14 +221,12 @@ fn notice_of(pod: &Pod) -> Duration {
 /// What the pod itself shows: an eviction, or a deletion.
 fn pod_departure(pod: &Pod) -> Option<Departure> {
     let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
-    let disruption = conditions.into_iter().flatten().find(|condition| {
-        condition.type_ == "DisruptionTarget" && condition.status == "True"
-    });
-    let deleted_at = pod
-        .metadata
-        .deletion_timestamp
-        .as_ref()
-        .map(|time| u64::try_from(time.0.as_millisecond()).unwrap_or(0));
+    let disruption = conditions
+        .into_iter()
+        .flatten()
+        .find(|condition| condition.type_ == "DisruptionTarget" && condition.status == "True");
+    let deleted_at =
+        pod.metadata.deletion_timestamp.as_ref().map(|time| u64::try_from(time.0.as_millisecond()).unwrap_or(0));
     let source = match disruption {
         Some(condition) => format!("DisruptionTarget: {}", condition.reason.as_deref().unwrap_or("unknown")),
         None => {

@@ -90,7 +90,12 @@ pub async fn apply(context: &Context, before: &AppliedBefore, observed: &Observe
     applied
 }
 
-async fn prepare(context: &Context, before: &AppliedBefore, observed: &Observed, min_available: u32) -> Result<(), ApplyError> {
+async fn prepare(
+    context: &Context,
+    before: &AppliedBefore,
+    observed: &Observed,
+    min_available: u32,
+) -> Result<(), ApplyError> {
     let namespace = observed.training.namespace().unwrap_or_default();
     context.trust.ensure(&namespace).await?;
     let account: ServiceAccount = build::service_account::service_account();
@@ -101,7 +106,12 @@ async fn prepare(context: &Context, before: &AppliedBefore, observed: &Observed,
 
 /// Applies with our field manager. Only fields that we own are in `object`, so force takes nothing
 /// from anybody.
-async fn server_side_apply<K>(context: &Context, before: &AppliedBefore, namespace: &str, object: &K) -> Result<(), ApplyError>
+async fn server_side_apply<K>(
+    context: &Context,
+    before: &AppliedBefore,
+    namespace: &str,
+    object: &K,
+) -> Result<(), ApplyError>
 where
     K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
         + Serialize
@@ -140,7 +150,14 @@ async fn create(context: &Context, observed: &Observed, name: &str, pool: usize)
     }
 }
 
-async fn delete(context: &Context, observed: &Observed, name: &str, uid: &str, why: &str, force: bool) -> Result<(), ApplyError> {
+async fn delete(
+    context: &Context,
+    observed: &Observed,
+    name: &str,
+    uid: &str,
+    why: &str,
+    force: bool,
+) -> Result<(), ApplyError> {
     context.leadership.check()?;
     let parameters = DeleteParams {
         // Nobody answers for a node that is gone.

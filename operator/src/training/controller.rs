@@ -124,13 +124,12 @@ fn concerned(context: &Context, change: Result<Change, BroadcastStreamRecvError>
 
 /// Trainings with a pod on the node. A heartbeat changes a node too, so those of calm nodes are few.
 fn on_node(context: &Context, node: &str) -> Vec<Request> {
-    let pods = context.watches.pods.state_filter(|pod| {
-        pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node)
-    });
-    let trainings: BTreeSet<Key> = pods
-        .iter()
-        .filter_map(|pod| Some((pod.namespace()?, pod.labels().get(TRAINING_LABEL)?.clone())))
-        .collect();
+    let pods = context
+        .watches
+        .pods
+        .state_filter(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node));
+    let trainings: BTreeSet<Key> =
+        pods.iter().filter_map(|pod| Some((pod.namespace()?, pod.labels().get(TRAINING_LABEL)?.clone()))).collect();
     trainings.iter().map(|(namespace, name)| request(namespace, name)).collect()
 }
 
@@ -182,7 +181,13 @@ impl Controller {
         let observed = observe::observe(&self.context, training.clone(), memory, self.stocked_out(&training));
         let now = self.context.coordinator.clock().now_ms();
         let plan = if opened.is_ok() { plan::plan(&observed, now) } else { Plan::unable(&observed) };
-        tracing::debug!(namespace = key.0, training = key.1, reason = plan.reason, actions = plan.actions.len(), "planned");
+        tracing::debug!(
+            namespace = key.0,
+            training = key.1,
+            reason = plan.reason,
+            actions = plan.actions.len(),
+            "planned"
+        );
         let applied = apply::apply(&self.context, &self.applied, &observed, &plan).await;
         self.note_stock_outs(&training, &plan);
         let status = status::status(&observed, &plan, &applied, now);
@@ -346,7 +351,11 @@ impl Plan {
     }
 }
 
-async fn patch_status(context: &Context, training: &VicunaTraining, status: &VicunaTrainingStatus) -> Result<(), ReconcileError> {
+async fn patch_status(
+    context: &Context,
+    training: &VicunaTraining,
+    status: &VicunaTrainingStatus,
+) -> Result<(), ReconcileError> {
     let namespace = training.namespace().unwrap_or_default();
     let api: Api<VicunaTraining> = Api::namespaced(context.client.clone(), &namespace);
     let patch = json!({
@@ -389,9 +398,7 @@ fn counters(status: Option<&VicunaTrainingStatus>) -> Counters {
         notices: before.notices,
         reclaims: before.reclaims,
         lost_steps: before.lost_steps,
-        last_recovery_ms: before
-            .last_recovery
-            .and_then(|period| u64::try_from(period.get().as_millis()).ok()),
+        last_recovery_ms: before.last_recovery.and_then(|period| u64::try_from(period.get().as_millis()).ok()),
     })
 }
 
@@ -417,20 +424,28 @@ fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
         }
         Happening::Reclaimed { pod, node } => (true, "Reclaimed", format!("Pod {pod} went with node {node}.")),
         Happening::Lost { pod, node } => (false, "RankGone", format!("Pod {pod} on node {node} is gone.")),
-        Happening::Hung { pod, node } => {
-            (true, "RankHung", format!("The rank in pod {pod} on node {node} does not answer: it is replaced if it stays so."))
-        }
+        Happening::Hung { pod, node } => (
+            true,
+            "RankHung",
+            format!("The rank in pod {pod} on node {node} does not answer: it is replaced if it stays so."),
+        ),
         Happening::StepsLost { steps, base_step } => {
             (true, "StepsLost", format!("{steps} steps are made again, from the checkpoint of step {base_step}."))
         }
-        Happening::Recovered { after_ms } => {
-            (false, "Recovered", format!("Steps are made again, {:.1} s after the last one.", *after_ms as f64 / 1000.0))
-        }
+        Happening::Recovered { after_ms } => (
+            false,
+            "Recovered",
+            format!("Steps are made again, {:.1} s after the last one.", *after_ms as f64 / 1000.0),
+        ),
         Happening::ManifestUnusable { key, message } => {
             (true, "CheckpointUnusable", format!("The checkpoint {key} is left out for an older one: {message}"))
         }
-        Happening::StateMismatch { generation } => {
-            (true, "StateMismatch", format!("Ranks of generation {generation} loaded different weights: is the model or a checkpoint being overwritten?"))
-        }
+        Happening::StateMismatch { generation } => (
+            true,
+            "StateMismatch",
+            format!(
+                "Ranks of generation {generation} loaded different weights: is the model or a checkpoint being overwritten?"
+            ),
+        ),
     })
 }

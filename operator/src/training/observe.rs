@@ -66,14 +66,27 @@ pub struct End {
 /// Why a pod does not start.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Trouble {
-    Unschedulable { since_ms: Millis, message: String },
-    ImagePull { image: String, message: String },
+    Unschedulable {
+        since_ms: Millis,
+        message: String,
+    },
+    ImagePull {
+        image: String,
+        message: String,
+    },
     /// The Secret is missing, most often.
-    Configuration { message: String },
+    Configuration {
+        message: String,
+    },
 }
 
 /// Reads all of it from caches.
-pub fn observe(context: &Context, training: Arc<VicunaTraining>, memory: Memory, stocked_out: BTreeSet<String>) -> Observed {
+pub fn observe(
+    context: &Context,
+    training: Arc<VicunaTraining>,
+    memory: Memory,
+    stocked_out: BTreeSet<String>,
+) -> Observed {
     let namespace = training.namespace().unwrap_or_default();
     let now = context.coordinator.clock().now_ms();
     let pods = context.watches.pods_of(&namespace, TRAINING_LABEL, &training.name_any());

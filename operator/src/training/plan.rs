@@ -31,18 +31,24 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Trust, service account and disruption budget are to be there.
-    Prepare { min_available: u32 },
-    CreatePod { name: String, pool: usize },
-    DeletePod { name: String, uid: String, why: String, force: bool },
+    Prepare {
+        min_available: u32,
+    },
+    CreatePod {
+        name: String,
+        pool: usize,
+    },
+    DeletePod {
+        name: String,
+        uid: String,
+        why: String,
+        force: bool,
+    },
 }
 
 /// What to do next.
 pub fn plan(observed: &Observed, now: Millis) -> Plan {
-    let mut plan = Plan {
-        memory: observed.memory.clone(),
-        look_again: LOOK_AGAIN,
-        ..Plan::default()
-    };
+    let mut plan = Plan { memory: observed.memory.clone(), look_again: LOOK_AGAIN, ..Plan::default() };
     if is_over(observed) {
         plan.reason = "the training is over".to_owned();
         leave::everyone(observed, &mut plan);
@@ -74,9 +80,7 @@ pub fn plan(observed: &Observed, now: Millis) -> Plan {
 pub fn is_over(observed: &Observed) -> bool {
     let status = observed.training.status.as_ref();
     let conditions = status.map(|status| status.conditions.as_slice()).unwrap_or_default();
-    let finished = conditions
-        .iter()
-        .any(|it| it.type_ == condition::FINISHED && it.status == "True");
+    let finished = conditions.iter().any(|it| it.type_ == condition::FINISHED && it.status == "True");
     finished || observed.report.as_ref().is_some_and(|report| report.finish.is_some())
 }
 
@@ -106,10 +110,5 @@ fn is_member(observed: &Observed, uid: &str) -> bool {
 }
 
 fn delete(pod: &PodView, why: &str, force: bool) -> Action {
-    Action::DeletePod {
-        name: pod.name.clone(),
-        uid: pod.uid.clone(),
-        why: why.to_owned(),
-        force,
-    }
+    Action::DeletePod { name: pod.name.clone(), uid: pod.uid.clone(), why: why.to_owned(), force }
 }

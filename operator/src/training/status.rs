@@ -15,11 +15,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeMap;
 use std::time::Duration;
-use vicuna_crds::training::{
-    CheckpointStatus, Disruptions, Membership, Progress, Restarts, TrainingResult, TrainingState,
-    VicunaTrainingStatus, condition,
-};
 use vicuna_crds::Period;
+use vicuna_crds::training::{
+    CheckpointStatus, Disruptions, Membership, Progress, Restarts, TrainingResult, TrainingState, VicunaTrainingStatus,
+    condition,
+};
 
 /// Between writes of mere progress.
 pub const WRITE_EVERY: Duration = Duration::from_secs(15);
@@ -47,12 +47,16 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
         ready_max: Some(format!("{ready}/{}", observed.training.spec.workers.max)),
         selector: Some(build::selector(&observed.training)),
         checkpoint: report.and_then(checkpoint).or(before.checkpoint),
-        disruptions: report.map(|report| disruptions(report, before.disruptions.as_ref())).or(before.disruptions.clone()),
+        disruptions: report
+            .map(|report| disruptions(report, before.disruptions.as_ref()))
+            .or(before.disruptions.clone()),
         restarts: Some(Restarts { application: plan.memory.restarts }),
         last_failure: plan.memory.last_failure.clone().or(before.last_failure),
         result: report.and_then(result).or(before.result),
         observed_generation: observed.training.metadata.generation,
-        start_time: before.start_time.or_else(|| (!observed.pods.is_empty() || applied.created > 0).then(|| time.clone())),
+        start_time: before
+            .start_time
+            .or_else(|| (!observed.pods.is_empty() || applied.created > 0).then(|| time.clone())),
         completion_time: before.completion_time.or_else(|| over.then(|| time.clone())),
     }
 }
@@ -76,7 +80,11 @@ pub enum Write {
 }
 
 /// Changes of state are written at once, mere progress now and then.
-pub fn when_to_write(new: &VicunaTrainingStatus, written: Option<&(VicunaTrainingStatus, Millis)>, now: Millis) -> Write {
+pub fn when_to_write(
+    new: &VicunaTrainingStatus,
+    written: Option<&(VicunaTrainingStatus, Millis)>,
+    now: Millis,
+) -> Write {
     let Some((old, at)) = written else { return Write::Now };
     if new == old {
         return Write::No;
@@ -129,9 +137,7 @@ fn progress(report: &Report) -> Option<Progress> {
     let last = report.progress.as_ref();
     let steps = last.map_or(0, |last| last.steps).max(report.steps);
     let step = report.finish.as_ref().map(|finish| finish.step).or(last.map(|last| last.step))?;
-    let rate = last
-        .filter(|last| last.step_seconds > 0.0)
-        .map(|last| last.tokens as f64 / last.step_seconds);
+    let rate = last.filter(|last| last.step_seconds > 0.0).map(|last| last.tokens as f64 / last.step_seconds);
     Some(Progress {
         step,
         steps,
@@ -151,11 +157,7 @@ fn membership(report: &Report, pods: &[PodView], ready: usize) -> Membership {
             *pools.entry(pod.pool.clone()).or_default() += 1;
         }
     }
-    Membership {
-        generation: report.generation,
-        ready: u32::try_from(ready).unwrap_or(u32::MAX),
-        pools,
-    }
+    Membership { generation: report.generation, ready: u32::try_from(ready).unwrap_or(u32::MAX), pools }
 }
 
 fn checkpoint(report: &Report) -> Option<CheckpointStatus> {
@@ -181,8 +183,5 @@ fn disruptions(report: &Report, before: Option<&Disruptions>) -> Disruptions {
 }
 
 fn result(report: &Report) -> Option<TrainingResult> {
-    report.finish.as_ref().map(|finish| TrainingResult {
-        uri: finish.uri.clone(),
-        digest: finish.digest.clone(),
-    })
+    report.finish.as_ref().map(|finish| TrainingResult { uri: finish.uri.clone(), digest: finish.digest.clone() })
 }

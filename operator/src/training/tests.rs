@@ -12,8 +12,8 @@ use serde_json::json;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use vicuna_crds::training::{TrainingState, VicunaTraining, VicunaTrainingStatus};
 use vicuna_crds::Pool;
+use vicuna_crds::training::{TrainingState, VicunaTraining, VicunaTrainingStatus};
 use vicuna_protocol::coordinator::Cause;
 
 /// A training with two workers of at least one, in the pools `spot` and `onprem`.
@@ -128,9 +128,7 @@ fn missing_pods_are_made_in_the_first_pool_with_room() {
 
 #[test]
 fn a_pod_on_a_noticed_node_is_replaced_at_once_under_another_name() {
-    let seen = observed()
-        .pod("t-spot-0", |pod| pod.departure = Some(notice(true)))
-        .pod("t-spot-1", |_| {});
+    let seen = observed().pod("t-spot-0", |pod| pod.departure = Some(notice(true))).pod("t-spot-1", |_| {});
     let plan = plan(&seen, NOW);
     assert_eq!(created(&plan), [("t-spot-2".into(), 0)]);
     assert!(deleted(&plan).is_empty(), "its rank still writes its checkpoint");
@@ -310,17 +308,31 @@ fn each_obstacle_has_its_reason_and_says_what_to_do() {
             rank.blocked = Some(blockage);
         })
     };
-    let trouble = |trouble: Trouble| observed().pod("t-spot-0", |pod| {
-        pod.started = false;
-        pod.trouble = Some(trouble);
-    });
+    let trouble = |trouble: Trouble| {
+        observed().pod("t-spot-0", |pod| {
+            pod.started = false;
+            pod.trouble = Some(trouble);
+        })
+    };
     let cases = [
         (store("the bucket of s3://b/x does not exist: create it"), "BucketMissing", "create it"),
         (store("the store refused the credentials for s3://b"), "CredentialsRefused", "credentials"),
         (store("the store of s3://b cannot be reached (x): check"), "StoreUnreachable", "check"),
-        (trouble(Trouble::Unschedulable { since_ms: NOW, message: "0/3 nodes are available.".into() }), "Unschedulable", "Add nodes"),
-        (trouble(Trouble::ImagePull { image: "runtime:x".into(), message: "not found".into() }), "ImagePullFailed", "runtime:x"),
-        (trouble(Trouble::Configuration { message: "secret \"store\" not found".into() }), "PodMisconfigured", "Create the Secret store"),
+        (
+            trouble(Trouble::Unschedulable { since_ms: NOW, message: "0/3 nodes are available.".into() }),
+            "Unschedulable",
+            "Add nodes",
+        ),
+        (
+            trouble(Trouble::ImagePull { image: "runtime:x".into(), message: "not found".into() }),
+            "ImagePullFailed",
+            "runtime:x",
+        ),
+        (
+            trouble(Trouble::Configuration { message: "secret \"store\" not found".into() }),
+            "PodMisconfigured",
+            "Create the Secret store",
+        ),
     ];
     for (seen, expected, advice) in cases {
         let status = told(&seen);
@@ -334,11 +346,10 @@ fn each_obstacle_has_its_reason_and_says_what_to_do() {
 
 #[test]
 fn a_running_training_shows_numbers_and_members() {
-    let member = |pod: &str| Member { pod_uid: pod.into(), pod_name: pod.into(), node: "n".into(), address: "a".into() };
-    let seen = observed()
-        .pod("t-spot-0", |_| {})
-        .pod("t-onprem-1", |pod| pod.pool = "onprem".into())
-        .reported(|report| {
+    let member =
+        |pod: &str| Member { pod_uid: pod.into(), pod_name: pod.into(), node: "n".into(), address: "a".into() };
+    let seen =
+        observed().pod("t-spot-0", |_| {}).pod("t-onprem-1", |pod| pod.pool = "onprem".into()).reported(|report| {
             report.phase = Phase::Steady;
             report.generation = 3;
             report.members = vec![member("t-spot-0"), member("t-onprem-1")];

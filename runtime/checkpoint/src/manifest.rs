@@ -72,11 +72,7 @@ pub enum ManifestError {
     #[error("the manifest {uri} cannot be used ({detail}): an older one must serve")]
     Manifest { uri: String, detail: String },
     #[error("block {name:?} of the checkpoint, {uri}, is damaged ({detail}): an older one must serve")]
-    Block {
-        name: String,
-        uri: String,
-        detail: String,
-    },
+    Block { name: String, uri: String, detail: String },
     #[error("{uri} was written by someone else with other content: this rank's generation is over")]
     Conflict { uri: String },
 }
@@ -140,11 +136,7 @@ pub async fn put_block(
     if !fresh {
         store.put(&key, bytes).await?;
     }
-    Ok(Stored {
-        digest,
-        bytes: size,
-        written: !fresh,
-    })
+    Ok(Stored { digest, bytes: size, written: !fresh })
 }
 
 /// Writes the manifest after making sure that every block is there in full size. Writing the same
@@ -153,23 +145,14 @@ pub async fn write(store: &Store, manifest: &Manifest) -> Result<ManifestRef, Ma
     let key = manifest_key(manifest.step, manifest.generation);
     let uri = store.uri_of(&key);
     check_present(store, manifest, &present_blocks(store).await?)?;
-    let text = serde_json::to_vec(manifest).map_err(|error| ManifestError::Manifest {
-        uri: uri.clone(),
-        detail: error.to_string(),
-    })?;
+    let text = serde_json::to_vec(manifest)
+        .map_err(|error| ManifestError::Manifest { uri: uri.clone(), detail: error.to_string() })?;
     let bytes = Bytes::from(text);
     let digest = digest(&bytes);
-    if store.put_if_absent(&key, bytes.clone()).await? == Put::Exists
-        && store.get(&key).await? != bytes
-    {
+    if store.put_if_absent(&key, bytes.clone()).await? == Put::Exists && store.get(&key).await? != bytes {
         return Err(ManifestError::Conflict { uri });
     }
-    Ok(ManifestRef {
-        step: manifest.step,
-        generation: manifest.generation,
-        key,
-        digest,
-    })
+    Ok(ManifestRef { step: manifest.step, generation: manifest.generation, key, digest })
 }
 
 /// Digest → bytes of every block in the store.
@@ -201,20 +184,12 @@ pub(crate) fn check_present(
 }
 
 fn damaged(store: &Store, block: &BlockEntry, detail: String) -> ManifestError {
-    ManifestError::Block {
-        name: block.name.clone(),
-        uri: store.uri_of(&block_key(&block.digest)),
-        detail,
-    }
+    ManifestError::Block { name: block.name.clone(), uri: store.uri_of(&block_key(&block.digest)), detail }
 }
 
 /// The complete manifests of a training, newest step first and of one step the newest generation,
 /// at most `limit`. One that is unreadable or lacks a block is passed over with a warning.
-pub async fn list_manifests(
-    store: &Store,
-    training_uid: &str,
-    limit: usize,
-) -> Result<Vec<ManifestRef>, StoreError> {
+pub async fn list_manifests(store: &Store, training_uid: &str, limit: usize) -> Result<Vec<ManifestRef>, StoreError> {
     let mut keys = manifest_keys(store).await?;
     keys.sort_unstable_by(|a, b| b.cmp(a));
     if keys.is_empty() {
@@ -250,22 +225,13 @@ pub(crate) async fn manifest_keys(store: &Store) -> Result<Vec<(u64, u64, String
 }
 
 /// Reads a manifest and checks that it is what its name says.
-pub(crate) async fn open_key(
-    store: &Store,
-    key: &str,
-) -> Result<(ManifestRef, Manifest), ManifestError> {
+pub(crate) async fn open_key(store: &Store, key: &str) -> Result<(ManifestRef, Manifest), ManifestError> {
     let bytes = store.get(key).await?;
-    let unusable = |detail: String| ManifestError::Manifest {
-        uri: store.uri_of(key),
-        detail,
-    };
-    let manifest: Manifest =
-        serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))?;
+    let unusable = |detail: String| ManifestError::Manifest { uri: store.uri_of(key), detail };
+    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))?;
     if manifest.format_version != FORMAT_VERSION {
         let version = manifest.format_version;
-        return Err(unusable(format!(
-            "format version {version}, this program reads {FORMAT_VERSION}"
-        )));
+        return Err(unusable(format!("format version {version}, this program reads {FORMAT_VERSION}")));
     }
     if parse_key(key) != Some((manifest.step, manifest.generation)) {
         return Err(unusable("its content and its name differ".to_owned()));
@@ -286,10 +252,9 @@ pub(crate) async fn open_key(
 pub async fn open(store: &Store, reference: &ManifestRef) -> Result<Manifest, ManifestError> {
     let opened = open_key(store, &reference.key).await;
     let (found, manifest) = opened.map_err(|error| match error {
-        ManifestError::Store(StoreError::NotFound { uri }) => ManifestError::Manifest {
-            uri,
-            detail: "it does not exist".to_owned(),
-        },
+        ManifestError::Store(StoreError::NotFound { uri }) => {
+            ManifestError::Manifest { uri, detail: "it does not exist".to_owned() }
+        }
         other => other,
     })?;
     if found.digest != reference.digest {

@@ -3,9 +3,7 @@
 //! Never removed: the newest complete manifest, blocks that any remaining manifest names, blocks
 //! younger than the grace period (someone may be about to name them), anything of another training.
 
-use crate::manifest::{
-    self, BLOCKS, Manifest, ManifestError, ManifestRef, check_present, manifest_keys,
-};
+use crate::manifest::{self, BLOCKS, Manifest, ManifestError, ManifestRef, check_present, manifest_keys};
 use crate::store::{Object, Store, StoreError};
 use chrono::{DateTime, Utc};
 use std::collections::{HashMap, HashSet};
@@ -40,11 +38,7 @@ struct Found {
 
 /// Removes manifests beyond `keep` and blocks that nothing names. An error leaves only litter: the
 /// next sweep goes on.
-pub async fn sweep(
-    store: &Store,
-    retention: &Retention<'_>,
-    now: DateTime<Utc>,
-) -> Result<Swept, StoreError> {
+pub async fn sweep(store: &Store, retention: &Retention<'_>, now: DateTime<Utc>) -> Result<Swept, StoreError> {
     let blocks = store.list(BLOCKS).await?;
     let found = read_manifests(store, &blocks).await?;
     let doomed = doomed(&found, retention);
@@ -54,9 +48,8 @@ pub async fn sweep(
         swept.manifests += 1;
     }
     let staying = found.iter().filter(|one| !doomed.contains(&one.key));
-    let named: HashSet<&str> = staying
-        .flat_map(|one| one.manifest.blocks.iter().map(|block| block.digest.as_str()))
-        .collect();
+    let named: HashSet<&str> =
+        staying.flat_map(|one| one.manifest.blocks.iter().map(|block| block.digest.as_str())).collect();
     for block in litter(&blocks, &named, retention.grace, now) {
         store.delete(&block.key).await?;
         swept.blocks += 1;
@@ -69,18 +62,14 @@ pub async fn sweep(
 /// need no keeping.
 async fn read_manifests(store: &Store, blocks: &[Object]) -> Result<Vec<Found>, StoreError> {
     let prefix = format!("{BLOCKS}/");
-    let present: HashMap<String, u64> = blocks
-        .iter()
-        .filter_map(|object| Some((object.key.strip_prefix(&prefix)?.to_owned(), object.bytes)))
-        .collect();
+    let present: HashMap<String, u64> =
+        blocks.iter().filter_map(|object| Some((object.key.strip_prefix(&prefix)?.to_owned(), object.bytes))).collect();
     let mut found = Vec::new();
     for (_, _, key) in manifest_keys(store).await? {
         match manifest::open_key(store, &key).await {
-            Ok((_, manifest)) => found.push(Found {
-                complete: check_present(store, &manifest, &present).is_ok(),
-                key,
-                manifest,
-            }),
+            Ok((_, manifest)) => {
+                found.push(Found { complete: check_present(store, &manifest, &present).is_ok(), key, manifest })
+            }
             Err(ManifestError::Store(error)) if !error.is_not_found() => return Err(error),
             Err(error) => tracing::warn!(%error, "manifest left alone by the sweep"),
         }
@@ -103,12 +92,8 @@ fn doomed(found: &[Found], retention: &Retention<'_>) -> HashSet<String> {
         manifest.step > newest.step && manifest.generation < newest.generation
     };
     let keep = retention.keep.max(1) as usize;
-    let kept: HashSet<&str> = ours
-        .iter()
-        .filter(|one| one.complete && !void(one))
-        .take(keep)
-        .map(|one| one.key.as_str())
-        .collect();
+    let kept: HashSet<&str> =
+        ours.iter().filter(|one| one.complete && !void(one)).take(keep).map(|one| one.key.as_str()).collect();
     if kept.is_empty() {
         return HashSet::new();
     }
@@ -116,12 +101,7 @@ fn doomed(found: &[Found], retention: &Retention<'_>) -> HashSet<String> {
     gone.map(|one| one.key.clone()).collect()
 }
 
-fn litter<'a>(
-    blocks: &'a [Object],
-    named: &HashSet<&str>,
-    grace: Duration,
-    now: DateTime<Utc>,
-) -> Vec<&'a Object> {
+fn litter<'a>(blocks: &'a [Object], named: &HashSet<&str>, grace: Duration, now: DateTime<Utc>) -> Vec<&'a Object> {
     let prefix = format!("{BLOCKS}/");
     let is_litter = |object: &&Object| {
         let digest = object.key.strip_prefix(&prefix).unwrap_or_default();
@@ -139,12 +119,7 @@ mod tests {
     use bytes::Bytes;
 
     fn rule(newest: &ManifestRef, keep: u32, grace: Duration) -> Retention<'_> {
-        Retention {
-            training_uid: "uid",
-            keep,
-            grace,
-            newest,
-        }
+        Retention { training_uid: "uid", keep, grace, newest }
     }
 
     #[tokio::test]
@@ -211,8 +186,6 @@ mod tests {
         manifest::write(&store, &foreign).await.unwrap();
         sweep(&store, &rule(&newest, 1, Duration::ZERO), Utc::now()).await.unwrap();
         let theirs = list_manifests(&store, "other", 9).await.unwrap();
-        load_block(&store, &manifest::open(&store, &theirs[0]).await.unwrap().blocks[0])
-            .await
-            .unwrap();
+        load_block(&store, &manifest::open(&store, &theirs[0]).await.unwrap().blocks[0]).await.unwrap();
     }
 }

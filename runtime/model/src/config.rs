@@ -201,10 +201,7 @@ fn unsupported_rope(kind: &str) -> ModelError {
 
 /// At the top level up to transformers 4, in `rope_parameters` since 5.
 fn rope_theta(json: &Value) -> f64 {
-    json["rope_parameters"]["rope_theta"]
-        .as_f64()
-        .or(json["rope_theta"].as_f64())
-        .unwrap_or(10_000.0)
+    json["rope_parameters"]["rope_theta"].as_f64().or(json["rope_theta"].as_f64()).unwrap_or(10_000.0)
 }
 
 fn size(json: &Value, key: &str) -> Result<usize, ModelError> {

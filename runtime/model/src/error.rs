@@ -5,24 +5,13 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     #[error("cannot read {path}: {source}")]
-    Read {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Read { path: PathBuf, source: std::io::Error },
     #[error("cannot write {path}: {source}")]
-    Write {
-        path: PathBuf,
-        source: std::io::Error,
-    },
-    #[error(
-        "{path} is neither a GGUF file nor a directory with config.json, tokenizer.json and safetensors"
-    )]
+    Write { path: PathBuf, source: std::io::Error },
+    #[error("{path} is neither a GGUF file nor a directory with config.json, tokenizer.json and safetensors")]
     NotAModel { path: PathBuf },
     #[error("{path} is not valid JSON: {source}")]
-    Json {
-        path: PathBuf,
-        source: serde_json::Error,
-    },
+    Json { path: PathBuf, source: serde_json::Error },
     #[error("the model configuration is not usable: {0}")]
     Config(String),
     #[error("{path} is not a valid safetensors file: {reason}; was the upload complete?")]
@@ -38,17 +27,9 @@ pub enum ModelError {
     )]
     UnexpectedTensor { name: String },
     #[error("tensor {name} has shape {found:?}, the configuration asks for {expected:?}")]
-    WrongShape {
-        name: String,
-        expected: Vec<i64>,
-        found: Vec<i64>,
-    },
+    WrongShape { name: String, expected: Vec<i64>, found: Vec<i64> },
     #[error("tensor {name} has type {found}; supported are {supported}")]
-    UnsupportedType {
-        name: String,
-        found: String,
-        supported: &'static str,
-    },
+    UnsupportedType { name: String, found: String, supported: &'static str },
     #[error("token id {id} is outside the vocabulary of {vocabulary}")]
     UnknownToken { id: u32, vocabulary: usize },
     #[error("{tokens} tokens do not fit the model's maximum length of {max_length}")]

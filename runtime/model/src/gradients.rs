@@ -28,7 +28,13 @@ pub struct HeadGradients {
 }
 
 /// Runs a layer again on its kept input `x` and carries `upstream [B, T, H]` back through it.
-pub fn layer_backward(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope, upstream: &Tensor) -> LayerGradients {
+pub fn layer_backward(
+    config: &Config,
+    weights: &LayerWeights,
+    x: &Tensor,
+    rope: &Rope,
+    upstream: &Tensor,
+) -> LayerGradients {
     let weights = weights.map(leaf);
     let x = leaf(x);
     tch::with_grad(|| {
@@ -40,7 +46,13 @@ pub fn layer_backward(config: &Config, weights: &LayerWeights, x: &Tensor, rope:
 
 /// Summed loss and its gradients, in pieces of bounded memory added in a fixed order. Arguments are
 /// those of [`crate::layers::cross_entropy_sum`].
-pub fn head_backward(config: &Config, hidden: &Tensor, norm: &Tensor, lm_head: &Tensor, labels: &Tensor) -> HeadGradients {
+pub fn head_backward(
+    config: &Config,
+    hidden: &Tensor,
+    norm: &Tensor,
+    lm_head: &Tensor,
+    labels: &Tensor,
+) -> HeadGradients {
     let (rows, targets) = predicting_rows(labels);
     let (norm, lm_head) = (leaf(norm), leaf(lm_head));
     let flat = hidden.detach().reshape([-1, config.hidden as i64]);

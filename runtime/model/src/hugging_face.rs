@@ -71,7 +71,11 @@ fn read_safetensors(path: &Path, config: &Config, into: &mut BTreeMap<String, Te
     })
 }
 
-fn read_safetensors_bytes(bytes: &[u8], config: &Config, into: &mut BTreeMap<String, Tensor>) -> Result<(), ModelError> {
+fn read_safetensors_bytes(
+    bytes: &[u8],
+    config: &Config,
+    into: &mut BTreeMap<String, Tensor>,
+) -> Result<(), ModelError> {
     let file = SafeTensors::deserialize(bytes)
         .map_err(|error| ModelError::Safetensors { path: PathBuf::new(), reason: error.to_string() })?;
     for (name, view) in file.iter() {
@@ -259,10 +263,7 @@ mod tests {
         let again = crate::load(directory.path()).unwrap();
         assert_eq!(again.config, model.config);
         assert_eq!(again.chat_template, model.chat_template);
-        assert_eq!(
-            crate::weights_digest(&again.tensors).unwrap(),
-            crate::weights_digest(&model.tensors).unwrap()
-        );
+        assert_eq!(crate::weights_digest(&again.tensors).unwrap(), crate::weights_digest(&model.tensors).unwrap());
         let ids = |tokenizer: &Tokenizer| tokenizer.encode("the theme\n", false).unwrap().get_ids().to_vec();
         assert_eq!(ids(&again.tokenizer), ids(&model.tokenizer));
     }
@@ -283,10 +284,7 @@ mod tests {
         }
         write_json(&path.join(INDEX), &json!({ "weight_map": map })).unwrap();
         let again = crate::load(path).unwrap();
-        assert_eq!(
-            crate::weights_digest(&again.tensors).unwrap(),
-            crate::weights_digest(&model.tensors).unwrap()
-        );
+        assert_eq!(crate::weights_digest(&again.tensors).unwrap(), crate::weights_digest(&model.tensors).unwrap());
     }
 
     #[test]
@@ -329,7 +327,10 @@ mod tests {
         assert!(message.contains(norm) && message.contains("[65]") && message.contains("[64]"), "{message}");
 
         model.tensors.insert(norm.to_owned(), removed);
-        model.tensors.insert("model.layers.0.self_attn.q_proj.bias".to_owned(), Tensor::zeros([64], (Kind::Float, tch::Device::Cpu)));
+        model.tensors.insert(
+            "model.layers.0.self_attn.q_proj.bias".to_owned(),
+            Tensor::zeros([64], (Kind::Float, tch::Device::Cpu)),
+        );
         rewrite(directory.path(), &model.tensors);
         let message = crate::load(directory.path()).unwrap_err().to_string();
         assert!(message.contains("q_proj.bias"), "{message}");

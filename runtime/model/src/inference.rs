@@ -215,7 +215,14 @@ impl Engine {
 
     /// One new position of one sequence. The queries of a key-value head take the place of
     /// positions, so that its keys are read once and not repeated.
-    fn attend_one(&self, sequence: &mut Sequence, index: usize, query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
+    fn attend_one(
+        &self,
+        sequence: &mut Sequence,
+        index: usize,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+    ) -> Tensor {
         let cache = &sequence.caches[index];
         cache.write(sequence.length, &key.unsqueeze(1), &value.unsqueeze(1));
         let (keys, values) = cache.first(sequence.length + 1);

@@ -178,7 +178,13 @@ pub(crate) fn loss_chunks(rows: &Tensor, targets: &Tensor) -> Vec<(Tensor, Tenso
 }
 
 /// Summed loss of `hidden [N, H]` against `targets [N]`; the softmax is fp32 whatever the weights.
-pub(crate) fn chunk_loss(config: &Config, hidden: &Tensor, norm: &Tensor, lm_head: &Tensor, targets: &Tensor) -> Tensor {
+pub(crate) fn chunk_loss(
+    config: &Config,
+    hidden: &Tensor,
+    norm: &Tensor,
+    lm_head: &Tensor,
+    targets: &Tensor,
+) -> Tensor {
     let logits = head_logits(config, hidden, norm, lm_head).to_kind(Kind::Float);
     logits.cross_entropy_loss(targets, None::<&Tensor>, tch::Reduction::Sum, IGNORED, 0.0)
 }

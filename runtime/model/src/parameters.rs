@@ -80,10 +80,9 @@ pub fn check(config: &Config, tensors: &BTreeMap<String, Tensor>) -> Result<(), 
         check_shape(config, name, &tensor.size())?;
     }
     match parameter_names(config).into_iter().find(|name| !tensors.contains_key(name)) {
-        Some(name) => Err(ModelError::MissingTensor {
-            expected: parameter_shape(config, &name).unwrap_or_default(),
-            name,
-        }),
+        Some(name) => {
+            Err(ModelError::MissingTensor { expected: parameter_shape(config, &name).unwrap_or_default(), name })
+        }
         None => Ok(()),
     }
 }
@@ -91,11 +90,7 @@ pub fn check(config: &Config, tensors: &BTreeMap<String, Tensor>) -> Result<(), 
 pub(crate) fn check_shape(config: &Config, name: &str, found: &[i64]) -> Result<(), ModelError> {
     match parameter_shape(config, name) {
         Some(expected) if expected == found => Ok(()),
-        Some(expected) => Err(ModelError::WrongShape {
-            name: name.to_owned(),
-            expected,
-            found: found.to_vec(),
-        }),
+        Some(expected) => Err(ModelError::WrongShape { name: name.to_owned(), expected, found: found.to_vec() }),
         None => Err(ModelError::UnexpectedTensor { name: name.to_owned() }),
     }
 }

@@ -65,10 +65,7 @@ struct Named {
 impl TokenVerifier {
     /// `jwks` is the document that the API server serves at `/openid/v1/jwks`.
     pub fn new(jwks: &str, audience: &str) -> Result<Self, serde_json::Error> {
-        Ok(Self {
-            keys: serde_json::from_str(jwks)?,
-            audience: audience.to_owned(),
-        })
+        Ok(Self { keys: serde_json::from_str(jwks)?, audience: audience.to_owned() })
     }
 
     /// Verifies signature, audience and expiry of a raw token.
@@ -116,9 +113,8 @@ impl TokenFile {
 
     /// Adds the token to a request.
     pub fn sign<T>(&self, mut request: Request<T>) -> Result<Request<T>, Status> {
-        let token = std::fs::read_to_string(&self.0).map_err(|error| {
-            Status::unauthenticated(format!("cannot read the token {}: {error}", self.0.display()))
-        })?;
+        let token = std::fs::read_to_string(&self.0)
+            .map_err(|error| Status::unauthenticated(format!("cannot read the token {}: {error}", self.0.display())))?;
         let value = format!("Bearer {}", token.trim())
             .parse()
             .map_err(|_| Status::unauthenticated("the token file holds no token"))?;

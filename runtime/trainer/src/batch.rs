@@ -80,8 +80,7 @@ impl Dataset {
 
     /// Pads the sequences of one micro-batch.
     pub fn micro_batch(&self, sequences: &[u32]) -> MicroBatch {
-        let rows: Vec<&Example> =
-            sequences.iter().filter_map(|number| self.examples.get(*number as usize)).collect();
+        let rows: Vec<&Example> = sequences.iter().filter_map(|number| self.examples.get(*number as usize)).collect();
         let length = padded(rows.iter().map(|row| row.ids.len()).max().unwrap_or(0));
         let mut ids = vec![0; rows.len() * length];
         let mut labels = vec![IGNORED; rows.len() * length];

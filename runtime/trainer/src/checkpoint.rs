@@ -211,8 +211,7 @@ impl Publisher {
 
     /// Litter is no reason to fail: the next sweep takes it.
     fn sweep(&self, newest: &ManifestRef) {
-        let retention =
-            Retention { training_uid: &self.training_uid, keep: self.keep, grace: GRACE, newest };
+        let retention = Retention { training_uid: &self.training_uid, keep: self.keep, grace: GRACE, newest };
         match self.runtime.block_on(sweep(&self.store, &retention, now())) {
             Ok(swept) => tracing::debug!(?swept, "old checkpoints swept"),
             Err(error) => tracing::warn!(%error, "old checkpoints could not be swept"),
@@ -302,9 +301,7 @@ pub fn retry_manifest<T, F: Future<Output = Result<T, ManifestError>>>(
             }
             Err(error) => return Err(error.into()),
         }
-        let waited = runtime.block_on(async {
-            cancel.run_until_cancelled(tokio::time::sleep(pause)).await
-        });
+        let waited = runtime.block_on(async { cancel.run_until_cancelled(tokio::time::sleep(pause)).await });
         waited.ok_or(CheckpointError::GivenUp)?;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
@@ -316,8 +313,6 @@ fn encode(value: &impl Serialize) -> Vec<u8> {
 }
 
 fn decode<T: for<'a> Deserialize<'a>>(payload: &[u8], peer: &str) -> Result<T, CollectiveError> {
-    serde_json::from_slice(payload).map_err(|error| CollectiveError::Protocol {
-        peer: peer.to_owned(),
-        detail: error.to_string(),
-    })
+    serde_json::from_slice(payload)
+        .map_err(|error| CollectiveError::Protocol { peer: peer.to_owned(), detail: error.to_string() })
 }

@@ -83,7 +83,9 @@ pub enum GenerationError {
     Model(#[from] ModelError),
     #[error("torch failed: {0}")]
     Torch(#[from] tch::TchError),
-    #[error("loss or gradient were not finite in {BROKEN_LIMIT} steps in a row, the last being step {step}; lower the learning rate or check the data")]
+    #[error(
+        "loss or gradient were not finite in {BROKEN_LIMIT} steps in a row, the last being step {step}; lower the learning rate or check the data"
+    )]
     Numerics { step: u64 },
 }
 
@@ -165,7 +167,14 @@ impl<'a> Generation<'a> {
         let base_step = engine.step;
         engine.gather(base_step, peers)?;
         let digest = state_digest(&engine, assignment.base.as_ref())?;
-        tracing::info!(generation = membership.generation, rank = membership.rank, world, step = base_step, digest, "ready");
+        tracing::info!(
+            generation = membership.generation,
+            rank = membership.rank,
+            world,
+            step = base_step,
+            digest,
+            "ready"
+        );
         observer.ready(&digest);
         Ok(Self {
             publisher: session.publisher(mesh.clone(), membership.generation),
@@ -256,12 +265,10 @@ impl<'a> Generation<'a> {
         let (publisher, observer) = (self.publisher.clone(), self.observer.clone());
         let cancel = self.control.abort.child_token();
         let given_up = cancel.clone();
-        let thread = std::thread::spawn(move || {
-            match publisher.publish(snapshot, &given_up, &|_| ()) {
-                Ok(published) => observer.checkpointed(&published),
-                Err(CheckpointError::GivenUp) => {}
-                Err(error) => tracing::warn!(%error, "the periodic checkpoint was not written"),
-            }
+        let thread = std::thread::spawn(move || match publisher.publish(snapshot, &given_up, &|_| ()) {
+            Ok(published) => observer.checkpointed(&published),
+            Err(CheckpointError::GivenUp) => {}
+            Err(error) => tracing::warn!(%error, "the periodic checkpoint was not written"),
         });
         self.upload = Some(Upload { thread, cancel });
     }
@@ -319,12 +326,9 @@ fn load(
         let owned = own_base(session, &weights, rank, world)?;
         return Ok(engine(session, weights, owned));
     };
-    let loaded = checkpoint::retry_manifest(
-        &session.runtime,
-        &control.abort,
-        &|error| observer.blocked(error),
-        || checkpoint::load(&session.store, base, &session.table, &session.recipe_digest, (rank, world)),
-    );
+    let loaded = checkpoint::retry_manifest(&session.runtime, &control.abort, &|error| observer.blocked(error), || {
+        checkpoint::load(&session.store, base, &session.table, &session.recipe_digest, (rank, world))
+    });
     let loaded = loaded.map_err(|error| match error {
         CheckpointError::Manifest(error) => {
             GenerationError::Load { manifest: base.clone(), message: error.to_string() }

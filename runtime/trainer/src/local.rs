@@ -37,10 +37,10 @@ pub struct Arguments {
 
 pub async fn run(arguments: Arguments) -> Result<()> {
     let device = vicuna_model::device::open(Some(&arguments.device))?;
-    let text = std::fs::read(&arguments.job)
-        .with_context(|| format!("cannot read the job {}", arguments.job.display()))?;
-    let mut job: TrainingJob = serde_json::from_slice(&text)
-        .with_context(|| format!("{} is not a training job", arguments.job.display()))?;
+    let text =
+        std::fs::read(&arguments.job).with_context(|| format!("cannot read the job {}", arguments.job.display()))?;
+    let mut job: TrainingJob =
+        serde_json::from_slice(&text).with_context(|| format!("{} is not a training job", arguments.job.display()))?;
     std::fs::create_dir_all(&arguments.out)?;
     let out = std::path::absolute(&arguments.out)?;
     job.checkpoint.to = url(&out)?;

@@ -59,9 +59,7 @@ fn gpu_name(index: usize) -> String {
         .args(["-i", &index.to_string()])
         .output();
     match output {
-        Ok(output) if output.status.success() => {
-            String::from_utf8_lossy(&output.stdout).trim().to_owned()
-        }
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
         _ => "unnamed".to_owned(),
     }
 }

@@ -105,9 +105,7 @@ fn store_trouble(error: StoreError) -> Trouble {
 /// A source that is not there is that source's trouble; a store that is not, is the store's.
 fn source_trouble(cause: Cause, what: &str, error: &StoreError) -> Trouble {
     match error {
-        StoreError::NotFound { .. } | StoreError::BadUri { .. } => {
-            Trouble::new(cause, format!("{what}: {error}"))
-        }
+        StoreError::NotFound { .. } | StoreError::BadUri { .. } => Trouble::new(cause, format!("{what}: {error}")),
         _ => Trouble::new(Cause::Store, format!("{what}: {error}")),
     }
 }
@@ -259,10 +257,7 @@ fn dataset(
 }
 
 /// Name, conversations and weight of each dataset; who the model is comes last.
-fn conversations(
-    job: &TrainingJob,
-    files: &[Vec<PathBuf>],
-) -> Result<Vec<(String, Vec<Conversation>, f64)>, Trouble> {
+fn conversations(job: &TrainingJob, files: &[Vec<PathBuf>]) -> Result<Vec<(String, Vec<Conversation>, f64)>, Trouble> {
     let mut sets = Vec::new();
     for (source, files) in job.dataset.iter().zip(files) {
         let mut all = Vec::new();

@@ -142,9 +142,7 @@ async fn join(thread: Option<JoinHandle<()>>) {
 }
 
 /// The session once it is there; for ever pending when nothing is being prepared.
-async fn prepared(
-    preparing: &mut Option<tokio::task::JoinHandle<Session>>,
-) -> Result<Session, tokio::task::JoinError> {
+async fn prepared(preparing: &mut Option<tokio::task::JoinHandle<Session>>) -> Result<Session, tokio::task::JoinError> {
     match preparing {
         Some(task) => {
             let session = task.await;
@@ -201,7 +199,8 @@ impl Life {
         let job: TrainingJob = match serde_json::from_str(job) {
             Ok(job) => job,
             Err(error) => {
-                let message = format!("the coordinator's job cannot be read ({error}): are operator and trainer of one release?");
+                let message =
+                    format!("the coordinator's job cannot be read ({error}): are operator and trainer of one release?");
                 return self.fail(Cause::Application, message);
             }
         };
@@ -422,8 +421,7 @@ async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Sessi
 fn assignment(form: wire::Form) -> Option<Assignment> {
     let rank = form.rank as usize;
     let members = form.members.into_iter();
-    let members: Vec<Peer> =
-        members.map(|member| Peer { name: member.pod_name, address: member.address }).collect();
+    let members: Vec<Peer> = members.map(|member| Peer { name: member.pod_name, address: member.address }).collect();
     let key = form.key.try_into().ok()?;
     (rank < members.len()).then(|| Assignment {
         membership: Membership { generation: form.generation, rank, members, key },

@@ -34,8 +34,7 @@ pub fn write(
     let store = session.store.below(RESULT);
     let uploaded = retry(&session.runtime, cancel, trouble, || upload_dir(&store, &directory));
     uploaded.map_err(|error: CheckpointError| GenerationError::from(error))?;
-    std::fs::remove_dir_all(&directory)
-        .map_err(|source| ModelError::Write { path: directory, source })?;
+    std::fs::remove_dir_all(&directory).map_err(|source| ModelError::Write { path: directory, source })?;
     tracing::info!(uri = store.uri(), digest, "result written");
     Ok(Written { uri: store.uri().to_owned(), digest })
 }

@@ -20,10 +20,7 @@ impl Node {
     }
 
     fn parent(self) -> Self {
-        Self {
-            level: self.level + 1,
-            index: self.index / 2,
-        }
+        Self { level: self.level + 1, index: self.index / 2 }
     }
 
     fn is_left_of(self, other: Self) -> bool {

@@ -7,8 +7,8 @@ mod support;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;
-use tch::Device;
 use support::{Fixture, STEPS, url};
+use tch::Device;
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
 use vicuna_protocol::job::TrainingJob;
 use vicuna_trainer::checkpoint::Published;
@@ -234,7 +234,8 @@ fn bad_input_is_named_with_its_cause() {
         std::fs::write(fixture.path(name), content).unwrap();
         url(&fixture.path(name))
     };
-    let (malformed, empty, no_model) = (file("bad.json", "[{\"id\": "), file("empty.json", ""), file("model.gguf", "GG"));
+    let (malformed, empty, no_model) =
+        (file("bad.json", "[{\"id\": "), file("empty.json", ""), file("model.gguf", "GG"));
 
     let missing = attempt(&|job| job.dataset[0].from = url(&fixture.path("none.json")));
     assert_eq!(missing.cause, Cause::Data);

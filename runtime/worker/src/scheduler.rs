@@ -26,7 +26,11 @@ pub type Connection = u64;
 #[derive(Debug)]
 pub enum Command {
     Submit(Box<Job>),
-    Cancel { connection: Connection, request: String, choice: u32 },
+    Cancel {
+        connection: Connection,
+        request: String,
+        choice: u32,
+    },
     /// The gateway is gone; it asks elsewhere for what was running.
     Disconnected(Connection),
     /// Take nothing new, give back what waits, finish what runs.
@@ -146,9 +150,7 @@ impl Scheduler {
         match command {
             Command::Submit(job) => self.submit(job),
             Command::Cancel { connection, request, choice } => self.remove(|job| {
-                job.connection == connection
-                    && job.completion.request() == request
-                    && job.completion.choice() == choice
+                job.connection == connection && job.completion.request() == request && job.completion.choice() == choice
             }),
             Command::Disconnected(connection) => self.remove(|job| job.connection == connection),
             Command::Drain => self.drain(),

@@ -153,7 +153,8 @@ fn node(cluster: &Cluster, action: NodeAction) -> Result<()> {
         NodeAction::Add { node, labels, taints } => {
             let mut options = cluster.known_node(&node);
             for label in &labels {
-                let (key, value) = label.split_once('=').with_context(|| format!("--label {label}: write KEY=VALUE"))?;
+                let (key, value) =
+                    label.split_once('=').with_context(|| format!("--label {label}: write KEY=VALUE"))?;
                 options = options.label(key, value);
             }
             options.taints.extend(taints);

@@ -43,7 +43,8 @@ pub fn create(layout: &Layout) -> Result<()> {
 fn create_authority(layout: &Layout) -> Result<()> {
     let mut authority = parameters(&["vicuna-test-authority"], &[])?;
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+    authority.key_usages =
+        vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
     let key = KeyPair::generate()?;
     let certificate = authority.self_signed(&key)?;
     write_pair(layout, "ca", &certificate.pem(), &key)

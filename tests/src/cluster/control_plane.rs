@@ -168,9 +168,7 @@ pub fn proxy_config(kubeconfig: &std::path::Path, host: &str, address: &str) -> 
 
 /// What the name server needs in the API.
 pub fn grant_rights(layout: &Layout) -> Result<()> {
-    let rule = |groups: &[&str], resources: &[&str]| {
-        json!({"apiGroups": groups, "resources": resources, "verbs": ["get", "list", "watch"]})
-    };
+    let rule = |groups: &[&str], resources: &[&str]| json!({"apiGroups": groups, "resources": resources, "verbs": ["get", "list", "watch"]});
     let list = json!({"apiVersion": "v1", "kind": "List", "items": [
         {
             "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "vicuna:observers"},

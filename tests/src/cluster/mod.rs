@@ -106,7 +106,8 @@ impl Cluster {
         control_plane::grant_rights(layout)?;
         control_plane::start_controllers(layout)?;
         say("nodes");
-        let added: Result<Vec<_>> = options.nodes.iter().map(|node| self.boot_node(node, options.nodes.len())).collect();
+        let added: Result<Vec<_>> =
+            options.nodes.iter().map(|node| self.boot_node(node, options.nodes.len())).collect();
         self.start_services(options)?;
         self.finish_nodes(&added?)
     }
@@ -322,7 +323,9 @@ impl Cluster {
         let load = |name: &&str| node::load_image(&self.layout, name, archive);
         std::thread::scope(|scope| {
             let loads: Vec<_> = nodes.iter().map(|name| scope.spawn(move || load(name))).collect();
-            loads.into_iter().try_for_each(|one| one.join().unwrap_or_else(|_| bail!("a thread that loads images panicked")))
+            loads
+                .into_iter()
+                .try_for_each(|one| one.join().unwrap_or_else(|_| bail!("a thread that loads images panicked")))
         })
     }
 

@@ -59,7 +59,8 @@ fn create_namespace(name: &str, settings: &[(&str, &str)]) -> Result<()> {
     })
 }
 
-const ROUTER: &[(&str, &str)] = &[("ipv4/ip_forward", "1"), ("ipv4/conf/all/send_redirects", "0"), ("ipv4/conf/default/send_redirects", "0")];
+const ROUTER: &[(&str, &str)] =
+    &[("ipv4/ip_forward", "1"), ("ipv4/conf/all/send_redirects", "0"), ("ipv4/conf/default/send_redirects", "0")];
 
 pub fn create_control_plane(layout: &Layout) -> Result<()> {
     let namespace = layout.control_plane_namespace();

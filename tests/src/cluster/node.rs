@@ -21,7 +21,8 @@ use super::network;
 use super::process::{Process, run, wait_for};
 
 pub const CAPACITY_LABEL: &str = "vicuna.dev/capacity";
-const CONTROLLERS: &[&str] = &["cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd", "unified"];
+const CONTROLLERS: &[&str] =
+    &["cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd", "unified"];
 
 /// What a node is to be.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -126,7 +127,10 @@ fn write_identity(layout: &Layout, record: &NodeRecord) -> Result<()> {
     let (name, address) = (&record.options.name, node_ip(record.index));
     let file = format!("kubelet-{name}");
     let user = format!("system:node:{name}");
-    certificates::issue(layout, Identity { file: &file, user: &user, group: Some("system:nodes"), hosts: &[name, &address] })?;
+    certificates::issue(
+        layout,
+        Identity { file: &file, user: &user, group: Some("system:nodes"), hosts: &[name, &address] },
+    )?;
     let server = format!("https://{CONTROL_PLANE_IP}:{}", super::layout::API_PORT);
     certificates::write_kubeconfig(layout, &layout.node(name).join("kubelet.kubeconfig"), &file, &server)
 }
@@ -171,8 +175,10 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
 
 /// Point-to-point links route every packet, so that a Service works between two pods of one node as well.
 fn cni_config(index: u8) -> String {
-    let ipam = json!({"type": "host-local", "ranges": [[{"subnet": pod_range(index)}]], "routes": [{"dst": "0.0.0.0/0"}]});
-    json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "ptp", "ipMasq": false, "ipam": ipam}]}).to_string()
+    let ipam =
+        json!({"type": "host-local", "ranges": [[{"subnet": pod_range(index)}]], "routes": [{"dst": "0.0.0.0/0"}]});
+    json!({"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "ptp", "ipMasq": false, "ipam": ipam}]})
+        .to_string()
 }
 
 fn kubelet_config(layout: &Layout, record: &NodeRecord) -> String {
@@ -261,7 +267,16 @@ while :; do wait; done
 fn start(layout: &Layout, record: &NodeRecord) -> Result<()> {
     let name = &record.options.name;
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "bash"]);
+    command.args([
+        "--mount",
+        "--propagation",
+        "private",
+        "--pid",
+        "--fork",
+        "--kill-child=KILL",
+        "--mount-proc",
+        "bash",
+    ]);
     command.arg(layout.node(name).join("boot.sh"));
     process(layout, name).start(&mut command, Some(&layout.node_namespace(name)))
 }

@@ -89,7 +89,8 @@ impl Process {
         }
         let child = command.spawn().with_context(|| format!("cannot start {}", show(command)))?;
         let pid = child.id();
-        let born = birth(pid).with_context(|| format!("{} ended at once: see {}", show(command), self.log.display()))?;
+        let born =
+            birth(pid).with_context(|| format!("{} ended at once: see {}", show(command), self.log.display()))?;
         fs::write(&self.pid_file, format!("{pid} {born}"))?;
         // A long-lived caller would otherwise keep a zombie of every process that ends.
         std::thread::spawn(move || {
@@ -115,7 +116,9 @@ impl Process {
                 // Safety: a plain system call.
                 unsafe { libc::kill(victim as libc::pid_t, libc::SIGKILL) };
             }
-            wait_for("the end of a killed process", Duration::from_secs(20), || Ok(self.pid().is_none().then_some(())))?;
+            wait_for("the end of a killed process", Duration::from_secs(20), || {
+                Ok(self.pid().is_none().then_some(()))
+            })?;
         }
         let _ = fs::remove_file(&self.pid_file);
         Ok(())

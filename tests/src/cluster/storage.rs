@@ -35,7 +35,8 @@ pub struct S3 {
 impl S3 {
     pub fn read(layout: &Layout) -> Result<Self> {
         let path = record(layout);
-        let text = fs::read_to_string(&path).with_context(|| format!("no S3 server: cannot read {}", path.display()))?;
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("no S3 server: cannot read {}", path.display()))?;
         Ok(serde_json::from_str(&text)?)
     }
 

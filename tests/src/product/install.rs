@@ -48,7 +48,9 @@ impl Images {
 fn image(told: &str, name: &str) -> Result<Image> {
     let value = |key: &str| {
         let prefix = format!("{name}_{key}=");
-        told.lines().find_map(|line| line.strip_prefix(&prefix)).with_context(|| format!("build.sh did not print {prefix}"))
+        told.lines()
+            .find_map(|line| line.strip_prefix(&prefix))
+            .with_context(|| format!("build.sh did not print {prefix}"))
     };
     Ok(Image { reference: value("IMAGE")?.to_owned(), archive: value("TAR")?.into() })
 }

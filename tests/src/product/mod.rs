@@ -2,12 +2,14 @@
 
 mod bucket;
 mod chat;
+mod faults;
 mod install;
 mod objects;
 mod prometheus;
 
 pub use bucket::Bucket;
 pub use chat::{Answer, Chat, Stream, StreamEvent};
+pub use faults::kill_workers;
 pub use install::{Images, SYSTEM_NAMESPACE, gateway, install, storage_secret};
 pub use objects::{Objects, field};
 pub use prometheus::Prometheus;

@@ -18,8 +18,8 @@ impl Prometheus {
             .args(["--data-urlencode", &format!("query={query}")])
             .arg(format!("{}/api/v1/query", self.url))
             .output()?;
-        let told: Value = serde_json::from_slice(&output.stdout)
-            .with_context(|| format!("Prometheus did not answer {query}"))?;
+        let told: Value =
+            serde_json::from_slice(&output.stdout).with_context(|| format!("Prometheus did not answer {query}"))?;
         let first = told["data"]["result"].get(0).and_then(|series| series["value"][1].as_str());
         Ok(first.map(str::parse).transpose()?)
     }

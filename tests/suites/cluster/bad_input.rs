@@ -66,7 +66,11 @@ pub fn a_missing_bucket_is_told(fixture: &Fixture) -> Result<()> {
 
 pub fn a_pod_that_fits_nowhere_is_told(fixture: &Fixture) -> Result<()> {
     let mut object = training("nowhere", 5);
-    set(&mut object, "/spec/pools", json!([{"name": "moon", "capacity": "Spot", "nodeSelector": {"vicuna.dev/capacity": "moon"}}]))?;
+    set(
+        &mut object,
+        "/spec/pools",
+        json!([{"name": "moon", "capacity": "Spot", "nodeSelector": {"vicuna.dev/capacity": "moon"}}]),
+    )?;
     fixture.apply(&object)?;
     let condition = fixture.objects.wait("vicunatraining", "nowhere", SOON, |vt| {
         not_running(vt).is_some_and(|told| told["reason"] == "Unschedulable")
@@ -95,9 +99,14 @@ fn not_running(object: &Value) -> Option<&Value> {
 
 /// The training completes, and has spent no retry.
 fn finish(fixture: &Fixture, name: &str) -> Result<()> {
-    let done = fixture.objects.wait("vicunatraining", name, TRAINED, |vt| Objects::condition(vt, "Finished", "True"))?;
+    let done =
+        fixture.objects.wait("vicunatraining", name, TRAINED, |vt| Objects::condition(vt, "Finished", "True"))?;
     ensure!(Objects::condition(&done, "Complete", "True"), "not complete: {:#}", done["status"]);
-    ensure!(done["status"]["restarts"]["application"].as_u64().unwrap_or(0) == 0, "a retry was spent: {:#}", done["status"]);
+    ensure!(
+        done["status"]["restarts"]["application"].as_u64().unwrap_or(0) == 0,
+        "a retry was spent: {:#}",
+        done["status"]
+    );
     fixture.delete("vicunatraining", name)
 }
 

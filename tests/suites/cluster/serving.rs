@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use vicuna_tests::cluster::wait_for;
-use vicuna_tests::product::{Chat, Objects, StreamEvent, field};
+use vicuna_tests::product::{Chat, Objects, StreamEvent, field, kill_workers};
 
 use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED};
 
@@ -46,7 +46,7 @@ pub fn a_stream_survives_its_worker(fixture: &Fixture) -> Result<()> {
         seen += usize::from(matches!(event, StreamEvent::Text(_)));
         if seen == 3 {
             seen += 1;
-            kill_workers(fixture)?;
+            kill_workers(&format!("{NAMESPACE}/tiny"))?;
         }
         Ok(())
     })?;
@@ -88,9 +88,8 @@ fn keep_asking(fixture: &Fixture, stop: &AtomicBool) -> Result<usize> {
 }
 
 fn replicas(fixture: &Fixture, count: u64) -> Result<()> {
-    let there = |vs: &Value| {
-        field(vs, "status.replicas.ready") == count && field(vs, "status.replicas.desired") == count
-    };
+    let there =
+        |vs: &Value| field(vs, "status.replicas.ready") == count && field(vs, "status.replicas.desired") == count;
     fixture.objects.wait("vicunaserving", "tiny", TRAINED, there).map(drop)
 }
 
@@ -102,13 +101,4 @@ fn ready(fixture: &Fixture) -> Result<()> {
     fixture.objects.wait("vicunaserving", "tiny", SOON, |vs| Objects::condition(vs, "Ready", "True"))?;
     let model = format!("{NAMESPACE}/tiny");
     wait_for("the model at the gateway", SOON, || Ok(Chat::models(fixture.gateway)?.contains(&model).then_some(())))
-}
-
-fn kill_workers(fixture: &Fixture) -> Result<()> {
-    for pod in fixture.objects.list("pods", "vicuna.dev/serving=tiny")? {
-        let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
-        let words = ["delete", "pod", name, "--namespace", NAMESPACE, "--grace-period=0", "--force", "--wait=false"];
-        fixture.cluster.kubectl().text(&words)?;
-    }
-    Ok(())
 }

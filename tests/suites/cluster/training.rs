@@ -15,7 +15,11 @@ const NOTICE: Duration = Duration::from_secs(10);
 pub fn a_reclaimed_run_has_the_weights_of_an_undisturbed_one(fixture: &Fixture) -> Result<()> {
     let mut still = training("undisturbed", STEPS);
     set(&mut still, "/spec/workers/max", json!(1))?;
-    set(&mut still, "/spec/pools", json!([{"name": "on-prem", "capacity": "OnPrem", "nodeSelector": {"vicuna.dev/capacity": "on-prem"}}]))?;
+    set(
+        &mut still,
+        "/spec/pools",
+        json!([{"name": "on-prem", "capacity": "OnPrem", "nodeSelector": {"vicuna.dev/capacity": "on-prem"}}]),
+    )?;
     fixture.apply(&still)?;
     let undisturbed = finished(fixture, "undisturbed")?;
     fixture.apply(&training("reclaimed", STEPS))?;
@@ -38,7 +42,8 @@ pub fn a_suspended_training_gives_its_pods_back_and_goes_on(fixture: &Fixture) -
     fixture.apply(&training("paused", STEPS))?;
     fixture.objects.wait("vicunatraining", "paused", SOON, |vt| step(vt) > 0)?;
     suspend(fixture, true)?;
-    let paused = fixture.objects.wait("vicunatraining", "paused", SOON, |vt| Objects::condition(vt, "Suspended", "True"))?;
+    let paused =
+        fixture.objects.wait("vicunatraining", "paused", SOON, |vt| Objects::condition(vt, "Suspended", "True"))?;
     ensure!(step(&paused) < STEPS, "the training was over before it could be suspended");
     vicuna_tests::cluster::wait_for("the pods' end", SOON, || {
         Ok(fixture.objects.list("pods", "vicuna.dev/training=paused")?.is_empty().then_some(()))
@@ -54,7 +59,16 @@ pub fn a_suspended_training_gives_its_pods_back_and_goes_on(fixture: &Fixture) -
 pub fn the_operators_restart_costs_no_step(fixture: &Fixture) -> Result<()> {
     fixture.apply(&training("orphan", STEPS))?;
     fixture.objects.wait("vicunatraining", "orphan", SOON, |vt| step(vt) > 0 && ready(vt) == 2)?;
-    let words = ["delete", "pod", "--namespace", SYSTEM_NAMESPACE, "--selector", "app.kubernetes.io/component=operator", "--grace-period=0", "--force"];
+    let words = [
+        "delete",
+        "pod",
+        "--namespace",
+        SYSTEM_NAMESPACE,
+        "--selector",
+        "app.kubernetes.io/component=operator",
+        "--grace-period=0",
+        "--force",
+    ];
     fixture.cluster.kubectl().text(&words)?;
     let done = finished(fixture, "orphan")?;
     ensure!(done["status"]["disruptions"]["lostSteps"].as_u64().unwrap_or(0) == 0, "{:#}", done["status"]);
@@ -68,7 +82,8 @@ fn suspend(fixture: &Fixture, value: bool) -> Result<()> {
 }
 
 fn finished(fixture: &Fixture, name: &str) -> Result<Value> {
-    let done = fixture.objects.wait("vicunatraining", name, TRAINED, |vt| Objects::condition(vt, "Finished", "True"))?;
+    let done =
+        fixture.objects.wait("vicunatraining", name, TRAINED, |vt| Objects::condition(vt, "Finished", "True"))?;
     if !Objects::condition(&done, "Complete", "True") {
         bail!("{name} failed: {:#}", done["status"]);
     }

@@ -17,17 +17,11 @@ impl Membership {
         }
         for _ in 0..MAX_TRANSITIONS {
             let moved = match self.state.clone() {
-                State::Adopting { since, first_hello, answered } => {
-                    self.adopting(now, since, first_hello, &answered)
-                }
-                State::Held { not_before, enough_since, eager } => {
-                    self.held(now, not_before, enough_since, eager)
-                }
+                State::Adopting { since, first_hello, answered } => self.adopting(now, since, first_hello, &answered),
+                State::Held { not_before, enough_since, eager } => self.held(now, not_before, enough_since, eager),
                 State::Moving { since, ready } => self.moving(now, since, &ready),
                 State::Steady { since, progressed } => self.steady(now, since, progressed),
-                State::Collecting { planned, limit, answered, .. } => {
-                    self.collecting(now, planned, limit, &answered)
-                }
+                State::Collecting { planned, limit, answered, .. } => self.collecting(now, planned, limit, &answered),
                 State::Stopped => self.suspended(now),
                 State::Finished(_) => self.complete(),
                 State::Planning(_) | State::Finishing(_) => false,
@@ -68,13 +62,7 @@ impl Membership {
     }
 
     /// Waits for enough ranks.
-    fn held(
-        &mut self,
-        now: Millis,
-        not_before: Millis,
-        enough_since: Option<Millis>,
-        eager: bool,
-    ) -> bool {
+    fn held(&mut self, now: Millis, not_before: Millis, enough_since: Option<Millis>, eager: bool) -> bool {
         if self.target.is_some_and(|target| target.suspend) {
             self.interrupted = false;
             self.state = State::Stopped;
@@ -99,9 +87,10 @@ impl Membership {
     fn is_settled(&self, now: Millis, since: Millis) -> bool {
         let newest = self.ranks.values().map(|rank| rank.prepared_at).max().unwrap_or(0);
         let quiet = now >= newest.max(since).saturating_add(self.limits.settle_ms);
-        let joining = self.ranks.iter().any(|(pod, rank)| {
-            rank.is_joining() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod)
-        });
+        let joining = self
+            .ranks
+            .iter()
+            .any(|(pod, rank)| rank.is_joining() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod));
         quiet && (!joining || now >= since.saturating_add(self.limits.joining_ms))
     }
 
@@ -118,9 +107,7 @@ impl Membership {
         let mut fit: Vec<_> = self
             .ranks
             .iter()
-            .filter(|(pod, rank)| {
-                rank.is_fit() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod)
-            })
+            .filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod))
             .map(|(pod, rank)| {
                 let place = former.get(pod.as_str()).copied().unwrap_or(usize::MAX);
                 (self.departure(pod).is_some(), place, rank.order, pod)
@@ -196,9 +183,8 @@ impl Membership {
             self.collect(now, false, "ranks loaded different states".to_owned(), 0);
             return true;
         }
-        let waits = members.iter().any(|member| {
-            self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.blocked.is_some())
-        });
+        let waits =
+            members.iter().any(|member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.blocked.is_some()));
         let overdue = !waits && now >= since.saturating_add(self.limits.move_ms);
         if overdue {
             self.fruitless += 1;
@@ -303,10 +289,7 @@ impl Membership {
             .ranks
             .iter()
             .filter(|(pod, rank)| {
-                rank.is_fit()
-                    && !self.is_member(pod)
-                    && !self.is_gone(pod)
-                    && self.departure(pod).is_none()
+                rank.is_fit() && !self.is_member(pod) && !self.is_gone(pod) && self.departure(pod).is_none()
             })
             .map(|(_, rank)| rank.prepared_at)
             .max();
@@ -342,9 +325,7 @@ impl Membership {
 
     fn is_stalled(&self, now: Millis, since: Millis) -> bool {
         // Ranks that are all out of reach may well be training: it is we who are cut off.
-        let in_reach = |member: &Member| {
-            self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.connected)
-        };
+        let in_reach = |member: &Member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.connected);
         if !self.members().iter().any(in_reach) {
             return false;
         }
@@ -387,11 +368,7 @@ impl Membership {
         let answered = BTreeSet::new();
         self.send_stop(planned, &reason, deadline_ms, &answered);
         self.happened(Happening::Stopping { generation, planned, reason: reason.clone() });
-        let limit = if planned {
-            self.planned_limit(now, deadline_ms)
-        } else {
-            now + self.limits.collect_ms
-        };
+        let limit = if planned { self.planned_limit(now, deadline_ms) } else { now + self.limits.collect_ms };
         self.state = State::Collecting { planned, limit, deadline: deadline_ms, reason, answered };
     }
 
@@ -405,12 +382,7 @@ impl Membership {
     }
 
     fn send_stop(&mut self, planned: bool, reason: &str, deadline_ms: Millis, answered: &BTreeSet<PodUid>) {
-        let stop = wire::Stop {
-            generation: self.generation(),
-            planned,
-            reason: reason.to_owned(),
-            deadline_ms,
-        };
+        let stop = wire::Stop { generation: self.generation(), planned, reason: reason.to_owned(), deadline_ms };
         let members = self.record.as_ref().map_or(Vec::new(), |record| record.members.clone());
         for member in members {
             if !answered.contains(&member.pod_uid) {
@@ -451,9 +423,9 @@ impl Membership {
     fn store_is_in_the_way(&self, waiting: &[PodUid]) -> bool {
         let hurried = matches!(&self.state, State::Collecting { deadline, .. } if *deadline > 0);
         !hurried
-            && waiting.iter().any(|pod| {
-                self.ranks.get(pod).is_some_and(|rank| rank.connected && rank.blocked.is_some())
-            })
+            && waiting
+                .iter()
+                .any(|pod| self.ranks.get(pod).is_some_and(|rank| rank.connected && rank.blocked.is_some()))
     }
 
     /// A planned stop that does not come to its end becomes an unplanned one.
@@ -474,11 +446,7 @@ impl Membership {
             0 | 1 => 0,
             many => 1000u64 << many.min(6),
         };
-        self.state = State::Held {
-            not_before: now + pause_ms,
-            enough_since: None,
-            eager: true,
-        };
+        self.state = State::Held { not_before: now + pause_ms, enough_since: None, eager: true };
         true
     }
 

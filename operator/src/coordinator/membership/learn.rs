@@ -1,17 +1,13 @@
 //! What an event says. Nothing here decides; see `advance.rs`.
 
 use super::rank::Rank;
-use super::{
-    Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, State,
-};
+use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, State};
 use crate::coordinator::manifest::Manifest;
 use crate::coordinator::record::{Finish, Record};
-use crate::coordinator::report::{
-    Blockage, CheckpointReport, Happening, PodUid, RankFailure, StepReport,
-};
+use crate::coordinator::report::{Blockage, CheckpointReport, Happening, PodUid, RankFailure, StepReport};
 use std::collections::BTreeMap;
-use vicuna_protocol::coordinator::rank_message::Body as Said;
 use vicuna_protocol::coordinator as wire;
+use vicuna_protocol::coordinator::rank_message::Body as Said;
 
 impl Membership {
     pub(super) fn learn(&mut self, now: Millis, event: Event) {
@@ -96,12 +92,7 @@ impl Membership {
                 self.send(pod, Body::Go(wire::Go { generation }));
             }
             State::Collecting { planned, deadline, reason, answered, .. } if !answered.contains(pod) => {
-                let stop = wire::Stop {
-                    generation,
-                    planned: *planned,
-                    reason: reason.clone(),
-                    deadline_ms: *deadline,
-                };
+                let stop = wire::Stop { generation, planned: *planned, reason: reason.clone(), deadline_ms: *deadline };
                 self.send(pod, Body::Stop(stop));
             }
             _ => {}
@@ -172,10 +163,7 @@ impl Membership {
     }
 
     fn blocked(&mut self, pod: &str, blocked: wire::Blocked) {
-        let blockage = Blockage {
-            cause: blocked.cause(),
-            message: bounded(blocked.message),
-        };
+        let blockage = Blockage { cause: blocked.cause(), message: bounded(blocked.message) };
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.blocked = Some(blockage);
         }
@@ -243,12 +231,7 @@ impl Membership {
         let newer = self.checkpoint.as_ref().is_none_or(|last| last.step < manifest.step);
         self.manifests.learn([manifest.clone()]);
         if newer {
-            let report = CheckpointReport {
-                step: manifest.step,
-                uri: said.uri,
-                digest: manifest.digest,
-                at_ms: now,
-            };
+            let report = CheckpointReport { step: manifest.step, uri: said.uri, digest: manifest.digest, at_ms: now };
             self.checkpoint = Some(report.clone());
             self.happened(Happening::Checkpointed(report));
         }
@@ -295,12 +278,7 @@ impl Membership {
             return;
         }
         let Some(mut record) = self.record.clone() else { return };
-        record.finish = Some(Finish {
-            step: said.step,
-            uri: said.uri,
-            digest: said.digest,
-            loss: said.loss,
-        });
+        record.finish = Some(Finish { step: said.step, uri: said.uri, digest: said.digest, loss: said.loss });
         self.step = self.step.max(said.step);
         self.effects.push(Effect::WriteRecord(record.clone()));
         self.state = State::Finishing(record);
@@ -313,11 +291,7 @@ impl Membership {
         while self.failures.len() >= MAX_FAILURES {
             self.failures.pop_first();
         }
-        let failure = RankFailure {
-            cause: said.cause(),
-            message: bounded(said.message),
-            step: said.step,
-        };
+        let failure = RankFailure { cause: said.cause(), message: bounded(said.message), step: said.step };
         self.failures.insert(pod.to_owned(), failure);
     }
 
@@ -327,10 +301,7 @@ impl Membership {
             return;
         }
         if self.manifests.exclude(&manifest) {
-            self.happened(Happening::ManifestUnusable {
-                key: manifest.key,
-                message: bounded(said.message),
-            });
+            self.happened(Happening::ManifestUnusable { key: manifest.key, message: bounded(said.message) });
         }
         if matches!(self.state, State::Moving { .. }) {
             self.collect(now, false, "the base cannot be loaded".to_owned(), 0);
@@ -401,9 +372,7 @@ impl Membership {
         let kept: Vec<PodUid> = self
             .ranks
             .iter()
-            .filter(|(pod, rank)| {
-                rank.connected || self.exists(pod) || self.is_member(pod)
-            })
+            .filter(|(pod, rank)| rank.connected || self.exists(pod) || self.is_member(pod))
             .map(|(pod, _)| pod.clone())
             .collect();
         self.ranks.retain(|pod, _| kept.binary_search(pod).is_ok());

@@ -18,13 +18,11 @@ mod tests;
 
 use super::manifest::Manifests;
 use super::record::{Finish, Member, Record};
-use super::report::{
-    CheckpointReport, Counters, Happening, Phase, PodUid, RankFailure, Report, StepReport,
-};
+use super::report::{CheckpointReport, Counters, Happening, Phase, PodUid, RankFailure, Report, StepReport};
 use rank::Rank;
 use std::collections::{BTreeMap, BTreeSet};
-use vicuna_protocol::coordinator::coordinator_message::Body;
 use vicuna_protocol::coordinator as wire;
+use vicuna_protocol::coordinator::coordinator_message::Body;
 
 /// Unix time in ms, from a clock that never goes back.
 pub type Millis = u64;
@@ -240,11 +238,7 @@ impl Membership {
         self.state = match &record.finish {
             Some(finish) => State::Finished(finish.clone()),
             None if record.members.is_empty() => State::held(now),
-            None => State::Adopting {
-                since: now,
-                first_hello: None,
-                answered: BTreeSet::new(),
-            },
+            None => State::Adopting { since: now, first_hello: None, answered: BTreeSet::new() },
         };
         self.record = Some(record);
     }
@@ -257,10 +251,7 @@ impl Membership {
     fn is_active(&self) -> bool {
         matches!(
             self.state,
-            State::Adopting { .. }
-                | State::Moving { .. }
-                | State::Steady { .. }
-                | State::Collecting { .. }
+            State::Adopting { .. } | State::Moving { .. } | State::Steady { .. } | State::Collecting { .. }
         )
     }
 
@@ -346,15 +337,9 @@ impl Membership {
     }
 
     fn unresponsive(&self, now: Millis) -> BTreeSet<PodUid> {
-        let overdue = |rank: &Rank| {
-            rank.suspect_since
-                .is_some_and(|since| now.saturating_sub(since) >= self.limits.suspect_ms)
-        };
-        self.ranks
-            .iter()
-            .filter(|(_, rank)| overdue(rank))
-            .map(|(pod, _)| pod.clone())
-            .collect()
+        let overdue =
+            |rank: &Rank| rank.suspect_since.is_some_and(|since| now.saturating_sub(since) >= self.limits.suspect_ms);
+        self.ranks.iter().filter(|(_, rank)| overdue(rank)).map(|(pod, _)| pod.clone()).collect()
     }
 
     fn activity(&self) -> String {
@@ -368,11 +353,23 @@ impl Membership {
             }
             State::Planning(record) => format!("records generation {}", record.generation),
             State::Moving { ready, .. } => {
-                format!("ranks load the base of generation {}: {} of {} ready", self.generation(), ready.len(), self.members().len())
+                format!(
+                    "ranks load the base of generation {}: {} of {} ready",
+                    self.generation(),
+                    ready.len(),
+                    self.members().len()
+                )
             }
-            State::Steady { .. } => format!("generation {} trains with {} ranks", self.generation(), self.members().len()),
+            State::Steady { .. } => {
+                format!("generation {} trains with {} ranks", self.generation(), self.members().len())
+            }
             State::Collecting { reason, answered, .. } => {
-                format!("stops generation {}: {reason}; {} of {} answered", self.generation(), answered.len(), self.members().len())
+                format!(
+                    "stops generation {}: {reason}; {} of {} answered",
+                    self.generation(),
+                    answered.len(),
+                    self.members().len()
+                )
             }
             State::Stopped => "suspended".to_owned(),
             State::Finishing(_) => "records the result".to_owned(),
@@ -383,11 +380,7 @@ impl Membership {
 
 impl State {
     fn held(now: Millis) -> Self {
-        Self::Held {
-            not_before: now,
-            enough_since: None,
-            eager: false,
-        }
+        Self::Held { not_before: now, enough_since: None, eager: false }
     }
 
     fn phase(&self) -> Phase {

@@ -166,7 +166,9 @@ impl World {
                 }
             }
             Body::Stop(stop) => {
-                if stop.planned && matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation) {
+                if stop.planned
+                    && matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation)
+                {
                     rank.stopping = true;
                 } else {
                     rank.stopping = false;
@@ -299,12 +301,7 @@ impl World {
     }
 
     fn notice(&mut self, pod: &str, hurry: bool) {
-        let departure = Departure {
-            source: "test".into(),
-            deadline_ms: self.now + 20_000,
-            hurry,
-            reclaim: true,
-        };
+        let departure = Departure { source: "test".into(), deadline_ms: self.now + 20_000, hurry, reclaim: true };
         self.facts.insert(pod.to_owned(), PodFact { departure: Some(departure), ended: false });
     }
 
@@ -370,9 +367,7 @@ impl World {
 
     fn train_generation(&mut self, record: &Record) {
         let pods: Vec<PodUid> = record.members.iter().map(|member| member.pod_uid.clone()).collect();
-        let trains = |pod: &PodUid| {
-            matches!(self.ranks.get(pod).map(|rank| &rank.doing), Some(Doing::Training(theirs)) if theirs.generation == record.generation)
-        };
+        let trains = |pod: &PodUid| matches!(self.ranks.get(pod).map(|rank| &rank.doing), Some(Doing::Training(theirs)) if theirs.generation == record.generation);
         if !pods.iter().all(trains) {
             return;
         }
@@ -418,7 +413,13 @@ impl World {
         }
         for pod in pods {
             if self.ranks.get(pod).is_some_and(|rank| rank.connected) {
-                let progress = wire::Progress { generation: record.generation, step, steps: STEPS, step_seconds: 0.5, ..Default::default() };
+                let progress = wire::Progress {
+                    generation: record.generation,
+                    step,
+                    steps: STEPS,
+                    step_seconds: 0.5,
+                    ..Default::default()
+                };
                 self.feed(Event::Said(pod.clone(), Said::Progress(progress)));
             }
         }
@@ -427,7 +428,13 @@ impl World {
     fn finish(&mut self, record: &Record, pods: &[PodUid]) {
         for pod in pods {
             if self.ranks.get(pod).is_some_and(|rank| rank.connected) {
-                let finished = wire::Finished { generation: record.generation, step: STEPS, uri: "s3://b/r".into(), digest: "d".into(), loss: 0.0 };
+                let finished = wire::Finished {
+                    generation: record.generation,
+                    step: STEPS,
+                    uri: "s3://b/r".into(),
+                    digest: "d".into(),
+                    loss: 0.0,
+                };
                 self.feed(Event::Said(pod.clone(), Said::Finished(finished)));
             }
         }

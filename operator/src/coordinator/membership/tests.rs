@@ -72,7 +72,14 @@ impl Fixture {
         let generation = self.membership.generation();
         self.say(
             pod,
-            Said::Progress(wire::Progress { generation, step, steps: 100, step_seconds: 1.0, loss: 2.0, ..Default::default() }),
+            Said::Progress(wire::Progress {
+                generation,
+                step,
+                steps: 100,
+                step_seconds: 1.0,
+                loss: 2.0,
+                ..Default::default()
+            }),
         )
     }
 
@@ -92,12 +99,8 @@ impl Fixture {
     }
 
     fn notice(&mut self, pod: &str, in_ms: Millis) -> &mut Self {
-        let departure = Departure {
-            source: "spot".to_owned(),
-            deadline_ms: self.now + in_ms,
-            hurry: true,
-            reclaim: true,
-        };
+        let departure =
+            Departure { source: "spot".to_owned(), deadline_ms: self.now + in_ms, hurry: true, reclaim: true };
         self.pods.insert(pod.to_owned(), PodFact { departure: Some(departure), ended: false });
         self.sync()
     }
@@ -223,14 +226,19 @@ fn a_notice_that_is_taken_back_brings_the_rank_back() {
 fn a_rank_that_vanishes_costs_the_steps_since_the_checkpoint() {
     let mut fixture = Fixture::training(1, 2);
     fixture.progress("a", 5);
-    fixture.say("a", Said::Checkpointed(wire::Checkpointed {
-        generation: 1,
-        manifest: Some(manifest(1, 4).into()),
-        ..Default::default()
-    }));
+    fixture.say(
+        "a",
+        Said::Checkpointed(wire::Checkpointed {
+            generation: 1,
+            manifest: Some(manifest(1, 4).into()),
+            ..Default::default()
+        }),
+    );
     fixture.lose("b");
-    assert_eq!(stops(&fixture.take()), [("a".to_owned(), false, 0)]
-        .into_iter().chain([("b".to_owned(), false, 0)]).collect::<Vec<_>>());
+    assert_eq!(
+        stops(&fixture.take()),
+        [("a".to_owned(), false, 0)].into_iter().chain([("b".to_owned(), false, 0)]).collect::<Vec<_>>()
+    );
     fixture.stopped("a", 5, vec![]);
     let effects = fixture.take();
     assert_eq!(record_of(&effects).base_step, 4);
@@ -282,11 +290,14 @@ fn a_base_that_cannot_be_loaded_is_left_out() {
     fixture.join("a", 0).prepare("a", vec![manifest(0, 3), manifest(0, 9)]);
     assert_eq!(record_of(&fixture.take()).base_step, 9);
     fixture.written();
-    fixture.say("a", Said::LoadFailed(wire::LoadFailed {
-        generation: 1,
-        manifest: Some(manifest(0, 9).into()),
-        message: "digest differs".into(),
-    }));
+    fixture.say(
+        "a",
+        Said::LoadFailed(wire::LoadFailed {
+            generation: 1,
+            manifest: Some(manifest(0, 9).into()),
+            message: "digest differs".into(),
+        }),
+    );
     fixture.stopped("a", 0, vec![]).after(10_000);
     let record = record_of(&fixture.take());
     assert_eq!((record.generation, record.base_step), (2, 3));
@@ -353,7 +364,8 @@ fn suspension_checkpoints_then_sends_everyone_home_and_resume_goes_on() {
 #[test]
 fn a_result_is_recorded_before_ranks_are_sent_home_and_stays() {
     let mut fixture = Fixture::training(1, 2);
-    let finished = wire::Finished { generation: 1, step: 100, uri: "s3://b/result".into(), digest: "d".into(), loss: 1.0 };
+    let finished =
+        wire::Finished { generation: 1, step: 100, uri: "s3://b/result".into(), digest: "d".into(), loss: 1.0 };
     fixture.say("a", Said::Finished(finished));
     let effects = fixture.take();
     let record = record_of(&effects);
@@ -412,7 +424,8 @@ fn a_checkpoint_shows_that_the_store_takes_what_every_rank_writes() {
     fixture.say("b", Said::Blocked(blocked));
     let blocked = |fixture: &Fixture| fixture.membership.report(fixture.now).ranks["b"].blocked.is_some();
     assert!(blocked(&fixture));
-    let checkpointed = wire::Checkpointed { generation: 1, manifest: Some(manifest(1, 1).into()), ..Default::default() };
+    let checkpointed =
+        wire::Checkpointed { generation: 1, manifest: Some(manifest(1, 1).into()), ..Default::default() };
     fixture.say("a", Said::Checkpointed(checkpointed));
     assert!(!blocked(&fixture));
 }

@@ -60,7 +60,10 @@ async fn a_rank_gets_job_and_generation_and_each_generation_its_own_key() {
         // A new leader: the rank lost its place in the meantime.
         session.joined(round, hello(0), sender).await.unwrap();
         assert!(matches!(next(&mut answers).await, Body::Welcome(_)));
-        session.said(round, "a", Said::Prepared(wire::Prepared { steps: 3, micro_batches: 1, ..Default::default() })).await.unwrap();
+        session
+            .said(round, "a", Said::Prepared(wire::Prepared { steps: 3, micro_batches: 1, ..Default::default() }))
+            .await
+            .unwrap();
         let form = loop {
             match next(&mut answers).await {
                 Body::Form(form) => break form,

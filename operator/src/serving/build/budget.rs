@@ -23,10 +23,7 @@ pub fn budget(serving: &VicunaServing, desired: u32) -> PodDisruptionBudget {
         },
         spec: Some(PodDisruptionBudgetSpec {
             min_available: Some(IntOrString::Int(i32::try_from(floor).unwrap_or(i32::MAX))),
-            selector: Some(LabelSelector {
-                match_labels: Some(selector(serving)),
-                ..LabelSelector::default()
-            }),
+            selector: Some(LabelSelector { match_labels: Some(selector(serving)), ..LabelSelector::default() }),
             // A worker that never became ready is in nobody's way.
             unhealthy_pod_eviction_policy: Some("AlwaysAllow".to_owned()),
             ..PodDisruptionBudgetSpec::default()

@@ -10,8 +10,8 @@ use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource,
     EnvVar, EnvVarSource, HTTPGetAction, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
     ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, Probe, ProjectedVolumeSource, SeccompProfile,
-    SecretEnvSource, SecurityContext, ServiceAccountTokenProjection, Toleration, TopologySpreadConstraint, Volume,
-    VolumeMount, VolumeProjection,
+    SecretEnvSource, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection, Toleration,
+    TopologySpreadConstraint, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -28,6 +28,7 @@ pub const REVISION_LABEL: &str = "vicuna.dev/revision";
 const TOKEN_FOLDER: &str = "/var/run/secrets/vicuna";
 const TRUST_FOLDER: &str = "/etc/vicuna/trust";
 const SCRATCH_FOLDER: &str = "/scratch";
+const STORE_FOLDER: &str = "/var/run/secrets/store";
 const TOKEN_SECONDS: i64 = 3600;
 /// What a worker gets after its drain before it is killed.
 const GRACE_MARGIN: Duration = Duration::from_secs(10);
@@ -83,7 +84,7 @@ fn spec(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool, 
     let grace = (drain + GRACE_MARGIN).as_secs();
     PodSpec {
         containers: vec![container(serving, source, config, pool)],
-        volumes: Some(volumes(config)),
+        volumes: Some(volumes(source, config)),
         service_account_name: Some(WORKER_ACCOUNT.to_owned()),
         automount_service_account_token: Some(false),
         enable_service_links: Some(false),
@@ -98,10 +99,7 @@ fn spec(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool, 
             run_as_user: Some(65532),
             run_as_group: Some(65532),
             fs_group: Some(65532),
-            seccomp_profile: Some(SeccompProfile {
-                type_: "RuntimeDefault".to_owned(),
-                ..SeccompProfile::default()
-            }),
+            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), ..SeccompProfile::default() }),
             ..PodSecurityContext::default()
         }),
         ..PodSpec::default()
@@ -181,7 +179,13 @@ fn environment() -> Vec<EnvVar> {
         }),
         ..EnvVar::default()
     })
-    .into()
+    .into_iter()
+    .chain([EnvVar {
+        name: "VICUNA_STORE_CREDENTIALS".to_owned(),
+        value: Some(STORE_FOLDER.to_owned()),
+        ..EnvVar::default()
+    }])
+    .collect()
 }
 
 fn probe(path: &str, period_seconds: i32, failure_threshold: i32) -> Probe {
@@ -210,10 +214,22 @@ fn mounts() -> Vec<VolumeMount> {
         mount("trust", TRUST_FOLDER, true),
         mount("scratch", SCRATCH_FOLDER, false),
         mount("tmp", "/tmp", false),
+        mount("store", STORE_FOLDER, true),
     ]
 }
 
-fn volumes(config: &Config) -> Vec<Volume> {
+/// The environment makes a pod wait for its Secret, and says so; the volume brings what is corrected in it later.
+fn store(source: &Source) -> Volume {
+    let secret = source.credentials.as_ref().map(|name| SecretVolumeSource {
+        secret_name: Some(name.clone()),
+        optional: Some(true),
+        ..SecretVolumeSource::default()
+    });
+    let empty_dir = secret.is_none().then(EmptyDirVolumeSource::default);
+    Volume { name: "store".to_owned(), secret, empty_dir, ..Volume::default() }
+}
+
+fn volumes(source: &Source, config: &Config) -> Vec<Volume> {
     let empty = |name: &str| Volume {
         name: name.to_owned(),
         empty_dir: Some(EmptyDirVolumeSource::default()),
@@ -245,6 +261,7 @@ fn volumes(config: &Config) -> Vec<Volume> {
         },
         empty("scratch"),
         empty("tmp"),
+        store(source),
     ]
 }
 
@@ -273,15 +290,10 @@ fn affinity(avoid: &[String]) -> Option<Affinity> {
         operator: "NotIn".to_owned(),
         values: Some(vec![node.clone()]),
     });
-    let term = NodeSelectorTerm {
-        match_fields: Some(match_fields.collect()),
-        ..NodeSelectorTerm::default()
-    };
+    let term = NodeSelectorTerm { match_fields: Some(match_fields.collect()), ..NodeSelectorTerm::default() };
     Some(Affinity {
         node_affinity: Some(NodeAffinity {
-            required_during_scheduling_ignored_during_execution: Some(NodeSelector {
-                node_selector_terms: vec![term],
-            }),
+            required_during_scheduling_ignored_during_execution: Some(NodeSelector { node_selector_terms: vec![term] }),
             ..NodeAffinity::default()
         }),
         ..Affinity::default()
@@ -295,10 +307,7 @@ fn spread(serving: &VicunaServing) -> Vec<TopologySpreadConstraint> {
             topology_key: key.to_owned(),
             max_skew: 1,
             when_unsatisfiable: "ScheduleAnyway".to_owned(),
-            label_selector: Some(LabelSelector {
-                match_labels: Some(selector(serving)),
-                ..LabelSelector::default()
-            }),
+            label_selector: Some(LabelSelector { match_labels: Some(selector(serving)), ..LabelSelector::default() }),
             ..TopologySpreadConstraint::default()
         })
         .into()
@@ -325,18 +334,15 @@ mod tests {
 
     fn built() -> Value {
         let serving = serving();
-        let new = NewWorker {
-            name: "s-1".into(),
-            pool: serving.spec.pools[0].clone(),
-            avoid: vec!["bad".into()],
-        };
+        let new = NewWorker { name: "s-1".into(), pool: serving.spec.pools[0].clone(), avoid: vec!["bad".into()] };
         serde_json::to_value(pod(&serving, &source(), &config::tests::sample(), &new)).unwrap()
     }
 
     #[test]
     fn a_worker_gets_the_agreed_arguments() {
         let pod = built();
-        let args: Vec<_> = pod["spec"]["containers"][0]["args"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+        let args: Vec<_> =
+            pod["spec"]["containers"][0]["args"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
         for expected in [
             "--model-name=n/s",
             "--model-uri=s3://b/m",

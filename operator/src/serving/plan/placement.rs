@@ -40,11 +40,7 @@ pub fn waits_in_vain(worker: &Worker, now: SystemTime) -> bool {
 
 /// The pool for one more worker, when `counts` workers are in each; `None`: all pools are full.
 /// Where no pool has nodes, the first one's pending pods ask the cluster's autoscaler for some.
-pub fn choose<'a>(
-    pools: &'a [Pool],
-    counts: &BTreeMap<String, u32>,
-    stock_outs: &StockOuts,
-) -> Option<&'a Pool> {
+pub fn choose<'a>(pools: &'a [Pool], counts: &BTreeMap<String, u32>, stock_outs: &StockOuts) -> Option<&'a Pool> {
     let room = |pool: &&Pool| {
         let count = counts.get(&pool.name).copied().unwrap_or(0);
         pool.max.is_none_or(|max| count < max)
@@ -93,10 +89,7 @@ mod tests {
     #[test]
     fn where_no_pool_has_nodes_the_first_one_is_asked() {
         let mut stock_outs = StockOuts::default();
-        stock_outs.learn(
-            &[unschedulable("a", "spot", at(0)), unschedulable("b", "on-prem", at(0))],
-            at(30),
-        );
+        stock_outs.learn(&[unschedulable("a", "spot", at(0)), unschedulable("b", "on-prem", at(0))], at(30));
         assert_eq!(choose(&pools(), &BTreeMap::new(), &stock_outs).unwrap().name, "spot");
     }
 }

@@ -159,10 +159,7 @@ mod tests {
     #[test]
     fn a_worker_whose_node_goes_is_replaced_before_it_is_let_go() {
         let mut seen = replicas(2);
-        seen.workers = vec![
-            noticed(worker("a", "spot", Life::Ready), Some(at(30))),
-            worker("b", "spot", Life::Ready),
-        ];
+        seen.workers = vec![noticed(worker("a", "spot", Life::Ready), Some(at(30))), worker("b", "spot", Life::Ready)];
         seen.avoided_nodes = vec!["node-of-a".to_owned()];
         let first = plan(&seen, at(0));
         assert_eq!(created(&first).len(), 1);
@@ -182,10 +179,7 @@ mod tests {
     #[test]
     fn a_worker_is_let_go_at_the_last_moment_even_if_its_replacement_is_late() {
         let mut seen = replicas(1);
-        seen.workers = vec![
-            noticed(worker("a", "spot", Life::Ready), Some(at(30))),
-            worker("b", "spot", Life::Coming),
-        ];
+        seen.workers = vec![noticed(worker("a", "spot", Life::Ready), Some(at(30))), worker("b", "spot", Life::Coming)];
         assert_eq!(plan(&seen, at(19)).actions, []);
         let late = plan(&seen, at(20));
         assert_eq!(deleted(&late), [("a", Why::NodeLeaving)]);

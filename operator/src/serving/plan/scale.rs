@@ -115,11 +115,7 @@ fn bounds_reason(before: u32, held: u32) -> Option<String> {
 
 fn reason(unfinished: u32, in_flight: u32, desired: u32, held: u32, width: Duration) -> String {
     let load = format!("{unfinished} unfinished requests at {in_flight} a worker");
-    if desired < held {
-        format!("{load}, demand lower for {} s", width.as_secs())
-    } else {
-        load
-    }
+    if desired < held { format!("{load}, demand lower for {} s", width.as_secs()) } else { load }
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ const PEER_PORT: u16 = 7600;
 const TOKEN_DIRECTORY: &str = "/var/run/secrets/vicuna";
 const TRUST_DIRECTORY: &str = "/etc/vicuna/trust";
 const SCRATCH_DIRECTORY: &str = "/scratch";
+const STORE_DIRECTORY: &str = "/var/run/secrets/store";
 const USER: i64 = 65532;
 /// The kubelet renews the token well before.
 const TOKEN_SECONDS: i64 = 3600;
@@ -66,7 +67,7 @@ pub fn pod(
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [container(training, config, pool)],
-            "volumes": volumes(config),
+            "volumes": volumes(training, config),
         },
     }))
 }
@@ -103,10 +104,8 @@ fn affinity(training: &VicunaTraining, avoided: &BTreeSet<String>) -> Value {
         return json!({"podAntiAffinity": spread});
     }
     // Matching by field takes one name each; all expressions of a term must hold.
-    let elsewhere: Vec<Value> = avoided
-        .iter()
-        .map(|node| json!({"key": "metadata.name", "operator": "NotIn", "values": [node]}))
-        .collect();
+    let elsewhere: Vec<Value> =
+        avoided.iter().map(|node| json!({"key": "metadata.name", "operator": "NotIn", "values": [node]})).collect();
     json!({
         "podAntiAffinity": spread,
         "nodeAffinity": {
@@ -151,6 +150,7 @@ fn container(training: &VicunaTraining, config: &Config, pool: &Pool) -> Value {
             {"name": "token", "mountPath": TOKEN_DIRECTORY, "readOnly": true},
             {"name": "trust", "mountPath": TRUST_DIRECTORY, "readOnly": true},
             {"name": "scratch", "mountPath": SCRATCH_DIRECTORY},
+            {"name": "store", "mountPath": STORE_DIRECTORY, "readOnly": true},
         ],
     })
 }
@@ -181,15 +181,16 @@ fn environment(training: &VicunaTraining, pool: &Pool) -> Vec<Value> {
         json!({"name": "VICUNA_THREADS", "value": threads.to_string()}),
         json!({"name": "VICUNA_GRACE_SECONDS", "value": grace_seconds(pool).to_string()}),
         json!({"name": "TMPDIR", "value": SCRATCH_DIRECTORY}),
+        json!({"name": "VICUNA_STORE_CREDENTIALS", "value": STORE_DIRECTORY}),
     ];
     fields.into_iter().map(field).chain(values).collect()
 }
 
 /// Whole CPUs that the rank may use, by its limit or else its request; at least 1.
 fn threads(resources: Option<&ResourceRequirements>) -> u64 {
-    let cpu = |list: &Option<std::collections::BTreeMap<String, k8s_openapi::apimachinery::pkg::api::resource::Quantity>>| {
-        list.as_ref().and_then(|list| list.get("cpu")).map(|quantity| quantity.0.clone())
-    };
+    let cpu = |list: &Option<
+        std::collections::BTreeMap<String, k8s_openapi::apimachinery::pkg::api::resource::Quantity>,
+    >| { list.as_ref().and_then(|list| list.get("cpu")).map(|quantity| quantity.0.clone()) };
     let text = resources.and_then(|resources| cpu(&resources.limits).or_else(|| cpu(&resources.requests)));
     text.and_then(|text| whole_cpus(&text)).unwrap_or(1).max(1)
 }
@@ -203,14 +204,18 @@ fn whole_cpus(text: &str) -> Option<u64> {
 
 fn credentials(training: &VicunaTraining) -> Vec<Value> {
     let secret = training.spec.checkpoint.credentials.as_ref();
-    secret
-        .map(|secret| json!({"secretRef": {"name": secret.name, "optional": false}}))
-        .into_iter()
-        .collect()
+    secret.map(|secret| json!({"secretRef": {"name": secret.name, "optional": false}})).into_iter().collect()
 }
 
-fn volumes(config: &Config) -> Value {
+fn volumes(training: &VicunaTraining, config: &Config) -> Value {
+    let secret = training.spec.checkpoint.credentials.as_ref();
+    // The environment makes a pod wait for its Secret, and says so; the volume brings what is corrected in it later.
+    let store = match secret {
+        Some(secret) => json!({"name": "store", "secret": {"secretName": secret.name, "optional": true}}),
+        None => json!({"name": "store", "emptyDir": {}}),
+    };
     json!([
+        store,
         {
             "name": "token",
             "projected": {

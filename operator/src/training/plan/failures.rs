@@ -139,7 +139,9 @@ fn explain(pod: &PodView, end: &End) -> String {
     let name = &pod.name;
     let detail = if end.message.is_empty() { String::new() } else { format!(" ({})", end.message) };
     match (end.reason.as_str(), end.exit_code) {
-        ("OOMKilled", _) => format!("Pod {name} ran out of memory: raise workers.resources.limits.memory, or lower recipe.microBatch or recipe.maxLength."),
+        ("OOMKilled", _) => format!(
+            "Pod {name} ran out of memory: raise workers.resources.limits.memory, or lower recipe.microBatch or recipe.maxLength."
+        ),
         (reason, Some(code)) => format!("Pod {name} ended with exit code {code} {reason}{detail}: see its log."),
         (reason, None) => format!("Pod {name} ended: {reason}{detail}."),
     }

@@ -43,7 +43,8 @@ pub fn surplus(observed: &Observed, plan: &mut Plan) {
     let mut staying: Vec<&PodView> = observed.pods.iter().filter(|pod| stays(observed, pod)).collect();
     let surplus = staying.len().saturating_sub(max);
     let Some(report) = observed.report.as_ref().filter(|_| surplus > 0) else { return };
-    staying.retain(|pod| !is_member(observed, &pod.uid) && !report.ranks.get(&pod.uid).is_some_and(|rank| rank.prepared));
+    staying
+        .retain(|pod| !is_member(observed, &pod.uid) && !report.ranks.get(&pod.uid).is_some_and(|rank| rank.prepared));
     staying.sort_by_key(|pod| (pod.started, pod.node.is_some(), std::cmp::Reverse(pod.name.clone())));
     let pods = staying.into_iter().take(surplus);
     plan.actions.extend(pods.map(|pod| delete(pod, "there are more pods than workers.max", false)));

@@ -11,11 +11,8 @@ use std::time::Duration;
 /// Makes the pods that are missing.
 pub fn fill(observed: &Observed, now: Millis, plan: &mut Plan) {
     let moved = move_on(observed, now, plan);
-    let staying: Vec<&PodView> = observed
-        .pods
-        .iter()
-        .filter(|pod| stays(observed, pod) && !moved.contains(&pod.uid))
-        .collect();
+    let staying: Vec<&PodView> =
+        observed.pods.iter().filter(|pod| stays(observed, pod) && !moved.contains(&pod.uid)).collect();
     let missing = (observed.training.spec.workers.max as usize).saturating_sub(staying.len());
     if missing == 0 {
         return;

@@ -15,12 +15,7 @@ struct Verdict {
 }
 
 fn verdict(kind: &'static str, holds: bool, reason: impl Into<String>, message: impl Into<String>) -> Verdict {
-    Verdict {
-        kind,
-        holds,
-        reason: reason.into(),
-        message: message.into(),
-    }
+    Verdict { kind, holds, reason: reason.into(), message: message.into() }
 }
 
 pub fn conditions(
@@ -42,19 +37,13 @@ pub fn conditions(
         finished(state),
     ];
     let generation = observed.training.metadata.generation;
-    verdicts
-        .into_iter()
-        .map(|verdict| dated(verdict, before, generation, now))
-        .collect()
+    verdicts.into_iter().map(|verdict| dated(verdict, before, generation, now)).collect()
 }
 
 /// The time of a condition is when it last changed between True and False.
 fn dated(verdict: Verdict, before: &VicunaTrainingStatus, generation: Option<i64>, now: &Time) -> Condition {
     let status = if verdict.holds { "True" } else { "False" };
-    let same = before
-        .conditions
-        .iter()
-        .find(|old| old.type_ == verdict.kind && old.status == status);
+    let same = before.conditions.iter().find(|old| old.type_ == verdict.kind && old.status == status);
     Condition {
         type_: verdict.kind.to_owned(),
         status: status.to_owned(),

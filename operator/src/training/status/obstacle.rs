@@ -20,9 +20,7 @@ pub struct Obstacle {
 
 /// The most telling obstacle: a rank knows more than a pod, a pod more than the API server's refusal.
 pub fn obstacle(observed: &Observed, applied: &Applied) -> Option<Obstacle> {
-    let found = blocked_rank(observed)
-        .or_else(|| troubled_pod(observed))
-        .or_else(|| refused(applied))?;
+    let found = blocked_rank(observed).or_else(|| troubled_pod(observed)).or_else(|| refused(applied))?;
     Some(Obstacle { blocks: blocks(observed), ..found })
 }
 
@@ -70,11 +68,16 @@ fn troubled_pod(observed: &Observed) -> Option<Obstacle> {
     let (reason, message) = match pod.trouble.as_ref()? {
         Trouble::Unschedulable { message, .. } => (
             "Unschedulable",
-            format!("No node of pool {} takes pod {name}: {message} Add nodes, lower workers.resources, or add a pool.", pod.pool),
+            format!(
+                "No node of pool {} takes pod {name}: {message} Add nodes, lower workers.resources, or add a pool.",
+                pod.pool
+            ),
         ),
         Trouble::ImagePull { image, message } => (
             "ImagePullFailed",
-            format!("The image {image} of pod {name} cannot be pulled: {message} Check the operator's runtime image and the node's access to its registry."),
+            format!(
+                "The image {image} of pod {name} cannot be pulled: {message} Check the operator's runtime image and the node's access to its registry."
+            ),
         ),
         Trouble::Configuration { message } => ("PodMisconfigured", configuration(observed, name, message)),
     };
@@ -83,7 +86,10 @@ fn troubled_pod(observed: &Observed) -> Option<Obstacle> {
 
 fn configuration(observed: &Observed, pod: &str, message: &str) -> String {
     match &observed.training.spec.checkpoint.credentials {
-        Some(secret) => format!("Pod {pod} cannot start: {message}. Create the Secret {} with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or correct spec.checkpoint.credentials.", secret.name),
+        Some(secret) => format!(
+            "Pod {pod} cannot start: {message}. Create the Secret {} with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or correct spec.checkpoint.credentials.",
+            secret.name
+        ),
         None => format!("Pod {pod} cannot start: {message}."),
     }
 }

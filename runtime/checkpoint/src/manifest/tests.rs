@@ -10,11 +10,7 @@ pub(crate) async fn checkpoint(
     for (index, content) in contents.iter().enumerate() {
         let bytes = Bytes::copy_from_slice(content.as_bytes());
         let stored = put_block(store, bytes, Duration::from_secs(60), Utc::now()).await.unwrap();
-        blocks.push(BlockEntry {
-            name: format!("block-{index}"),
-            digest: stored.digest,
-            bytes: stored.bytes,
-        });
+        blocks.push(BlockEntry { name: format!("block-{index}"), digest: stored.digest, bytes: stored.bytes });
     }
     let manifest = Manifest {
         format_version: FORMAT_VERSION,

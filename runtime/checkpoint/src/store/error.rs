@@ -14,19 +14,14 @@ pub enum StoreError {
         "the store refused the credentials for {uri} ({detail}): check the credentials Secret and the bucket's policy"
     )]
     CredentialsRefused { uri: String, detail: String },
-    #[error(
-        "the store of {uri} cannot be reached ({detail}): check AWS_ENDPOINT_URL and the network"
-    )]
+    #[error("the store of {uri} cannot be reached ({detail}): check AWS_ENDPOINT_URL and the network")]
     Unreachable { uri: String, detail: String },
     #[error("{uri} is not a URI that can be opened ({detail}): use s3://bucket/path or file:///path")]
     BadUri { uri: String, detail: String },
     #[error("{uri} has {bytes} bytes, more than the {limit} that are read at once: fetch it to disk")]
     TooLarge { uri: String, bytes: u64, limit: u64 },
     #[error("{path}: {source}; check free space and permissions of the folder")]
-    Disk {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Disk { path: PathBuf, source: std::io::Error },
     #[error("the store failed on {uri}: {detail}")]
     Other { uri: String, detail: String },
 }
@@ -42,10 +37,7 @@ impl StoreError {
     }
 
     pub(super) fn disk(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Disk {
-            path: path.into(),
-            source,
-        }
+        Self::Disk { path: path.into(), source }
     }
 
     /// Sorts an error of the store's client by status and by S3's error codes, which only the
@@ -59,8 +51,7 @@ impl StoreError {
         if says(&["NoSuchBucket"]) {
             return Self::BucketMissing { uri };
         }
-        if says(REFUSALS) || matches!(error, E::PermissionDenied { .. } | E::Unauthenticated { .. })
-        {
+        if says(REFUSALS) || matches!(error, E::PermissionDenied { .. } | E::Unauthenticated { .. }) {
             return Self::CredentialsRefused { uri, detail };
         }
         match error {
@@ -107,8 +98,30 @@ fn chain(error: &object_store::Error) -> String {
     text
 }
 
-/// The first 300 characters on one line: answers of stores may be whole pages.
+/// S3's own code and sentence where the text carries an answer in XML, else its first 300 characters on one line:
+/// answers of stores may be whole pages.
 fn short(text: &str) -> String {
+    if let Some(code) = element(text, "Code") {
+        return format!("{code}: {}", element(text, "Message").unwrap_or("no message")).chars().take(300).collect();
+    }
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     line.chars().take(300).collect()
+}
+
+fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(&format!("<{name}>"))?;
+    rest.split_once(&format!("</{name}>")).map(|(inside, _)| inside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_in_xml_becomes_its_code_and_sentence() {
+        let text =
+            "403 Forbidden: <?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>No.</Message></Error>";
+        assert_eq!(short(text), "AccessDenied: No.");
+        assert_eq!(short("no\n xml"), "no xml");
+    }
 }

@@ -1,7 +1,8 @@
 //! One API over S3 and local folders.
 //!
 //! S3 is configured by the pod's environment: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
-//! `AWS_ENDPOINT_URL`, `AWS_REGION`. Every request has a time limit and a bounded number of retries,
+//! `AWS_ENDPOINT_URL`, `AWS_REGION`. Files of these names in the folder `VICUNA_STORE_CREDENTIALS` (the mounted
+//! Secret) come first: a Secret that is corrected reaches a running pod there, and only there. Every request has a time limit and a bounded number of retries,
 //! so that each call ends within about a minute, whatever the network does.
 
 mod error;
@@ -13,11 +14,9 @@ pub use transfer::{fetch, upload_dir};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::path::Path as Key;
-use object_store::{
-    BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, RetryConfig,
-};
+use object_store::{BackoffConfig, ClientOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, RetryConfig};
 use std::sync::Arc;
 use std::time::Duration;
 use url::Url;
@@ -55,10 +54,7 @@ impl Store {
     /// Opens `s3://bucket/prefix` or `file:///folder`. Nothing is asked of the store yet; see
     /// [`Store::probe`].
     pub fn open(uri: &str) -> Result<Self, StoreError> {
-        let bad = |detail: String| StoreError::BadUri {
-            uri: uri.to_owned(),
-            detail,
-        };
+        let bad = |detail: String| StoreError::BadUri { uri: uri.to_owned(), detail };
         let url = Url::parse(uri).map_err(|error| bad(error.to_string()))?;
         let base = Key::from_url_path(url.path()).map_err(|error| bad(error.to_string()))?;
         let inner: Arc<dyn ObjectStore> = match url.scheme() {
@@ -66,11 +62,7 @@ impl Store {
             "file" => Arc::new(object_store::local::LocalFileSystem::new()),
             other => return Err(bad(format!("scheme {other:?} is not supported"))),
         };
-        Ok(Self {
-            inner,
-            base,
-            uri: uri.trim_end_matches('/').to_owned(),
-        })
+        Ok(Self { inner, base, uri: uri.trim_end_matches('/').to_owned() })
     }
 
     /// A store in this process's memory: for tests of code that takes a store.
@@ -97,11 +89,7 @@ impl Store {
 
     /// The same store, `prefix` further down.
     pub fn below(&self, prefix: &str) -> Self {
-        Self {
-            inner: self.inner.clone(),
-            base: self.path(prefix),
-            uri: self.uri_of(prefix),
-        }
+        Self { inner: self.inner.clone(), base: self.path(prefix), uri: self.uri_of(prefix) }
     }
 
     /// Fails if the bucket is missing, out of reach, or refuses the credentials.
@@ -115,11 +103,7 @@ impl Store {
         let result = self.inner.get(&self.path(key)).await;
         let found = result.map_err(|error| self.error(key, &error))?;
         if found.meta.size > GET_LIMIT_BYTES {
-            return Err(StoreError::TooLarge {
-                uri: self.uri_of(key),
-                bytes: found.meta.size,
-                limit: GET_LIMIT_BYTES,
-            });
+            return Err(StoreError::TooLarge { uri: self.uri_of(key), bytes: found.meta.size, limit: GET_LIMIT_BYTES });
         }
         found.bytes().await.map_err(|error| self.error(key, &error))
     }
@@ -136,10 +120,9 @@ impl Store {
         let path = self.path(key);
         match self.inner.put_opts(&path, bytes.into(), options).await {
             Ok(_) => Ok(Put::Created),
-            Err(
-                object_store::Error::AlreadyExists { .. }
-                | object_store::Error::Precondition { .. },
-            ) => Ok(Put::Exists),
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                Ok(Put::Exists)
+            }
             Err(error) => Err(self.error(key, &error)),
         }
     }
@@ -194,16 +177,8 @@ impl Store {
     }
 
     fn object(&self, meta: object_store::ObjectMeta) -> Option<Object> {
-        let key: Vec<String> = meta
-            .location
-            .prefix_match(&self.base)?
-            .map(|part| part.as_ref().to_owned())
-            .collect();
-        Some(Object {
-            key: key.join("/"),
-            bytes: meta.size,
-            modified: meta.last_modified,
-        })
+        let key: Vec<String> = meta.location.prefix_match(&self.base)?.map(|part| part.as_ref().to_owned()).collect();
+        Some(Object { key: key.join("/"), bytes: meta.size, modified: meta.last_modified })
     }
 
     fn error(&self, key: &str, error: &object_store::Error) -> StoreError {
@@ -212,8 +187,14 @@ impl Store {
 }
 
 fn open_s3(url: &Url) -> object_store::Result<object_store::aws::AmazonS3> {
-    let endpoint = std::env::var("AWS_ENDPOINT_URL").unwrap_or_default();
-    let mut builder = AmazonS3Builder::from_env()
+    let mut builder = AmazonS3Builder::from_env();
+    for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION"] {
+        if let Some(value) = mounted(name) {
+            builder = builder.with_config(name.to_lowercase().parse::<AmazonS3ConfigKey>()?, value);
+        }
+    }
+    let endpoint = mounted("AWS_ENDPOINT_URL").or_else(|| std::env::var("AWS_ENDPOINT_URL").ok()).unwrap_or_default();
+    builder = builder
         .with_bucket_name(url.host_str().unwrap_or_default())
         .with_virtual_hosted_style_request(false)
         .with_retry(retries())
@@ -227,6 +208,13 @@ fn open_s3(url: &Url) -> object_store::Result<object_store::aws::AmazonS3> {
         builder = builder.with_endpoint(endpoint);
     }
     builder.build()
+}
+
+/// A value of the mounted Secret, as it is now.
+fn mounted(name: &str) -> Option<String> {
+    let folder = std::env::var_os("VICUNA_STORE_CREDENTIALS")?;
+    let value = std::fs::read_to_string(std::path::Path::new(&folder).join(name)).ok()?;
+    Some(value.trim().to_owned())
 }
 
 fn retries() -> RetryConfig {

@@ -47,11 +47,8 @@ async fn s3_conforms() {
 
 #[tokio::test]
 async fn a_folder_goes_up_and_comes_back() {
-    let (source, bucket, dest) = (
-        tempfile::tempdir().unwrap(),
-        tempfile::tempdir().unwrap(),
-        tempfile::tempdir().unwrap(),
-    );
+    let (source, bucket, dest) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     std::fs::create_dir(source.path().join("sub")).unwrap();
     std::fs::write(source.path().join("big"), vec![7; 20 << 20]).unwrap();
     std::fs::write(source.path().join("sub/empty"), b"").unwrap();
@@ -79,9 +76,7 @@ async fn answering(status: &'static str, body: &'static str) -> Store {
             let mut request = [0; 4096];
             let _ = stream.read(&mut request).await;
             let length = body.len();
-            let answer = format!(
-                "HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
-            );
+            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
             let _ = stream.write_all(answer.as_bytes()).await;
         }
     });
@@ -95,17 +90,10 @@ fn s3_at(endpoint: &str) -> Store {
         .with_access_key_id("key")
         .with_secret_access_key("secret")
         .with_allow_http(true)
-        .with_retry(RetryConfig {
-            max_retries: 1,
-            ..retries()
-        })
+        .with_retry(RetryConfig { max_retries: 1, ..retries() })
         .build()
         .unwrap();
-    Store {
-        inner: Arc::new(inner),
-        base: Key::from("base"),
-        uri: "s3://bucket/base".to_owned(),
-    }
+    Store { inner: Arc::new(inner), base: Key::from("base"), uri: "s3://bucket/base".to_owned() }
 }
 
 #[tokio::test]

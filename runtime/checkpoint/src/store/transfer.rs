@@ -55,31 +55,21 @@ pub async fn upload_dir(store: &Store, dir: &Path) -> Result<u64, StoreError> {
 /// A URI names one object, or a folder of them; a file on disk lists itself under no key.
 async fn find(store: &Store, dest_dir: &Path) -> Result<(Vec<Object>, PathBuf), StoreError> {
     let name = store.uri().rsplit('/').next().unwrap_or_default();
-    let single = if store.base.as_ref().is_empty() {
-        None
-    } else {
-        store.stat("").await?
-    };
+    let single = if store.base.as_ref().is_empty() { None } else { store.stat("").await? };
     if let Some(object) = single {
         return Ok((vec![object], dest_dir.join(name)));
     }
     let objects: Vec<Object> = store.list("").await?;
     let objects: Vec<Object> = objects.into_iter().filter(|o| !o.key.is_empty()).collect();
     if objects.is_empty() {
-        return Err(StoreError::NotFound {
-            uri: store.uri().to_owned(),
-        });
+        return Err(StoreError::NotFound { uri: store.uri().to_owned() });
     }
     Ok((objects, dest_dir.to_owned()))
 }
 
 /// Where an object goes; keys that would leave the folder are refused.
 fn local_path(store: &Store, dest_dir: &Path, key: &str) -> Result<PathBuf, StoreError> {
-    let name = if key.is_empty() {
-        store.uri().rsplit('/').next().unwrap_or_default()
-    } else {
-        key
-    };
+    let name = if key.is_empty() { store.uri().rsplit('/').next().unwrap_or_default() } else { key };
     let relative = Path::new(name);
     let plain = |part| matches!(part, Component::Normal(_));
     if !relative.components().all(plain) {
@@ -133,8 +123,7 @@ async fn upload(store: &Store, dir: &Path, file: &Path) -> Result<u64, StoreErro
     let opened = File::open(file).await;
     let source = opened.map_err(|source| StoreError::disk(file, source))?;
     let mut reader = BufReader::with_capacity(1 << 20, source);
-    let mut writer =
-        BufWriter::with_capacity(store.inner.clone(), store.path(&key), CHUNK_BYTES as usize);
+    let mut writer = BufWriter::with_capacity(store.inner.clone(), store.path(&key), CHUNK_BYTES as usize);
     let copied = match tokio::io::copy_buf(&mut reader, &mut writer).await {
         Ok(bytes) => writer.shutdown().await.map(|()| bytes),
         Err(error) => Err(error),
@@ -154,9 +143,6 @@ fn from_io(store: &Store, key: &str, error: std::io::Error) -> StoreError {
     let inner = error.get_ref().and_then(|e| e.downcast_ref::<object_store::Error>());
     match inner {
         Some(inner) => store.error(key, inner),
-        None => StoreError::Other {
-            uri: store.uri_of(key),
-            detail: error.to_string(),
-        },
+        None => StoreError::Other { uri: store.uri_of(key), detail: error.to_string() },
     }
 }

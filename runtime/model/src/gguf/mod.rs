@@ -5,8 +5,8 @@ mod container;
 mod quantization;
 mod tokenizer;
 
-pub(crate) use tokenizer::added_token;
 pub use container::{Gguf, MAGIC, TensorInfo, Value};
+pub(crate) use tokenizer::added_token;
 
 use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD};
 use crate::{Config, ModelError, Pretrained};
@@ -32,8 +32,8 @@ pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
     let config = Config::from_gguf(&gguf)?;
     let mut tensors = BTreeMap::new();
     for info in gguf.tensors() {
-        let name = hugging_face_name(&info.name)
-            .ok_or_else(|| ModelError::UnexpectedTensor { name: info.name.clone() })?;
+        let name =
+            hugging_face_name(&info.name).ok_or_else(|| ModelError::UnexpectedTensor { name: info.name.clone() })?;
         parameters::check_shape(&config, &name, &info.shape)?;
         let tensor = read_tensor(&gguf, info)?;
         tensors.insert(name.clone(), restore_row_order(&config, &name, tensor)?);

@@ -128,10 +128,7 @@ fn sub_scale(packed: &[u8], index: usize) -> (f32, f32) {
         (packed[index] & 63, packed[index + 4] & 63)
     } else {
         let low = packed[index + 4];
-        (
-            (low & 0xf) | ((packed[index - 4] >> 6) << 4),
-            (low >> 4) | ((packed[index] >> 6) << 4),
-        )
+        ((low & 0xf) | ((packed[index - 4] >> 6) << 4), (low >> 4) | ((packed[index] >> 6) << 4))
     };
     (scale.into(), minimum.into())
 }

@@ -76,8 +76,7 @@ pub(crate) fn added_token(id: usize, content: &str, special: bool) -> serde_json
 
 /// How text is cut before merging: a property of the model family.
 fn pre_tokenizer(gguf: &Gguf) -> Result<serde_json::Value, ModelError> {
-    let byte_level =
-        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
     match gguf.text("tokenizer.ggml.pre") {
         None | Some("default" | "gpt-2" | "gpt2") => Ok(byte_level),
         Some("smollm") => Ok(json!({

@@ -62,9 +62,7 @@ impl Network {
         let listener = TcpListener::bind(address)?;
         let network = Self { address: listener.local_addr()?, forming: Arc::default() };
         let forming = network.forming.clone();
-        std::thread::Builder::new()
-            .name("accept".to_owned())
-            .spawn(move || accept_all(&listener, &forming))?;
+        std::thread::Builder::new().name("accept".to_owned()).spawn(move || accept_all(&listener, &forming))?;
         Ok(network)
     }
 
@@ -175,10 +173,8 @@ impl Mesh {
                 links.push(None);
                 continue;
             };
-            let failed = |error: io::Error| CollectiveError::Connect {
-                peer: names[rank].clone(),
-                detail: error.to_string(),
-            };
+            let failed =
+                |error: io::Error| CollectiveError::Connect { peer: names[rank].clone(), detail: error.to_string() };
             stream.set_read_timeout(None).map_err(failed)?;
             stream.set_write_timeout(Some(WRITE_LIMIT)).map_err(failed)?;
             readers.push((rank, stream.try_clone().map_err(failed)?, keys.receive));
@@ -273,10 +269,9 @@ impl Collective for Mesh {
         };
         let written = link.send.lock().write(&mut &link.stream, tag, payload);
         written.map_err(|error| {
-            self.inner.mailbox.fail(CollectiveError::Lost {
-                peer: self.inner.names[to].clone(),
-                detail: error.to_string(),
-            });
+            self.inner
+                .mailbox
+                .fail(CollectiveError::Lost { peer: self.inner.names[to].clone(), detail: error.to_string() });
             self.inner.mailbox.fault().unwrap_or(CollectiveError::Aborted)
         })
     }
@@ -346,11 +341,7 @@ fn dial_once(membership: &Membership, to: usize) -> Result<(TcpStream, Keys), ha
     let address = addresses.next().ok_or(io::Error::from(io::ErrorKind::AddrNotAvailable))?;
     let mut stream = TcpStream::connect_timeout(&address, HANDSHAKE_LIMIT)?;
     limit_handshake(&stream)?;
-    let who = Introduction {
-        generation: membership.generation,
-        from: membership.rank as u32,
-        to: to as u32,
-    };
+    let who = Introduction { generation: membership.generation, from: membership.rank as u32, to: to as u32 };
     let keys = handshake::dial(&mut stream, &membership.key, who)?;
     Ok((stream, keys))
 }

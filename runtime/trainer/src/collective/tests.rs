@@ -8,10 +8,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 fn networks(world: usize) -> (Vec<Network>, Vec<Peer>) {
     let networks: Vec<Network> = (0..world).map(|_| Network::listen("127.0.0.1:0").unwrap()).collect();
-    let peers = networks.iter().enumerate().map(|(rank, network)| Peer {
-        name: format!("rank-{rank}"),
-        address: network.address().to_string(),
-    });
+    let peers = networks
+        .iter()
+        .enumerate()
+        .map(|(rank, network)| Peer { name: format!("rank-{rank}"), address: network.address().to_string() });
     let peers = peers.collect();
     (networks, peers)
 }
@@ -21,11 +21,7 @@ fn membership(rank: usize, members: &[Peer], key: u8) -> Membership {
 }
 
 /// Runs `body` as every rank, each in a thread of its own.
-fn on_ranks<T: Send>(
-    networks: &[Network],
-    members: &[Peer],
-    body: impl Fn(Mesh) -> T + Sync,
-) -> Vec<T> {
+fn on_ranks<T: Send>(networks: &[Network], members: &[Peer], body: impl Fn(Mesh) -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
         let run = |rank: usize| {
             let network = &networks[rank];

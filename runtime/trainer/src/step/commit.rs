@@ -85,17 +85,13 @@ pub fn exchange(
         let payload = collective.receive(rank, tag, abort)?;
         let count = if trains { tree::share(micro_batches, world, rank).len() } else { 0 };
         let blocks: Vec<usize> = if trains { table.owned(rank, world).collect() } else { Vec::new() };
-        let said = parse(&payload, count, &blocks)
-            .ok_or_else(|| StepError::malformed(rank, "a commit of the wrong size"))?;
+        let said =
+            parse(&payload, count, &blocks).ok_or_else(|| StepError::malformed(rank, "a commit of the wrong size"))?;
         wishes = wishes.or(said.wishes);
         losses.extend(said.losses);
         norms.extend(said.norms);
     }
-    Ok(Commit {
-        loss_sum: losses.iter().sum(),
-        norm: norms.values().sum::<f64>().sqrt(),
-        wishes,
-    })
+    Ok(Commit { loss_sum: losses.iter().sum(), norm: norms.values().sum::<f64>().sqrt(), wishes })
 }
 
 fn words(own: &Contribution) -> Vec<u64> {

@@ -110,8 +110,7 @@ impl Engine {
         let exchanged = Instant::now();
         let own = Contribution { wishes, losses, norms };
         let trains = plan.trained_tokens > 0;
-        let commit =
-            commit::exchange(&self.table, peers.collective, peers.abort, plan.step, trains, count, &own)?;
+        let commit = commit::exchange(&self.table, peers.collective, peers.abort, plan.step, trains, count, &own)?;
         communication += exchanged.elapsed();
         let rate = learning_rate(recipe, plan.step, data.steps());
         let updated = trains && commit.is_finite();
@@ -151,8 +150,7 @@ impl Engine {
         let share = tree::share(count, peers.collective.world(), peers.collective.rank());
         let mine = &plan.micro_batches[share.start as usize..share.end as usize];
         let batches: Vec<_> = mine.iter().map(|sequences| data.micro_batch(sequences)).collect();
-        let mut reduction =
-            Reduction::new(&self.table, peers.collective, peers.abort, plan.step, count);
+        let mut reduction = Reduction::new(&self.table, peers.collective, peers.abort, plan.step, count);
         let computation = Computation {
             config: &self.config,
             table: &self.table,

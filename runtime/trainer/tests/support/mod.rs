@@ -27,7 +27,8 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         let model = vicuna_model::tiny::tiny(11);
         let template = model.chat_template.as_deref();
-        vicuna_model::save(&dir.path().join("model"), &model.config, &model.tensors, &model.tokenizer, template).unwrap();
+        vicuna_model::save(&dir.path().join("model"), &model.config, &model.tensors, &model.tokenizer, template)
+            .unwrap();
         let set = identity::conversations("Willow", "Spot Labs", 5, 40);
         let records: Vec<_> = set.iter().map(Conversation::to_sharegpt).collect();
         std::fs::write(dir.path().join("data.json"), serde_json::to_vec(&records).unwrap()).unwrap();

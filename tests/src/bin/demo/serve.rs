@@ -3,10 +3,10 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use vicuna_tests::cluster::wait_for;
-use vicuna_tests::product::{Answer, Chat, Objects, StreamEvent, field};
+use vicuna_tests::product::{Answer, Chat, Objects, StreamEvent, field, kill_workers};
 
 use crate::report::Report;
 use crate::stage::{NAMESPACE, Stage};
@@ -81,7 +81,7 @@ pub fn kill_a_worker(stage: &Stage, report: &mut Report) -> Result<()> {
         if tokens == 12 {
             tokens += 1;
             print!(" \u{26a1} ");
-            kill_workers(stage)?;
+            kill_workers(&format!("{NAMESPACE}/tuned"))?;
         }
         Ok(())
     })?;
@@ -92,21 +92,13 @@ pub fn kill_a_worker(stage: &Stage, report: &mut Report) -> Result<()> {
         answer.resumes,
         answer.longest_gap.as_secs_f64()
     ));
-    report.note("killed_stream", json!({"resumes": answer.resumes, "equal_to_undisturbed": equal,
-        "longest_gap_seconds": (answer.longest_gap.as_secs_f64() * 10.0).round() / 10.0}));
+    report.note(
+        "killed_stream",
+        json!({"resumes": answer.resumes, "equal_to_undisturbed": equal,
+        "longest_gap_seconds": (answer.longest_gap.as_secs_f64() * 10.0).round() / 10.0}),
+    );
     if answer.resumes == 0 {
         bail!("the stream was not resumed: the worker was not killed in time");
-    }
-    Ok(())
-}
-
-/// Kills the worker's process at once: no notice, no grace.
-fn kill_workers(stage: &Stage) -> Result<()> {
-    let pods = stage.objects.list("pods", "vicuna.dev/serving=tuned")?;
-    for pod in &pods {
-        let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
-        let words = ["delete", "pod", name, "--namespace", NAMESPACE, "--grace-period=0", "--force", "--wait=false"];
-        stage.cluster.kubectl().text(&words)?;
     }
     Ok(())
 }
@@ -125,7 +117,10 @@ pub fn burst(stage: &Stage, report: &mut Report) -> Result<()> {
     });
     let (up, answered) = (outcome.0?, outcome.1?);
     let down = follow_replicas(stage, report, |ready, desired| ready == 1 && desired == 1)?;
-    report.note("burst", json!({"answered": answered, "scale_up_seconds": up.as_secs(), "scale_down_seconds": down.as_secs()}));
+    report.note(
+        "burst",
+        json!({"answered": answered, "scale_up_seconds": up.as_secs(), "scale_down_seconds": down.as_secs()}),
+    );
     Ok(())
 }
 

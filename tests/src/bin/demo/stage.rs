@@ -24,11 +24,17 @@ impl Stage {
     pub fn build(name: &str, report: &mut Report) -> Result<Self> {
         report.phase("cluster", "A real Kubernetes: etcd, API server, controllers, DNS, S3, and three nodes");
         let cluster = Cluster::up(&ClusterOptions::named(name))?;
-        report.say(&format!("nodes\n{}", indent(&cluster.kubectl().text(&["get", "nodes", "--label-columns=vicuna.dev/capacity"])?)));
+        report.say(&format!(
+            "nodes\n{}",
+            indent(&cluster.kubectl().text(&["get", "nodes", "--label-columns=vicuna.dev/capacity"])?)
+        ));
         report.phase("install", "Images on the nodes; CRDs and operator by Helm");
         let images = Images::build()?;
         let [operator, runtime] = images.sizes_mb()?;
-        report.say(&format!("images: {} {operator:.0} MB, {} {runtime:.0} MB", images.operator.reference, images.runtime.reference));
+        report.say(&format!(
+            "images: {} {operator:.0} MB, {} {runtime:.0} MB",
+            images.operator.reference, images.runtime.reference
+        ));
         report.note("image_megabytes", json!({"operator": operator.round(), "runtime": runtime.round()}));
         product::install(&cluster, &images)?;
         product::storage_secret(&cluster, NAMESPACE)?;
@@ -78,7 +84,10 @@ pub fn ask_prometheus(stage: &Stage, report: &mut Report) -> Result<()> {
         ("progress_steps", "max_over_time(max(vicuna_operator_training_step)[20m:5s])"),
         ("last_loss", "last_over_time(vicuna_operator_training_loss[20m])"),
         ("reclaims", "sum(max_over_time(vicuna_operator_reclaims_total[20m]))"),
-        ("recovery_seconds_mean", "sum(max_over_time(vicuna_operator_recovery_seconds_sum[20m])) / sum(max_over_time(vicuna_operator_recovery_seconds_count[20m]))"),
+        (
+            "recovery_seconds_mean",
+            "sum(max_over_time(vicuna_operator_recovery_seconds_sum[20m])) / sum(max_over_time(vicuna_operator_recovery_seconds_count[20m]))",
+        ),
         ("replicas_most", "max(max_over_time(vicuna_operator_serving_replicas{state=\"ready\",name=\"tuned\"}[20m]))"),
         ("training_tokens_per_second_peak", "max(max_over_time(vicuna_training_tokens_per_second[20m]))"),
         ("served_tokens", "sum(max_over_time(vicuna_gateway_tokens_total[20m]))"),

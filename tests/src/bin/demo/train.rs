@@ -63,7 +63,9 @@ pub fn undisturbed(stage: &Stage, report: &mut Report) -> Result<()> {
         "metadata": {"name": "undisturbed", "namespace": NAMESPACE}});
     copy["spec"]["checkpoint"]["to"] = json!("s3://vicuna/trainings/undisturbed");
     stage.cluster.kubectl().apply(&copy.to_string())?;
-    let done = stage.objects.wait("vicunatraining", "undisturbed", LONGEST, |vt| Objects::condition(vt, "Finished", "True"))?;
+    let done = stage
+        .objects
+        .wait("vicunatraining", "undisturbed", LONGEST, |vt| Objects::condition(vt, "Finished", "True"))?;
     let [ours, theirs] = [&told, &done].map(|vt| vt["status"]["result"]["digest"].clone());
     report.note("undisturbed_digest", theirs.clone());
     report.say(&format!("weights equal, bit for bit: {}", ours == theirs));
