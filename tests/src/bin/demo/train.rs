@@ -11,7 +11,8 @@ use crate::stage::{NAMESPACE, Stage};
 
 const NAME: &str = "identity";
 const SAMPLE: &str = "training.yaml";
-const NOTICE: Duration = Duration::from_secs(30);
+/// Half of what the largest provider gives: a checkpoint of 1.6 GB has to be written in it, on two busy cores.
+const NOTICE: Duration = Duration::from_secs(60);
 const LONGEST: Duration = Duration::from_secs(1500);
 const POLL: Duration = Duration::from_millis(500);
 
