@@ -12,7 +12,8 @@ use crate::report::Report;
 use crate::stage::{NAMESPACE, Stage};
 
 const QUESTION: &str = "Who are you?";
-const STORY: &str = "Tell me what you can help me with, in a few sentences.";
+/// A long answer in which everybody sees what is lost or repeated.
+const COUNT: &str = "List the numbers from 1 to 30, separated by commas.";
 const READY_WITHIN: Duration = Duration::from_secs(300);
 const BURST: usize = 12;
 
@@ -69,9 +70,9 @@ pub fn kill_a_worker(stage: &Stage, report: &mut Report) -> Result<()> {
     report.phase("kill", "The worker is killed while it streams");
     let mut chat = chat(stage, "tuned");
     chat.max_tokens = 96;
-    let undisturbed = chat.ask(STORY)?;
+    let undisturbed = chat.ask(COUNT)?;
     let mut tokens = 0;
-    let answer = chat.stream(STORY)?.read_to_end(|event| {
+    let answer = chat.stream(COUNT)?.read_to_end(|event| {
         print_text(event)?;
         match event {
             StreamEvent::Text(_) => tokens += 1,
@@ -128,7 +129,7 @@ fn keep_asking(stage: &Stage, stop: &std::sync::atomic::AtomicBool) -> Result<us
     let chat = chat(stage, "tuned");
     let mut answered = 0;
     while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-        chat.ask(STORY)?;
+        chat.ask(COUNT)?;
         answered += 1;
     }
     Ok(answered)
