@@ -1,6 +1,9 @@
 # Source this before building or testing: it points every tool at the cache.
 #   source tests/tools/env.sh
 export VICUNA_CACHE="${VICUNA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vicuna-operator}"
+# The clone that this file belongs to; several share one cache and one cargo target folder.
+VICUNA_REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+export VICUNA_REPOSITORY
 
 KUBERNETES_VERSION=1.36.3
 COREDNS_VERSION=1.15.0

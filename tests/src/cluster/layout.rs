@@ -115,10 +115,11 @@ impl Layout {
     }
 }
 
-/// The folder that holds the workspace's Cargo.toml.
+/// The folder that holds the workspace's Cargo.toml: what `tests/tools/env.sh` was sourced from. Only without it the
+/// folder that was built last, since clones share cargo's target folder.
 pub fn repository() -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
-    tests.parent().unwrap_or(tests).to_owned()
+    std::env::var_os("VICUNA_REPOSITORY").map_or_else(|| tests.parent().unwrap_or(tests).to_owned(), PathBuf::from)
 }
 
 /// A program from the cache, or from the system.
