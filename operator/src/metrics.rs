@@ -5,6 +5,7 @@ use std::time::Duration;
 
 /// Training and serving objects are told apart by these.
 const OBJECT: [&str; 2] = ["namespace", "name"];
+const PHASE: [&str; 3] = ["namespace", "name", "phase"];
 const SERVING: [&str; 3] = ["namespace", "name", "state"];
 const CONTROLLER: [&str; 1] = ["controller"];
 
@@ -22,6 +23,8 @@ pub struct Metrics {
     pub reclaims: IntCounterVec,
     pub lost_steps: IntCounterVec,
     pub recovery_seconds: HistogramVec,
+    /// Of the last recovery; `phase` is `detect`, `agree`, `restore` or `step`.
+    pub recovery_phase_seconds: GaugeVec,
     /// `state` is `desired` or `ready`.
     pub serving_replicas: IntGaugeVec,
     pub reconciles: IntCounterVec,
@@ -52,6 +55,11 @@ impl Metrics {
                 &OBJECT,
                 &[1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0],
             )?,
+            recovery_phase_seconds: gauge(
+                "recovery_phase_seconds",
+                "Where the time of the last recovery went: noticing, agreeing, moving state, the first step",
+                &PHASE,
+            )?,
             serving_replicas: int_gauge("serving_replicas", "Workers of a serving", &SERVING)?,
             reconciles: counter("reconcile_total", "Reconciliations", &CONTROLLER)?,
             errors: counter("errors_total", "Reconciliations that failed", &CONTROLLER)?,
@@ -80,6 +88,7 @@ impl Metrics {
             reclaims,
             lost_steps,
             recovery_seconds,
+            recovery_phase_seconds,
             serving_replicas,
             reconciles,
             errors,
@@ -88,7 +97,7 @@ impl Metrics {
         for gauge in [training_step, training_steps, training_ranks, training_generation, serving_replicas] {
             registry.register(Box::new(gauge.clone()))?;
         }
-        for gauge in [training_loss, training_tokens_per_second] {
+        for gauge in [training_loss, training_tokens_per_second, recovery_phase_seconds] {
             registry.register(Box::new(gauge.clone()))?;
         }
         for counter in [notices, reclaims, lost_steps, reconciles, errors] {
@@ -127,6 +136,9 @@ impl Metrics {
             let _ = counter.remove_label_values(&object);
         }
         let _ = self.recovery_seconds.remove_label_values(&object);
+        for phase in ["detect", "agree", "restore", "step"] {
+            let _ = self.recovery_phase_seconds.remove_label_values(&[namespace, name, phase]);
+        }
     }
 
     /// A serving is gone: drops its series.

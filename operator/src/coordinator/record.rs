@@ -12,9 +12,15 @@ pub struct Record {
     /// In rank order.
     pub members: Vec<Member>,
     pub base_step: u64,
-    /// Absent: the base model.
+    /// Absent: the base model, or memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<Manifest>,
+    /// The base step is in the members' memory.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub in_memory: bool,
+    /// What decides the last bits on every rank of this training, as they say; empty: not known yet.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub numerics_class: String,
     /// Where generations started, for the void rule.
     #[serde(default)]
     pub history: Vec<Base>,

@@ -97,19 +97,69 @@ pub struct Counters {
     pub last_recovery_ms: Option<u64>,
 }
 
+/// Where the time from the last step before a disruption to the first after it went, in ms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RecoveryPhases {
+    /// From the last step to our noticing.
+    pub detect: u64,
+    /// Until all had left the generation and the next one was recorded.
+    pub agree: u64,
+    /// Until the state was where it has to be.
+    pub restore: u64,
+    /// The first step.
+    pub step: u64,
+}
+
 /// What is counted or told once.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Happening {
     Stepped(StepReport),
     Checkpointed(CheckpointReport),
-    Formed { generation: u64, members: usize, base_step: u64 },
-    Stopping { generation: u64, planned: bool, reason: String },
-    Noticed { pod: String, node: String, source: String },
-    Reclaimed { pod: String, node: String },
-    Lost { pod: String, node: String },
-    Hung { pod: String, node: String },
-    StepsLost { steps: u64, base_step: u64 },
-    Recovered { after_ms: u64 },
-    ManifestUnusable { key: String, message: String },
-    StateMismatch { generation: u64 },
+    Formed {
+        generation: u64,
+        members: usize,
+        base_step: u64,
+    },
+    Stopping {
+        generation: u64,
+        planned: bool,
+        reason: String,
+    },
+    Noticed {
+        pod: String,
+        node: String,
+        source: String,
+    },
+    Reclaimed {
+        pod: String,
+        node: String,
+    },
+    Lost {
+        pod: String,
+        node: String,
+    },
+    Hung {
+        pod: String,
+        node: String,
+    },
+    StepsLost {
+        steps: u64,
+        base_step: u64,
+    },
+    Recovered {
+        after_ms: u64,
+        phases: RecoveryPhases,
+    },
+    ManifestUnusable {
+        key: String,
+        message: String,
+    },
+    StateMismatch {
+        generation: u64,
+    },
+    /// The rank computes other bits than the training's others, and is kept out.
+    NumericsMismatch {
+        pod: String,
+        node: String,
+    },
 }

@@ -191,7 +191,7 @@ async fn take_reports(
                 // The token's pod, so that no gateway speaks for another.
                 let report = LoadReport { gateway: gateway.clone(), ..report };
                 context.loads.record(report, Instant::now());
-                if answers.send(Ok(LoadAck {})).await.is_err() {
+                if answers.send(Ok(LoadAck::default())).await.is_err() {
                     return;
                 }
             }

@@ -1,9 +1,9 @@
 //! One training's membership at work: a task with a bounded mailbox that owns the state machine.
 
-use super::membership::{Effect, Event, Limits, Membership, PodFact, Target};
+use super::membership::{Effect, Event, Formation, Limits, Membership, PodFact, Target};
 use super::record::Record;
 use super::registry::{Clock, Key, Opening, Told};
-use super::report::{Happening, Phase, PodUid, RankView, Report};
+use super::report::{Happening, Phase, PodUid, RankView, RecoveryPhases, Report};
 use super::store::{RecordStore, StoreError, Swap};
 use crate::metrics::Metrics;
 use rand::Rng;
@@ -236,7 +236,7 @@ impl Session {
                 self.send(&pod, Body::Welcome(wire::Welcome { job }));
             }
             Effect::Send(pod, body) => self.send(&pod, body),
-            Effect::Form(record) => self.form(&record),
+            Effect::Form(formation) => self.form(&formation),
             Effect::Happened(happening) => {
                 self.measure(&happening);
                 happenings.push(happening);
@@ -257,7 +257,8 @@ impl Session {
     }
 
     /// Every generation has its own key, which only its members learn.
-    fn form(&mut self, record: &Record) {
+    fn form(&mut self, formation: &Formation) {
+        let Formation { record, memory, canary } = formation;
         let mut key = vec![0u8; 32];
         rand::rng().fill(&mut key[..]);
         let members: Vec<wire::Member> = record
@@ -278,6 +279,8 @@ impl Session {
                 key: key.clone(),
                 base_step: record.base_step,
                 base: record.base.clone().map(Into::into),
+                memory: memory.clone(),
+                canary: *canary,
             };
             self.send(&member.pod_uid, Body::Form(form));
         }
@@ -351,8 +354,13 @@ impl Session {
             Happening::StepsLost { steps, .. } => {
                 metrics.lost_steps.with_label_values(&object).inc_by(*steps);
             }
-            Happening::Recovered { after_ms } => {
-                metrics.recovery_seconds.with_label_values(&object).observe(*after_ms as f64 / 1000.0)
+            Happening::Recovered { after_ms, phases } => {
+                metrics.recovery_seconds.with_label_values(&object).observe(*after_ms as f64 / 1000.0);
+                let RecoveryPhases { detect, agree, restore, step } = *phases;
+                for (phase, ms) in [("detect", detect), ("agree", agree), ("restore", restore), ("step", step)] {
+                    let labels = [object[0], object[1], phase];
+                    metrics.recovery_phase_seconds.with_label_values(&labels).set(ms as f64 / 1000.0);
+                }
             }
             _ => {}
         }

@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::coordinator::job::{self, JobError};
 use crate::coordinator::membership::{Millis, Target};
 use crate::coordinator::registry::{Key, Opening, Told};
-use crate::coordinator::report::{Counters, Happening};
+use crate::coordinator::report::{Counters, Happening, RecoveryPhases};
 use crate::coordinator::store::Owner;
 use crate::leader::NotLeader;
 use crate::watches::Change;
@@ -416,7 +416,7 @@ fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
             (false, "Formed", format!("Generation {generation} of {members} ranks starts after step {base_step}."))
         }
         Happening::Stopping { generation, planned, reason } => {
-            let how = if *planned { "after a checkpoint" } else { "at once" };
+            let how = if *planned { "after the step under way" } else { "at once" };
             (!planned, "Stopping", format!("Generation {generation} stops {how}: {reason}."))
         }
         Happening::Noticed { pod, node, source } => {
@@ -432,10 +432,25 @@ fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
         Happening::StepsLost { steps, base_step } => {
             (true, "StepsLost", format!("{steps} steps are made again, from the checkpoint of step {base_step}."))
         }
-        Happening::Recovered { after_ms } => (
-            false,
-            "Recovered",
-            format!("Steps are made again, {:.1} s after the last one.", *after_ms as f64 / 1000.0),
+        Happening::Recovered { after_ms, phases } => {
+            let s = |ms: u64| ms as f64 / 1000.0;
+            let RecoveryPhases { detect, agree, restore, step } = *phases;
+            let message = format!(
+                "Steps are made again, {:.1} s after the last one: {:.1} s to notice, {:.1} s to agree, {:.1} s to move state, {:.1} s for the step.",
+                s(*after_ms),
+                s(detect),
+                s(agree),
+                s(restore),
+                s(step)
+            );
+            (false, "Recovered", message)
+        }
+        Happening::NumericsMismatch { pod, node } => (
+            true,
+            "NumericsMismatch",
+            format!(
+                "Pod {pod} on node {node} computes other bits than the other ranks and is kept out: give the pool nodes of one kind."
+            ),
         ),
         Happening::ManifestUnusable { key, message } => {
             (true, "CheckpointUnusable", format!("The checkpoint {key} is left out for an older one: {message}"))

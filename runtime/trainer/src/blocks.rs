@@ -1,7 +1,8 @@
 //! How the state is cut: fixed blocks, the same for every number of ranks.
 //!
 //! Parameters form groups (the embedding, each layer, the head); a group's flattened parameters are
-//! cut into equal pieces. A block is what is owned, checkpointed and sent as one.
+//! cut into equal pieces. A block is what is owned, checkpointed and sent as one; who owns
+//! it is [`crate::layout`]'s.
 
 use std::ops::Range;
 use vicuna_model::{Config, layer_parameter_names, parameter_names, parameter_shape};
@@ -140,19 +141,9 @@ impl BlockTable {
         self.groups[group].parameters.clone()
     }
 
-    /// The blocks that a rank owns.
-    pub fn owned(&self, rank: usize, world: usize) -> impl Iterator<Item = usize> + use<> {
-        (0..self.blocks.len()).filter(move |block| owner(*block, world) == rank)
-    }
-
     pub fn elements(&self) -> usize {
         self.parameters.iter().map(|parameter| parameter.elements).sum()
     }
-}
-
-/// The rank that updates a block.
-pub fn owner(block: usize, world: usize) -> usize {
-    block % world
 }
 
 #[cfg(test)]
@@ -173,16 +164,6 @@ mod tests {
                 }
             }
             assert!(seen.iter().flatten().all(|count| *count == 1));
-        }
-    }
-
-    #[test]
-    fn every_block_has_one_owner_and_shares_are_even() {
-        let table = BlockTable::cut(&vicuna_model::tiny::config(), 5000);
-        for world in 1..5 {
-            let counts: Vec<usize> = (0..world).map(|rank| table.owned(rank, world).count()).collect();
-            assert_eq!(counts.iter().sum::<usize>(), table.blocks.len());
-            assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1);
         }
     }
 

@@ -3,9 +3,10 @@
 //! Every rank uploads the blocks that it owns and tells rank 0; rank 0 writes the manifest and tells
 //! everyone. So all ranks know when a checkpoint is complete, and none starts another before that.
 
-use crate::blocks::{BlockTable, owner};
+use crate::blocks::BlockTable;
 use crate::collective::{Collective, CollectiveError, Kind, Tag};
-use crate::state::OwnedBlock;
+use crate::layout::Layout;
+use crate::state::BlockState;
 use crate::step::Engine;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -50,6 +51,7 @@ pub struct Publisher {
     pub runtime: Handle,
     pub collective: Arc<dyn Collective>,
     pub table: Arc<BlockTable>,
+    pub layout: Layout,
     pub training_uid: String,
     pub recipe_digest: String,
     pub generation: u64,
@@ -90,10 +92,10 @@ struct StoredBlock {
 type Verdict = Result<ManifestRef, String>;
 
 impl Snapshot {
-    pub fn take(engine: &Engine, cursor: Cursor) -> Self {
+    pub fn take(engine: &Engine, rank: usize, cursor: Cursor) -> Self {
         let started = Instant::now();
-        let copy = |(index, block): (&usize, &OwnedBlock)| (*index, Bytes::from(block.to_bytes()));
-        let blocks = engine.owned.iter().map(copy).collect();
+        let copy = |index: usize| Some((index, Bytes::from(engine.blocks.get(&index)?.to_bytes())));
+        let blocks = engine.layout.owned(rank).filter_map(copy).collect();
         Self { step: engine.step, updates: engine.updates, cursor, blocks, stall: started.elapsed() }
     }
 }
@@ -179,7 +181,8 @@ impl Publisher {
         for rank in 1..world {
             let payload = self.collective.receive(rank, Tag::new(Kind::Stored, step), cancel)?;
             let stored: Vec<StoredBlock> = decode(&payload, &format!("rank {rank}"))?;
-            let owned = stored.into_iter().filter(|one| owner(one.block, world) == rank);
+            let known = |one: &StoredBlock| one.block < self.table.blocks.len();
+            let owned = stored.into_iter().filter(|one| known(one) && self.layout.owner(one.block) == rank);
             all.extend(owned.map(|one| (one.block, one)));
         }
         if all.len() == self.table.blocks.len() {
@@ -223,16 +226,17 @@ impl Publisher {
 #[derive(Debug)]
 pub struct Loaded {
     pub manifest: Manifest,
-    pub owned: BTreeMap<usize, OwnedBlock>,
+    /// The blocks that were asked for.
+    pub blocks: BTreeMap<usize, BlockState>,
 }
 
-/// Reads and verifies the blocks that `rank` of `world` owns, whatever world wrote them.
+/// Reads and verifies some blocks, whatever world wrote them.
 pub async fn load(
     store: &Store,
     reference: &ManifestRef,
     table: &BlockTable,
     recipe_digest: &str,
-    (rank, world): (usize, usize),
+    blocks: &[usize],
 ) -> Result<Loaded, ManifestError> {
     let manifest = manifest::open(store, reference).await?;
     check_fits(store, reference, &manifest, table, recipe_digest)?;
@@ -240,14 +244,14 @@ pub async fn load(
         let (entry, elements) = (&manifest.blocks[index], table.blocks[index].elements);
         async move {
             let bytes = manifest::load_block(store, entry).await?;
-            let block = OwnedBlock::from_bytes(&bytes, elements);
+            let block = BlockState::from_bytes(&bytes, elements);
             let block = block.ok_or_else(|| unusable(store, reference, "a block has another size"))?;
             Ok::<_, ManifestError>((index, block))
         }
     };
-    let owned = futures::stream::iter(table.owned(rank, world).map(fetch));
-    let owned = owned.buffered(TRANSFERS).try_collect().await?;
-    Ok(Loaded { manifest, owned })
+    let fetched = futures::stream::iter(blocks.iter().copied().map(fetch));
+    let blocks = fetched.buffered(TRANSFERS).try_collect().await?;
+    Ok(Loaded { manifest, blocks })
 }
 
 fn check_fits(

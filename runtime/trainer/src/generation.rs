@@ -6,18 +6,20 @@
 use crate::checkpoint::{self, CheckpointError, Published, Publisher, Snapshot};
 use crate::collective::tcp::Membership;
 use crate::collective::{Collective, CollectiveError, Mesh, Network};
+use crate::layout::{Holders, Layout};
 use crate::prepare::Session;
 use crate::result;
-use crate::state::{OwnedBlock, Weights};
+use crate::state::{BlockState, Weights};
 use crate::step::commit::Wishes;
-use crate::step::{Engine, Peers, StepError, StepReport, unread_limit_bytes};
-use std::collections::BTreeMap;
+use crate::step::{Committed, Engine, Peers, StepError, StepReport, unread_limit_bytes};
+use crate::transfer;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{Cursor, ManifestRef, StoreError};
 use vicuna_model::ModelError;
+use vicuna_protocol::coordinator::MemoryBase;
 
 /// Peers may be fetching their model while this rank waits; the coordinator gives up before this.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(900);
@@ -29,8 +31,12 @@ const BROKEN_LIMIT: u32 = 10;
 pub struct Control {
     /// Every member is ready: train.
     pub go: CancellationToken,
-    /// End together with the others after a step, through a checkpoint.
+    /// End together with the others after a step.
     pub stop: CancellationToken,
+    /// … and this rank will not be in the next generation.
+    pub leave: CancellationToken,
+    /// … and the end is to be kept in the store, because memory will not be enough.
+    pub save: CancellationToken,
     /// End at once.
     pub abort: CancellationToken,
 }
@@ -50,13 +56,47 @@ pub trait Observer: Send + Sync {
 #[derive(Clone, Debug)]
 pub struct Assignment {
     pub membership: Membership,
-    /// Absent: start from the base model.
-    pub base: Option<ManifestRef>,
+    /// Where the members are, by rank: twins sit apart.
+    pub nodes: Vec<String>,
+    pub start: Start,
+    /// Prove that this rank computes what the others do.
+    pub canary: bool,
+}
+
+/// Where a generation starts.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// From the base model.
+    Model,
+    Manifest(ManifestRef),
+    /// From what members hold in memory.
+    Memory {
+        step: u64,
+        base: MemoryBase,
+    },
+}
+
+impl Start {
+    pub fn step(&self) -> u64 {
+        match self {
+            Self::Model => 0,
+            Self::Manifest(manifest) => manifest.step,
+            Self::Memory { step, .. } => *step,
+        }
+    }
+
+    fn manifest(&self) -> Option<&ManifestRef> {
+        match self {
+            Self::Manifest(manifest) => Some(manifest),
+            Self::Model | Self::Memory { .. } => None,
+        }
+    }
 }
 
 #[derive(Debug)]
 pub enum Outcome {
-    /// All members stopped after this step. The manifest is this rank's knowledge of its checkpoint.
+    /// All members stopped after this step. The manifest is this rank's knowledge of its checkpoint, if
+    /// one was written.
     Stopped { step: u64, manifest: Option<ManifestRef> },
     /// Every step is done. On rank 0, the result is in the store.
     Complete { step: u64, manifest: Option<ManifestRef>, result: Option<Finished> },
@@ -108,17 +148,19 @@ impl From<CheckpointError> for GenerationError {
     }
 }
 
-/// Runs to the end of the generation.
+/// Runs to the end of the generation. `memory` is what the rank holds: a generation that starts from
+/// memory goes on from it, and however a generation ends, the state that it came to is left there.
 pub fn run(
     session: &Session,
     network: &Network,
     assignment: &Assignment,
     control: &Control,
     observer: &Arc<dyn Observer>,
+    memory: &mut Option<Engine>,
 ) -> Result<Outcome, GenerationError> {
     // OpenMP keeps this per thread.
     tch::set_num_threads(session.threads);
-    let mut generation = Generation::form(session, network, assignment, control, observer)?;
+    let mut generation = Generation::form(session, network, assignment, control, observer, memory)?;
     let trained = generation.train();
     if trained.is_ok() {
         generation.mesh.leave();
@@ -133,19 +175,16 @@ struct Generation<'a> {
     observer: &'a Arc<dyn Observer>,
     mesh: Arc<Mesh>,
     publisher: Publisher,
-    engine: Engine,
-    /// Where this generation started, already in the store unless it is the base model.
-    base: Option<ManifestRef>,
-    base_step: u64,
+    engine: &'a mut Engine,
+    start: &'a Start,
     upload: Option<Upload>,
-    last_checkpoint: Instant,
     broken: u32,
     loss: f64,
 }
 
-/// A periodic checkpoint on its way.
+/// A periodic checkpoint on its way; its thread says whether it got there.
 struct Upload {
-    thread: JoinHandle<()>,
+    thread: JoinHandle<bool>,
     cancel: CancellationToken,
 }
 
@@ -153,40 +192,30 @@ impl<'a> Generation<'a> {
     fn form(
         session: &'a Session,
         network: &Network,
-        assignment: &Assignment,
+        assignment: &'a Assignment,
         control: &'a Control,
         observer: &'a Arc<dyn Observer>,
+        memory: &'a mut Option<Engine>,
     ) -> Result<Self, GenerationError> {
-        let membership = &assignment.membership;
+        let Assignment { membership, start, .. } = assignment;
         let world = membership.members.len();
         let limit = unread_limit_bytes(&session.table, session.micro_batches(), world);
-        let mesh = Mesh::connect(network, membership, limit, CONNECT_PATIENCE, &control.abort)?;
-        let mesh = Arc::new(mesh);
-        let mut engine = load(session, assignment, control, observer)?;
+        let mesh = Arc::new(Mesh::connect(network, membership, limit, CONNECT_PATIENCE, &control.abort)?);
         let peers = Peers { collective: &*mesh, abort: &control.abort };
-        let base_step = engine.step;
-        engine.gather(base_step, peers)?;
-        let digest = state_digest(&engine, assignment.base.as_ref())?;
-        tracing::info!(
-            generation = membership.generation,
-            rank = membership.rank,
-            world,
-            step = base_step,
-            digest,
-            "ready"
-        );
+        let engine = stand_at_start(session, assignment, peers, observer, memory)?;
+        let digest = state_digest(session, engine, assignment, &control.abort)?;
+        let (generation, rank) = (membership.generation, membership.rank);
+        tracing::info!(generation, rank, world, step = engine.step, digest, "ready");
         observer.ready(&digest);
         Ok(Self {
-            publisher: session.publisher(mesh.clone(), membership.generation),
+            publisher: session.publisher(mesh.clone(), engine.layout.clone(), membership.generation),
             session,
             control,
             observer,
             mesh,
             engine,
-            base: assignment.base.clone(),
-            base_step,
+            start,
             upload: None,
-            last_checkpoint: Instant::now(),
             broken: 0,
             loss: f64::NAN,
         })
@@ -194,22 +223,28 @@ impl<'a> Generation<'a> {
 
     fn train(&mut self) -> Result<Outcome, GenerationError> {
         let steps = self.session.data.steps();
-        let mut stopping = self.wait_for_go()?;
-        while self.engine.step < steps && !stopping {
+        if self.wait_for_go()? {
+            return Ok(Outcome::Stopped { step: self.engine.step, manifest: None });
+        }
+        // Everyone is here: nobody will ask for what others keep now.
+        self.engine.forget_strays(self.mesh.rank());
+        while self.engine.step < steps {
             let report = self.step()?;
-            stopping = report.wishes.stop;
-            let last = stopping || report.step == steps;
+            let last = report.wishes.stop || report.step == steps;
             self.observer.stepped(&report, last);
+            if report.wishes.stop && report.step < steps {
+                return self.stop(&report);
+            }
             if !last && report.wishes.checkpoint && !report.wishes.uploading {
                 self.start_upload();
             }
         }
-        if self.engine.step < steps { self.stop() } else { self.complete() }
+        self.complete()
     }
 
     /// Whether a planned stop came first.
     fn wait_for_go(&self) -> Result<bool, GenerationError> {
-        let Control { go, stop, abort } = self.control;
+        let Control { go, stop, abort, .. } = self.control;
         self.session.runtime.block_on(async {
             tokio::select! {
                 () = go.cancelled() => {}
@@ -242,33 +277,48 @@ impl<'a> Generation<'a> {
     fn wishes(&mut self) -> Wishes {
         let uploading = self.is_uploading();
         let interval = Duration::from_secs(self.session.job.checkpoint.interval_seconds);
-        let due = self.mesh.rank() == 0 && self.last_checkpoint.elapsed() >= interval;
-        Wishes { stop: self.control.stop.is_cancelled(), checkpoint: due, uploading }
+        let due = self.mesh.rank() == 0 && self.engine.saved_at.elapsed() >= interval;
+        let Control { stop, leave, save, .. } = self.control;
+        Wishes {
+            stop: stop.is_cancelled(),
+            checkpoint: due,
+            uploading,
+            leave: leave.is_cancelled(),
+            save: save.is_cancelled(),
+        }
     }
 
     fn is_uploading(&mut self) -> bool {
-        if self.upload.as_ref().is_some_and(|upload| upload.thread.is_finished()) {
-            self.upload = None;
+        if let Some(upload) = self.upload.take_if(|upload| upload.thread.is_finished())
+            && upload.thread.join().unwrap_or(false)
+        {
+            self.engine.saved_at = Instant::now();
         }
         self.upload.is_some()
     }
 
     fn snapshot(&self) -> Snapshot {
         let cursor = self.session.data.cursor(self.engine.step);
-        Snapshot::take(&self.engine, Cursor { epoch: cursor.epoch, offset: cursor.offset })
+        Snapshot::take(self.engine, self.mesh.rank(), Cursor { epoch: cursor.epoch, offset: cursor.offset })
     }
 
     /// Starts a checkpoint that does not hold up the training.
     fn start_upload(&mut self) {
-        self.last_checkpoint = Instant::now();
         let snapshot = self.snapshot();
         let (publisher, observer) = (self.publisher.clone(), self.observer.clone());
         let cancel = self.control.abort.child_token();
         let given_up = cancel.clone();
         let thread = std::thread::spawn(move || match publisher.publish(snapshot, &given_up, &|_| ()) {
-            Ok(published) => observer.checkpointed(&published),
-            Err(CheckpointError::GivenUp) => {}
-            Err(error) => tracing::warn!(%error, "the periodic checkpoint was not written"),
+            Ok(published) => {
+                observer.checkpointed(&published);
+                true
+            }
+            Err(error) => {
+                if !matches!(error, CheckpointError::GivenUp) {
+                    tracing::warn!(%error, "the periodic checkpoint was not written");
+                }
+                false
+            }
         });
         self.upload = Some(Upload { thread, cancel });
     }
@@ -285,18 +335,28 @@ impl<'a> Generation<'a> {
     /// Writes a checkpoint of the present state, unless the base is just that.
     fn save(&mut self) -> Result<Option<ManifestRef>, GenerationError> {
         self.abandon_upload();
-        if self.engine.step == self.base_step && (self.base.is_some() || self.base_step == 0) {
-            return Ok(self.base.clone());
+        let in_store = matches!(self.start, Start::Model | Start::Manifest(_));
+        if self.engine.step == self.start.step() && in_store {
+            return Ok(self.start.manifest().cloned());
         }
         let observer = self.observer;
         let published =
             self.publisher.publish(self.snapshot(), &self.control.abort, &|error| observer.blocked(error))?;
         observer.checkpointed(&published);
+        self.engine.saved_at = Instant::now();
         Ok(Some(published.manifest))
     }
 
-    fn stop(&mut self) -> Result<Outcome, GenerationError> {
-        let manifest = self.save()?;
+    /// The planned end: what is in memory stays there, unless nobody will be left to keep it.
+    fn stop(&mut self, last: &StepReport) -> Result<Outcome, GenerationError> {
+        let nobody_stays = last.leaving.iter().all(|leaves| *leaves);
+        let manifest = if last.wishes.save || nobody_stays {
+            self.save()?
+        } else {
+            let peers = Peers { collective: &*self.mesh, abort: &self.control.abort };
+            transfer::evacuate(self.engine, &last.leaving, peers)?;
+            None
+        };
         Ok(Outcome::Stopped { step: self.engine.step, manifest })
     }
 
@@ -308,26 +368,70 @@ impl<'a> Generation<'a> {
 
     fn write_result(&self) -> Result<Finished, GenerationError> {
         let observer = self.observer;
-        let written = result::write(self.session, &self.engine, &self.control.abort, &|error| observer.blocked(error))?;
+        let written = result::write(self.session, self.engine, &self.control.abort, &|error| observer.blocked(error))?;
         Ok(Finished { uri: written.uri, digest: written.digest, loss: self.loss })
     }
 }
 
-/// The state that the assignment names; waits for the store, if need be.
-fn load(
+/// Brings the state that the assignment names to every rank that is to have it.
+fn stand_at_start<'a>(
     session: &Session,
     assignment: &Assignment,
-    control: &Control,
+    peers: Peers<'_>,
+    observer: &Arc<dyn Observer>,
+    memory: &'a mut Option<Engine>,
+) -> Result<&'a mut Engine, GenerationError> {
+    let rank = assignment.membership.rank;
+    let world = assignment.nodes.len();
+    let (engine, holders, lacking) = match &assignment.start {
+        Start::Model => {
+            let layout = Layout::fresh(&session.table, &assignment.nodes);
+            let engine = memory.insert(from_model(session, layout, rank)?);
+            (engine, Holders::new(), vec![false; world])
+        }
+        Start::Manifest(base) => {
+            // What it holds is not wanted any more, and its room is.
+            *memory = None;
+            let layout = Layout::fresh(&session.table, &assignment.nodes);
+            let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
+            let engine = memory.insert(from_manifest(session, base, layout, rank, peers.abort, observer)?);
+            (engine, holders, vec![true; world])
+        }
+        Start::Memory { step, base } => {
+            let holders = transfer::holders(&base.holdings, *step, session.table.blocks.len());
+            let layout = Layout::new(&holders, &assignment.nodes);
+            let lacking = base.holdings.iter().map(|holding| !holding.weights || holding.step != *step).collect();
+            (from_memory(session, *step, base, layout, memory)?, holders, lacking)
+        }
+    };
+    transfer::spread(engine, &holders, peers)?;
+    engine.gather(peers, &lacking)?;
+    Ok(engine)
+}
+
+fn from_model(session: &Session, layout: Layout, rank: usize) -> Result<Engine, GenerationError> {
+    let weights = session.base_weights()?;
+    let mut engine = engine(session, weights, layout);
+    for block in engine.layout.kept(rank).collect::<Vec<_>>() {
+        let state = BlockState::new(engine.weights.read(&session.table.blocks[block])?);
+        engine.blocks.insert(block, state);
+    }
+    engine.weights_step = Some(0);
+    Ok(engine)
+}
+
+/// Each rank reads what it owns, and twins get it from there; waits for the store, if need be.
+fn from_manifest(
+    session: &Session,
+    base: &ManifestRef,
+    layout: Layout,
+    rank: usize,
+    abort: &CancellationToken,
     observer: &Arc<dyn Observer>,
 ) -> Result<Engine, GenerationError> {
-    let (rank, world) = (assignment.membership.rank, assignment.membership.members.len());
-    let Some(base) = &assignment.base else {
-        let weights = session.base_weights()?;
-        let owned = own_base(session, &weights, rank, world)?;
-        return Ok(engine(session, weights, owned));
-    };
-    let loaded = checkpoint::retry_manifest(&session.runtime, &control.abort, &|error| observer.blocked(error), || {
-        checkpoint::load(&session.store, base, &session.table, &session.recipe_digest, (rank, world))
+    let owned: Vec<usize> = layout.owned(rank).collect();
+    let loaded = checkpoint::retry_manifest(&session.runtime, abort, &|error| observer.blocked(error), || {
+        checkpoint::load(&session.store, base, &session.table, &session.recipe_digest, &owned)
     });
     let loaded = loaded.map_err(|error| match error {
         CheckpointError::Manifest(error) => {
@@ -335,32 +439,62 @@ fn load(
         }
         other => other.into(),
     })?;
-    let weights = Weights::zeros(&session.table, session.device);
-    let mut engine = engine(session, weights, loaded.owned);
+    let mut engine = engine(session, Weights::zeros(&session.table, session.device), layout);
+    engine.blocks = loaded.blocks;
     engine.step = loaded.manifest.step;
     engine.updates = loaded.manifest.updates;
     Ok(engine)
 }
 
-fn own_base(
+/// Goes on from what this rank holds; a step that others have committed is applied first. A newcomer
+/// starts empty.
+fn from_memory<'a>(
     session: &Session,
-    weights: &Weights,
-    rank: usize,
-    world: usize,
-) -> Result<BTreeMap<usize, OwnedBlock>, GenerationError> {
-    let own = |index: usize| Ok((index, OwnedBlock::new(weights.read(&session.table.blocks[index])?)));
-    session.table.owned(rank, world).map(own).collect()
+    step: u64,
+    base: &MemoryBase,
+    layout: Layout,
+    memory: &'a mut Option<Engine>,
+) -> Result<&'a mut Engine, GenerationError> {
+    let committed = Committed { norm: base.norm, updated: base.updated };
+    let kept = memory.take().map(|mut engine| {
+        if engine.step + 1 == step {
+            engine.follow(&session.job.recipe, &session.data, committed);
+        }
+        engine
+    });
+    // A rank that holds something else has nothing to offer, and said so.
+    let kept = kept.filter(|engine| (engine.step, engine.updates) == (step, base.updates));
+    let mut engine = kept.unwrap_or_else(|| {
+        let mut empty = engine(session, Weights::zeros(&session.table, session.device), layout.clone());
+        (empty.step, empty.updates) = (step, base.updates);
+        empty
+    });
+    engine.enter(layout);
+    Ok(memory.insert(engine))
 }
 
-fn engine(session: &Session, weights: Weights, owned: BTreeMap<usize, OwnedBlock>) -> Engine {
+fn engine(session: &Session, weights: Weights, layout: Layout) -> Engine {
     let (config, table) = (session.config.clone(), session.table.clone());
-    Engine::new(config, table, weights, owned, session.data.longest(), session.device)
+    Engine::new(config, table, weights, layout, session.data.longest(), session.device)
 }
 
-/// Equal on ranks that loaded the same: the manifest's digest covers the moments, which are sharded.
-fn state_digest(engine: &Engine, base: Option<&ManifestRef>) -> Result<String, tch::TchError> {
+/// Equal on ranks that stand at the same state and compute alike.
+fn state_digest(
+    session: &Session,
+    engine: &Engine,
+    assignment: &Assignment,
+    abort: &CancellationToken,
+) -> Result<String, GenerationError> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(engine.digest()?.as_bytes());
-    hasher.update(base.map_or("", |base| &base.digest).as_bytes());
+    hasher.update(&engine.step.to_le_bytes());
+    hasher.update(&engine.updates.to_le_bytes());
+    if let Some(manifest) = assignment.start.manifest() {
+        // It covers the moments, which are sharded.
+        hasher.update(manifest.digest.as_bytes());
+    }
+    if assignment.canary {
+        hasher.update(engine.canary(&session.data, abort)?.as_bytes());
+    }
     Ok(hasher.finalize().to_hex().to_string())
 }

@@ -5,8 +5,10 @@
 //! - a generation loads its state ([`checkpoint`]), connects to its peers ([`collective`]) and runs
 //!   steps ([`step`]);
 //! - whatever decides the weights is a pure function of the job and the step: micro-batches
-//!   ([`batch`]), the order of additions ([`tree`]), what state is where ([`blocks`]), the update
-//!   ([`optimizer`], [`schedule`]). So the weights are bit-identical for every number of ranks.
+//!   ([`batch`]), the order of additions ([`tree`]), how the state is cut ([`blocks`]), the update
+//!   ([`optimizer`], [`schedule`]). So the weights are bit-identical for every number of ranks;
+//! - who holds which block ([`layout`]) and runs which micro-batch ([`pace`]) is free, and follows what
+//!   is where and who is fast; between generations state goes from memory to memory ([`transfer`]).
 
 pub mod batch;
 pub mod blocks;
@@ -16,14 +18,17 @@ pub mod collective;
 pub mod coordinator;
 pub mod generation;
 pub mod http;
+pub mod layout;
 pub mod local;
 pub mod metrics;
 pub mod numerics;
 pub mod optimizer;
+pub mod pace;
 pub mod prepare;
 pub mod rank;
 pub mod result;
 pub mod schedule;
 pub mod state;
 pub mod step;
+pub mod transfer;
 pub mod tree;

@@ -5,9 +5,9 @@
 use crate::checkpoint::Published;
 use crate::collective::Network;
 use crate::collective::tcp::{Membership, Peer};
-use crate::generation::{self, Assignment, Control, Finished, Observer, Outcome};
+use crate::generation::{self, Assignment, Control, Finished, GenerationError, Observer, Outcome, Start};
 use crate::prepare::{Place, Session, prepare};
-use crate::step::StepReport;
+use crate::step::{Engine, StepReport};
 use anyhow::{Context, Result, anyhow};
 use serde_json::json;
 use std::path::PathBuf;
@@ -60,29 +60,40 @@ fn url(path: &std::path::Path) -> Result<String> {
     Ok(format!("file://{path}"))
 }
 
-/// Runs all steps on `world` threads.
+/// Runs all steps on `world` threads. A resumed run's generation is the one after its base's.
 pub fn train(session: &Arc<Session>, world: usize, base: Option<ManifestRef>) -> Result<Finished> {
     let go = Control::default();
     go.go.cancel();
     let controls = vec![go; world];
     let observers: Vec<Arc<dyn Observer>> = (0..world).map(|rank| Arc::new(Printer { rank }) as _).collect();
-    let outcomes = generation_on_threads(session, base, &controls, &observers)?;
-    outcomes
-        .into_iter()
-        .find_map(|outcome| match outcome {
-            Outcome::Complete { result, .. } => result,
-            Outcome::Stopped { .. } => None,
-        })
-        .ok_or_else(|| anyhow!("the run ended without a result"))
+    let start = base.map_or(Start::Model, Start::Manifest);
+    let mut memories: Vec<Option<Engine>> = (0..world).map(|_| None).collect();
+    let generation = 1 + generation_of(&start);
+    let outcomes = generation_on_threads(session, generation, &start, &controls, &observers, &mut memories)?;
+    for outcome in outcomes {
+        if let Outcome::Complete { result: Some(result), .. } = outcome? {
+            return Ok(result);
+        }
+    }
+    Err(anyhow!("the run ended without a result"))
 }
 
-/// One generation, each rank in a thread, with its own control and observer.
+fn generation_of(start: &Start) -> u64 {
+    match start {
+        Start::Manifest(base) => base.generation,
+        Start::Model | Start::Memory { .. } => 0,
+    }
+}
+
+/// One generation, each rank in a thread, with its own control, observer and memory.
 pub fn generation_on_threads(
     session: &Arc<Session>,
-    base: Option<ManifestRef>,
+    generation: u64,
+    start: &Start,
     controls: &[Control],
     observers: &[Arc<dyn Observer>],
-) -> Result<Vec<Outcome>> {
+    memories: &mut [Option<Engine>],
+) -> Result<Vec<Result<Outcome, GenerationError>>> {
     let world = controls.len();
     let networks = (0..world).map(|_| Network::listen("127.0.0.1:0")).collect::<std::io::Result<Vec<_>>>()?;
     let member = |(rank, network): (usize, &Network)| Peer {
@@ -90,20 +101,18 @@ pub fn generation_on_threads(
         address: network.address().to_string(),
     };
     let members: Vec<Peer> = networks.iter().enumerate().map(member).collect();
-    let (generation, key) = (base.as_ref().map_or(0, |base| base.generation) + 1, rand::random());
+    let nodes: Vec<String> = members.iter().map(|member| member.name.clone()).collect();
+    let key = rand::random();
     std::thread::scope(|scope| {
-        let rank = |rank: usize| {
+        let mut threads = Vec::with_capacity(world);
+        for (rank, memory) in memories.iter_mut().enumerate() {
             let membership = Membership { generation, rank, members: members.clone(), key };
-            let assignment = Assignment { membership, base: base.clone() };
+            let assignment = Assignment { membership, nodes: nodes.clone(), start: start.clone(), canary: world > 1 };
             let (network, control, observer) = (&networks[rank], &controls[rank], &observers[rank]);
-            scope.spawn(move || generation::run(session, network, &assignment, control, observer))
-        };
-        let threads: Vec<_> = (0..world).map(rank).collect();
-        let joined = threads.into_iter().map(|thread| {
-            let outcome = thread.join().map_err(|_| anyhow!("a rank's thread failed"))?;
-            outcome.map_err(anyhow::Error::from)
-        });
-        joined.collect()
+            let run = move || generation::run(session, network, &assignment, control, observer, memory);
+            threads.push(scope.spawn(run));
+        }
+        threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a rank's thread failed"))).collect()
     })
 }
 

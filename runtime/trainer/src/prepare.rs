@@ -4,6 +4,7 @@ use crate::batch::Dataset;
 use crate::blocks::BlockTable;
 use crate::checkpoint::Publisher;
 use crate::collective::Collective;
+use crate::layout::Layout;
 use crate::state::Weights;
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
@@ -318,12 +319,13 @@ impl Session {
         self.model.lock().tensors.clear();
     }
 
-    pub fn publisher(&self, collective: Arc<dyn Collective>, generation: u64) -> Publisher {
+    pub fn publisher(&self, collective: Arc<dyn Collective>, layout: Layout, generation: u64) -> Publisher {
         Publisher {
             store: self.store.clone(),
             runtime: self.runtime.clone(),
             collective,
             table: self.table.clone(),
+            layout,
             training_uid: self.job.uid.clone(),
             recipe_digest: self.recipe_digest.clone(),
             generation,

@@ -8,10 +8,11 @@ use crate::checkpoint::Published;
 use crate::collective::tcp::{Membership, Peer};
 use crate::collective::{CollectiveError, Network};
 use crate::coordinator::Link;
-use crate::generation::{self, Assignment, Control, GenerationError, Observer, Outcome};
+use crate::generation::{self, Assignment, Control, GenerationError, Observer, Outcome, Start};
 use crate::http::Status;
 use crate::prepare::{self, Place, Session, Trouble};
-use crate::step::StepReport;
+use crate::step::{Engine, StepReport};
+use crate::transfer;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -72,6 +73,8 @@ struct Life {
     session: Option<Arc<Session>>,
     preparing: Option<tokio::task::JoinHandle<Session>>,
     current: Option<Current>,
+    /// What the last generation came to, for the next one to go on from.
+    memory: Option<Engine>,
     /// Manifests that this rank has seen, newest first.
     manifests: Vec<ManifestRef>,
     /// When a terminated rank ends at the latest.
@@ -85,9 +88,15 @@ struct Current {
     thread: Option<JoinHandle<()>>,
     ended: Option<oneshot::Receiver<Ending>>,
     step: Arc<AtomicU64>,
+    /// The coordinator waits to hear that it has ended.
+    stopping: bool,
 }
 
-type Ending = Result<Result<Outcome, GenerationError>, String>;
+struct Ending {
+    /// `Err`: a panic's words.
+    outcome: Result<Result<Outcome, GenerationError>, String>,
+    memory: Option<Engine>,
+}
 
 /// What to do with the process.
 enum Next {
@@ -107,6 +116,7 @@ pub async fn live(parts: Parts, terminated: impl Future<Output = ()>) -> Exit {
         session: None,
         preparing: None,
         current: None,
+        memory: None,
         manifests: Vec::new(),
         ends_at: None,
     };
@@ -157,7 +167,8 @@ async fn ended(current: &mut Option<Current>) -> Ending {
     let Some(ended) = current.as_mut().and_then(|current| current.ended.as_mut()) else {
         return std::future::pending().await;
     };
-    let ending = ended.await.unwrap_or_else(|_| Err("its thread is gone".to_owned()));
+    let gone = |_| Ending { outcome: Err("its thread is gone".to_owned()), memory: None };
+    let ending = ended.await.unwrap_or_else(gone);
     if let Some(current) = current {
         current.ended = None;
     }
@@ -178,6 +189,7 @@ impl Life {
             Heard::Stale(stale) => {
                 tracing::warn!(generation = stale.generation, "this rank's generation is over; starting anew");
                 self.leave();
+                self.memory = None;
                 self.link.start_over();
             }
             Heard::Shutdown(shutdown) => {
@@ -219,6 +231,7 @@ impl Life {
         self.list().await;
         self.status.ready.store(true, Ordering::Relaxed);
         self.link.say(Body::Prepared(wire::Prepared {
+            blocks: session.table.blocks.len() as u32,
             manifests: self.manifests.iter().map(to_wire).collect(),
             micro_batches: session.micro_batches(),
             steps: session.data.steps(),
@@ -251,15 +264,15 @@ impl Life {
         };
         self.leave();
         let former = self.former_thread();
-        self.link.enter(generation, assignment.base.as_ref().map_or(0, |base| base.step));
+        self.link.enter(generation, assignment.start.step());
         self.status.metrics.generation.set(generation as i64);
         tracing::info!(generation, rank = assignment.membership.rank, "called up");
         self.current = Some(self.start(session, assignment, former));
     }
 
-    fn start(&self, session: Arc<Session>, assignment: Assignment, former: Option<JoinHandle<()>>) -> Current {
+    fn start(&mut self, session: Arc<Session>, assignment: Assignment, former: Option<JoinHandle<()>>) -> Current {
         let control = Control::default();
-        let step = Arc::new(AtomicU64::new(assignment.base.as_ref().map_or(0, |base| base.step)));
+        let step = Arc::new(AtomicU64::new(assignment.start.step()));
         let generation = assignment.membership.generation;
         let observer: Arc<dyn Observer> = Arc::new(Reporter {
             link: self.link.clone(),
@@ -272,15 +285,16 @@ impl Life {
         });
         let (end, ended) = oneshot::channel();
         let (network, steering) = (self.network.clone(), control.clone());
+        let mut memory = self.memory.take();
         let thread = std::thread::spawn(move || {
             // Its memory is needed.
             drop(former.map(JoinHandle::join));
-            let run = || generation::run(&session, &network, &assignment, &steering, &observer);
-            let ending = catch_unwind(AssertUnwindSafe(run)).map_err(|panic| words(&*panic));
+            let run = || generation::run(&session, &network, &assignment, &steering, &observer, &mut memory);
+            let outcome = catch_unwind(AssertUnwindSafe(run)).map_err(|panic| words(&*panic));
             // Nobody listens when the rank is ending.
-            drop(end.send(ending));
+            drop(end.send(Ending { outcome, memory }));
         });
-        Current { generation, control, thread: Some(thread), ended: Some(ended), step }
+        Current { generation, control, thread: Some(thread), ended: Some(ended), step, stopping: false }
     }
 
     /// Gives the present generation up; its thread ends soon, without being heard.
@@ -296,27 +310,41 @@ impl Life {
         self.current.as_mut()?.thread.take()
     }
 
+    /// The answer is given once the generation has ended, since only then it is known what is in memory.
     async fn stop(&mut self, stop: &wire::Stop) {
-        tracing::info!(generation = stop.generation, planned = stop.planned, reason = stop.reason, "stop");
-        let running = self.in_generation(stop.generation).filter(|current| current.ended.is_some());
-        if let Some(current) = running {
-            if stop.planned {
-                current.control.stop.cancel();
-                return;
-            }
+        let wire::Stop { generation, planned, reason, leaves, checkpoint, .. } = stop;
+        tracing::info!(generation, planned, reason, leaves, checkpoint, "stop");
+        let running = self.in_generation(*generation).filter(|current| current.ended.is_some());
+        let Some(current) = running else {
+            self.list().await;
+            return self.say_stopped(*generation, Vec::new());
+        };
+        current.stopping = true;
+        if !planned {
             current.control.abort.cancel();
-            current.ended = None;
+            return;
         }
-        self.list().await;
-        self.say_stopped(stop.generation);
+        if *leaves {
+            current.control.leave.cancel();
+        }
+        if *checkpoint {
+            current.control.save.cancel();
+        }
+        current.control.stop.cancel();
     }
 
-    fn say_stopped(&mut self, generation: u64) {
-        let step = self.in_generation(generation).map_or(0, |current| current.step.load(Ordering::Relaxed));
+    fn say_stopped(&mut self, generation: u64, lost: Vec<String>) {
+        let ran = self.in_generation(generation).map_or(0, |current| current.step.load(Ordering::Relaxed));
+        let holding = self.session.as_ref().zip(self.memory.as_ref()).map(|(session, engine)| {
+            let last = engine.last.as_ref().map(|report| progress(session, generation, report, true));
+            wire::Holding { last, ..transfer::holding(engine, &session.data) }
+        });
         self.link.say(Body::Stopped(wire::Stopped {
             generation,
-            step,
+            step: holding.as_ref().map_or(ran, |holding| holding.step),
             manifests: self.manifests.iter().map(to_wire).collect(),
+            holding,
+            lost,
         }));
         if self.ends_at.is_some() {
             let soon = Instant::now() + AFTER_DRAIN;
@@ -328,11 +356,12 @@ impl Life {
         let Some(generation) = self.current.as_ref().map(|current| current.generation) else {
             return Next::Live;
         };
-        match ending {
+        self.memory = ending.memory;
+        match ending.outcome {
             Ok(Ok(Outcome::Stopped { step, manifest })) => {
                 tracing::info!(generation, step, "generation ended");
                 self.learn(manifest);
-                self.say_stopped(generation);
+                self.say_stopped(generation, Vec::new());
             }
             Ok(Ok(Outcome::Complete { step, manifest, result })) => {
                 self.learn(manifest);
@@ -360,11 +389,20 @@ impl Life {
 
     async fn broke(&mut self, generation: u64, error: GenerationError) -> Next {
         match error {
-            GenerationError::Collective(CollectiveError::Aborted) => {}
+            GenerationError::Collective(CollectiveError::Aborted) => {
+                if self.in_generation(generation).is_some_and(|current| current.stopping) {
+                    self.list().await;
+                    self.say_stopped(generation, Vec::new());
+                }
+            }
             GenerationError::Collective(_) | GenerationError::Checkpoint(_) => {
                 tracing::warn!(generation, %error, "the generation broke; waiting for the coordinator");
                 self.list().await;
-                self.say_stopped(generation);
+                let lost = match &error {
+                    GenerationError::Collective(error) => error.lost_peer().map(str::to_owned),
+                    _ => None,
+                };
+                self.say_stopped(generation, lost.into_iter().collect());
             }
             GenerationError::Load { manifest, message } => {
                 tracing::error!(generation, message, "the checkpoint cannot be loaded");
@@ -397,6 +435,7 @@ impl Life {
         self.link.say(Body::Notice(wire::Notice { source: "SIGTERM".to_owned(), deadline_ms }));
         let running = self.current.as_ref().filter(|current| current.ended.is_some());
         let Some(current) = running else { return Next::End(Exit::Done) };
+        current.control.leave.cancel();
         current.control.stop.cancel();
         self.ends_at = Some(Instant::now() + self.grace);
         Next::Live
@@ -418,14 +457,24 @@ async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Sessi
     }
 }
 
+/// `None`: it contradicts itself.
 fn assignment(form: wire::Form) -> Option<Assignment> {
     let rank = form.rank as usize;
+    let nodes: Vec<String> = form.members.iter().map(|member| member.node.clone()).collect();
     let members = form.members.into_iter();
     let members: Vec<Peer> = members.map(|member| Peer { name: member.pod_name, address: member.address }).collect();
     let key = form.key.try_into().ok()?;
+    let start = match (form.memory, form.base) {
+        (Some(base), None) if base.holdings.len() == members.len() => Start::Memory { step: form.base_step, base },
+        (None, Some(base)) => Start::Manifest(from_wire(base)),
+        (None, None) => Start::Model,
+        _ => return None,
+    };
     (rank < members.len()).then(|| Assignment {
         membership: Membership { generation: form.generation, rank, members, key },
-        base: form.base.map(from_wire),
+        nodes,
+        start,
+        canary: form.canary,
     })
 }
 
@@ -448,6 +497,23 @@ fn words(panic: &(dyn Any + Send)) -> String {
 /// libtorch reports an allocation that failed in words only.
 fn is_out_of_memory(message: &str) -> bool {
     ["out of memory", "not enough memory", "can't allocate memory"].iter().any(|words| message.contains(words))
+}
+
+fn progress(session: &Session, generation: u64, report: &StepReport, last_of_generation: bool) -> wire::Progress {
+    wire::Progress {
+        generation,
+        step: report.step,
+        steps: session.data.steps(),
+        epoch: session.data.epochs_done(report.step),
+        loss: report.loss,
+        learning_rate: report.learning_rate,
+        gradient_norm: report.norm,
+        tokens: report.tokens,
+        step_seconds: report.duration.as_secs_f64(),
+        communication_seconds: report.communication.as_secs_f64(),
+        last_of_generation,
+        updated: report.updated,
+    }
 }
 
 /// Passes what happens in a generation on.
@@ -481,19 +547,7 @@ impl Observer for Reporter {
         self.status.metrics.stepped(report);
         let seconds = report.duration.as_secs_f64();
         tracing::info!(step = report.step, loss = report.loss, seconds, tokens = report.tokens, "step");
-        self.say(Body::Progress(wire::Progress {
-            generation: self.generation,
-            step: report.step,
-            steps: self.session.data.steps(),
-            epoch: self.session.data.epochs_done(report.step),
-            loss: report.loss,
-            learning_rate: report.learning_rate,
-            gradient_norm: report.norm,
-            tokens: report.tokens,
-            step_seconds: seconds,
-            communication_seconds: report.communication.as_secs_f64(),
-            last_of_generation,
-        }));
+        self.say(Body::Progress(progress(&self.session, self.generation, report, last_of_generation)));
     }
 
     fn checkpointed(&self, published: &Published) {

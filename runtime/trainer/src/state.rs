@@ -1,5 +1,5 @@
 //! What a rank holds: the compute weights of the whole model, and masters and moments of the blocks
-//! that it owns (ZeRO stage 1, Rajbhandari et al. 2020).
+//! that it owns or is twin of (ZeRO stage 1, Rajbhandari et al. 2020, with one spare copy).
 
 use crate::blocks::{Block, BlockTable};
 use crate::optimizer::{Slot, Update, adamw};
@@ -8,13 +8,13 @@ use tch::{Device, Kind, TchError, Tensor};
 
 /// Master weights and AdamW's moments of one block, in the order of its elements.
 #[derive(Clone, Debug, PartialEq)]
-pub struct OwnedBlock {
+pub struct BlockState {
     pub weights: Vec<f32>,
     pub first: Vec<f32>,
     pub second: Vec<f32>,
 }
 
-impl OwnedBlock {
+impl BlockState {
     /// Fresh moments.
     pub fn new(weights: Vec<f32>) -> Self {
         let zeros = vec![0.0; weights.len()];
@@ -128,12 +128,12 @@ mod tests {
 
     #[test]
     fn a_block_survives_the_store_bit_for_bit() {
-        let mut block = OwnedBlock::new(vec![1.5, -0.0, f32::MIN_POSITIVE / 2.0]);
+        let mut block = BlockState::new(vec![1.5, -0.0, f32::MIN_POSITIVE / 2.0]);
         block.second[1] = 3.25;
         let bytes = block.to_bytes();
-        let back = OwnedBlock::from_bytes(&bytes, 3).unwrap();
+        let back = BlockState::from_bytes(&bytes, 3).unwrap();
         assert_eq!(back.to_bytes(), bytes);
-        assert!(OwnedBlock::from_bytes(&bytes, 2).is_none());
+        assert!(BlockState::from_bytes(&bytes, 2).is_none());
     }
 
     #[test]

@@ -100,12 +100,6 @@ pub fn nodes(leaves: Range<u32>) -> Vec<Node> {
     sum.into_nodes().into_iter().map(|(node, ())| node).collect()
 }
 
-/// The micro-batches of one of `world` ranks: contiguous, all covered, sizes differing by one at most.
-pub fn share(count: u32, world: usize, rank: usize) -> Range<u32> {
-    let bound = |rank: usize| (u64::from(count) * rank as u64 / world as u64) as u32;
-    bound(rank)..bound(rank + 1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,16 +153,6 @@ mod tests {
             cuts.sort_unstable();
             let size = count.next_power_of_two();
             prop_assert_eq!(Some(by_ranks(count, &cuts)), direct(0..size, count));
-        }
-
-        #[test]
-        fn shares_cover_everything_evenly(count in 0u32..100, world in 1usize..12) {
-            let shares: Vec<_> = (0..world).map(|rank| share(count, world, rank)).collect();
-            prop_assert_eq!(shares[0].start, 0);
-            prop_assert_eq!(shares[world - 1].end, count);
-            prop_assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start));
-            let sizes = || shares.iter().map(|share| share.len());
-            prop_assert!(sizes().max().unwrap() - sizes().min().unwrap() <= 1);
         }
     }
 

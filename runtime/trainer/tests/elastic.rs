@@ -6,16 +6,22 @@ mod support;
 
 use parking_lot::Mutex;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 use support::{Fixture, STEPS, url};
 use tch::Device;
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
+use vicuna_protocol::coordinator::MemoryBase;
 use vicuna_protocol::job::TrainingJob;
 use vicuna_trainer::checkpoint::Published;
-use vicuna_trainer::generation::{Control, Finished, Observer, Outcome};
+use vicuna_trainer::collective::tcp::{Membership, Peer};
+use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
+use vicuna_trainer::generation::{Control, Finished, GenerationError, Observer, Outcome, Start};
 use vicuna_trainer::local::generation_on_threads;
 use vicuna_trainer::prepare::{Place, Session, prepare};
-use vicuna_trainer::step::StepReport;
+use vicuna_trainer::step::commit::Wishes;
+use vicuna_trainer::step::{Committed, Engine, Peers, StepReport};
+use vicuna_trainer::transfer;
 
 fn manifests(fixture: &Fixture, session: &Session) -> Vec<ManifestRef> {
     fixture.runtime.block_on(session.manifests()).unwrap()
@@ -56,24 +62,72 @@ impl Observer for Watch {
 struct Run {
     outcomes: Vec<Outcome>,
     watches: Vec<Arc<Watch>>,
+    memories: Vec<Option<Engine>>,
 }
 
-/// One generation; `stop_after` is the last rank's wish alone.
+/// How a generation is to end.
+#[derive(Clone, Copy)]
+enum End {
+    Complete,
+    /// The last rank wishes it, with a checkpoint.
+    Saved(u64),
+    /// The last rank leaves.
+    Left(u64),
+    /// The last rank wishes it, and everybody stays.
+    Paused(u64),
+}
+
+/// One generation from the base model or a checkpoint.
 fn generation(session: &Arc<Session>, world: usize, base: Option<ManifestRef>, stop_after: Option<u64>) -> Run {
-    let watches: Vec<Arc<Watch>> = (0..world)
-        .map(|rank| {
-            let control = Control::default();
-            control.go.cancel();
-            let stop_after = stop_after.filter(|_| rank == world - 1);
-            Arc::new(Watch { stop_after, control, ..Watch::default() })
-        })
-        .collect();
+    let number = base.as_ref().map_or(0, |base| base.generation) + 1;
+    let start = base.map_or(Start::Model, Start::Manifest);
+    let memories = (0..world).map(|_| None).collect();
+    continued(session, number, &start, memories, stop_after.map_or(End::Complete, End::Saved))
+}
+
+fn continued(session: &Arc<Session>, number: u64, start: &Start, memories: Vec<Option<Engine>>, end: End) -> Run {
+    let mut memories = memories;
+    let world = memories.len();
+    let watches: Vec<Arc<Watch>> = (0..world).map(|rank| Arc::new(watch(start, end, rank == world - 1))).collect();
     let controls: Vec<Control> = watches.iter().map(|watch| watch.control.clone()).collect();
     let observers: Vec<Arc<dyn Observer>> = watches.iter().map(|watch| watch.clone() as _).collect();
-    let outcomes = generation_on_threads(session, base, &controls, &observers).unwrap();
+    let outcomes = generation_on_threads(session, number, start, &controls, &observers, &mut memories).unwrap();
+    let outcomes = outcomes.into_iter().map(Result::unwrap).collect();
     let ready: Vec<_> = watches.iter().map(|watch| watch.ready.lock().clone().unwrap()).collect();
     assert!(ready.iter().all(|digest| *digest == ready[0]), "{ready:?}");
-    Run { outcomes, watches }
+    Run { outcomes, watches, memories }
+}
+
+fn watch(start: &Start, end: End, last: bool) -> Watch {
+    let watch = Watch::default();
+    watch.control.go.cancel();
+    let stop_after = match end {
+        End::Saved(step) | End::Left(step) | End::Paused(step) if last => Some(step),
+        _ => None,
+    };
+    if stop_after == Some(start.step() + 1) {
+        watch.control.stop.cancel();
+    }
+    match end {
+        End::Saved(_) if last => watch.control.save.cancel(),
+        End::Left(_) if last => watch.control.leave.cancel(),
+        _ => {}
+    }
+    Watch { stop_after, ..watch }
+}
+
+/// What the coordinator says to the owners of these memories.
+fn from_memory(session: &Session, memories: &[Option<Engine>]) -> Start {
+    let holdings: Vec<_> = memories
+        .iter()
+        .map(|memory| memory.as_ref().map(|engine| transfer::holding(engine, &session.data)).unwrap_or_default())
+        .collect();
+    let step = holdings.iter().map(|holding| holding.step).max().unwrap();
+    let ahead = memories.iter().flatten().find(|engine| engine.step == step).unwrap();
+    let Committed { norm, updated } = ahead.committed;
+    let covered = transfer::holders(&holdings, step, session.table.blocks.len());
+    assert!(covered.iter().all(|holding| !holding.is_empty()), "every block is with somebody");
+    Start::Memory { step, base: MemoryBase { updates: ahead.updates, norm, updated, holdings } }
 }
 
 impl Run {
@@ -183,11 +237,21 @@ fn a_damaged_checkpoint_is_refused_by_name_and_the_older_one_serves() {
     let go = Control::default();
     go.go.cancel();
     let observer: Arc<dyn Observer> = Arc::new(Watch::default());
-    let refused = generation_on_threads(&session, Some(newer), &[go], &[observer]).unwrap_err();
+    let refused = attempt(&session, newer, go, observer).unwrap_err();
     assert!(refused.to_string().contains(damaged.as_str()), "{refused}");
 
     let undisturbed = generation(&fixture.session(fixture.job("plain")), 1, None, None);
     assert_eq!(generation(&session, 2, Some(older), None).result().digest, undisturbed.result().digest);
+}
+
+fn attempt(
+    session: &Arc<Session>,
+    base: ManifestRef,
+    control: Control,
+    observer: Arc<dyn Observer>,
+) -> Result<Outcome, GenerationError> {
+    let start = Start::Manifest(base);
+    generation_on_threads(session, 9, &start, &[control], &[observer], &mut [None]).unwrap().remove(0)
 }
 
 #[test]
@@ -200,7 +264,7 @@ fn a_checkpoint_of_another_recipe_is_not_taken() {
     let go = Control::default();
     go.go.cancel();
     let observer: Arc<dyn Observer> = Arc::new(Watch::default());
-    let refused = generation_on_threads(&fixture.session(job), Some(manifest), &[go], &[observer]).unwrap_err();
+    let refused = attempt(&fixture.session(job), manifest, go, observer).unwrap_err();
     assert!(refused.to_string().contains("another recipe"), "{refused}");
 }
 
@@ -211,11 +275,15 @@ fn abort_ends_all_ranks_without_a_checkpoint() {
     let controls = vec![Control::default(), Control::default()];
     let observers: Vec<Arc<dyn Observer>> = (0..2).map(|_| Arc::new(Watch::default()) as _).collect();
     std::thread::scope(|scope| {
-        let run = scope.spawn(|| generation_on_threads(&session, None, &controls, &observers));
+        let mut memories = [None, None];
+        let (controls, observers, session) = (&controls, &observers, &session);
+        let run = scope.spawn(move || {
+            generation_on_threads(session, 1, &Start::Model, controls, observers, &mut memories).unwrap()
+        });
         // Rank 0 trains and waits for rank 1, which never gets its Go.
         controls[0].go.cancel();
         controls.iter().for_each(|control| control.abort.cancel());
-        assert!(run.join().unwrap().is_err());
+        assert!(run.join().unwrap().iter().all(Result::is_err));
     });
     assert!(manifests(&fixture, &session).is_empty());
 }
@@ -258,4 +326,170 @@ fn bad_input_is_named_with_its_cause() {
     let deadline = Duration::from_secs(30);
     let corrected = fixture.runtime.block_on(async { tokio::time::timeout(deadline, prepare(job, place)).await });
     assert!(corrected.unwrap().is_ok());
+}
+
+#[test]
+fn state_goes_from_memory_to_memory_and_leaves_no_trace_in_the_weights() {
+    let fixture = Fixture::new();
+    let undisturbed = generation(&fixture.session(fixture.job("undisturbed")), 1, None, None);
+    let session = fixture.session(fixture.job("disturbed"));
+
+    // Three ranks, of which one leaves; two; five, of which three are newcomers; and then four.
+    let first = continued(&session, 1, &Start::Model, vec![None, None, None], End::Left(2));
+    let mut memories = first.memories;
+    memories.truncate(2);
+    let second = continued(&session, 2, &from_memory(&session, &memories), memories, End::Paused(3));
+    let mut memories = second.memories;
+    memories.extend([None, None, None]);
+    let third = continued(&session, 3, &from_memory(&session, &memories), memories, End::Left(5));
+    assert!(manifests(&fixture, &session).is_empty(), "nothing went through the store");
+    assert!(third.outcomes.iter().all(|outcome| matches!(outcome, Outcome::Stopped { step: 5, manifest: None })));
+    let mut memories = third.memories;
+    memories.truncate(4);
+    let last = continued(&session, 4, &from_memory(&session, &memories), memories, End::Complete);
+    assert_eq!(last.result().digest, undisturbed.result().digest);
+
+    let losses = |run: &Run| run.watches[0].losses.lock().clone();
+    assert_eq!(losses(&last), losses(&undisturbed)[5..], "losses are the same bits, too");
+}
+
+/// The first generation of four ranks, of which some leave after the first step.
+fn left_by(session: &Arc<Session>, leavers: usize) -> (Vec<Outcome>, Vec<Option<Engine>>) {
+    let controls: Vec<Control> = (0..4).map(|_| Control::default()).collect();
+    controls.iter().for_each(|control| control.go.cancel());
+    controls[..leavers].iter().for_each(|control| control.leave.cancel());
+    controls[0].stop.cancel();
+    let observers: Vec<Arc<dyn Observer>> = (0..4).map(|_| Arc::new(Watch::default()) as _).collect();
+    let mut memories: Vec<Option<Engine>> = (0..4).map(|_| None).collect();
+    let outcomes = generation_on_threads(session, 1, &Start::Model, &controls, &observers, &mut memories).unwrap();
+    (outcomes.into_iter().map(Result::unwrap).collect(), memories)
+}
+
+#[test]
+fn several_ranks_may_leave_at_once() {
+    let fixture = Fixture::new();
+    let undisturbed = generation(&fixture.session(fixture.job("undisturbed")), 1, None, None).result().digest.clone();
+    let session = fixture.session(fixture.job("disturbed"));
+    let (outcomes, mut memories) = left_by(&session, 3);
+    assert!(outcomes.iter().all(|one| matches!(one, Outcome::Stopped { step: 1, manifest: None })), "{outcomes:?}");
+    // Only the last one stays, and has everything.
+    let rest = vec![memories.pop().unwrap()];
+    let start = from_memory(&session, &rest);
+    assert_eq!(continued(&session, 2, &start, rest, End::Complete).result().digest, undisturbed);
+}
+
+#[test]
+fn when_everybody_leaves_the_store_keeps_the_state() {
+    let fixture = Fixture::new();
+    let session = fixture.session(fixture.job("bucket"));
+    for outcome in left_by(&session, 4).0 {
+        assert!(matches!(outcome, Outcome::Stopped { step: 1, manifest: Some(manifest) } if manifest.step == 1));
+    }
+}
+
+/// Loses its peer at a chosen message.
+struct Breaks<'a> {
+    mesh: &'a Mesh,
+    at: Option<(Kind, u64)>,
+    /// Commits that have arrived anywhere.
+    commits: &'a AtomicUsize,
+}
+
+impl Collective for Breaks<'_> {
+    fn rank(&self) -> usize {
+        self.mesh.rank()
+    }
+
+    fn world(&self) -> usize {
+        self.mesh.world()
+    }
+
+    fn send(&self, to: usize, tag: Tag, payload: &[u8]) -> Result<(), CollectiveError> {
+        self.mesh.send(to, tag, payload)
+    }
+
+    fn receive(
+        &self,
+        from: usize,
+        tag: Tag,
+        cancel: &tokio_util::sync::CancellationToken,
+    ) -> Result<Vec<u8>, CollectiveError> {
+        if self.at == Some((tag.kind, tag.step)) {
+            return Err(CollectiveError::Lost { peer: format!("rank {from}"), detail: "the test".to_owned() });
+        }
+        let received = self.mesh.receive(from, tag, cancel)?;
+        self.commits.fetch_add(usize::from(tag.kind == Kind::Commit), Ordering::SeqCst);
+        Ok(received)
+    }
+}
+
+/// One more step of these ranks; the last one breaks at `at`.
+fn broken_step(session: &Session, memories: &mut [Option<Engine>], at: Kind) {
+    let world = memories.len();
+    let networks: Vec<Network> = (0..world).map(|_| Network::listen("127.0.0.1:0").unwrap()).collect();
+    let peer = |network: &Network| Peer { name: "peer".to_owned(), address: network.address().to_string() };
+    let members: Vec<Peer> = networks.iter().map(peer).collect();
+    let abort = tokio_util::sync::CancellationToken::new();
+    let commits = AtomicUsize::new(0);
+    // Nobody goes before the others have what was still sent to them.
+    let sent = if at == Kind::Commit { (world - 1) * (world - 1) } else { 0 };
+    std::thread::scope(|scope| {
+        for (rank, memory) in memories.iter_mut().enumerate() {
+            let (members, network, abort, commits) = (members.clone(), &networks[rank], &abort, &commits);
+            scope.spawn(move || {
+                let engine = memory.as_mut().unwrap();
+                let membership = Membership { generation: 7, rank, members, key: [7; 32] };
+                let mesh = Mesh::connect(network, &membership, 1 << 30, Duration::from_secs(30), abort).unwrap();
+                let at = (rank == world - 1).then_some((at, engine.step + 1));
+                let collective = Breaks { mesh: &mesh, at, commits };
+                let peers = Peers { collective: &collective, abort };
+                let made = engine.advance(&session.job.recipe, &session.data, peers, Wishes::default());
+                assert!(rank < world - 1 || made.is_err());
+                let deadline = Instant::now() + Duration::from_secs(60);
+                while commits.load(Ordering::SeqCst) < sent {
+                    assert!(Instant::now() < deadline, "the others do not commit");
+                    std::thread::yield_now();
+                }
+                if rank == world - 1 {
+                    abort.cancel();
+                }
+            });
+        }
+    });
+}
+
+fn steps_of(memories: &[Option<Engine>]) -> Vec<u64> {
+    memories.iter().flatten().map(|engine| engine.step).collect()
+}
+
+#[test]
+fn a_rank_that_missed_the_commit_follows_those_who_have_it() {
+    let fixture = Fixture::new();
+    let undisturbed = generation(&fixture.session(fixture.job("undisturbed")), 1, None, None).result().digest.clone();
+    let session = fixture.session(fixture.job("disturbed"));
+    for survivors in [0..2, 0..3, 1..3] {
+        let mut memories = continued(&session, 1, &Start::Model, vec![None, None, None], End::Paused(2)).memories;
+        // The last rank sends its own commit, and does not get the others'.
+        broken_step(&session, &mut memories, Kind::Commit);
+        assert_eq!(steps_of(&memories), [3, 3, 2]);
+        let rest: Vec<_> = memories.drain(survivors).collect();
+        let start = from_memory(&session, &rest);
+        assert_eq!(start.step(), 3, "a step that anybody committed is not lost");
+        assert_eq!(continued(&session, 2, &start, rest, End::Complete).result().digest, undisturbed);
+    }
+}
+
+#[test]
+fn a_step_that_nobody_committed_is_made_again() {
+    let fixture = Fixture::new();
+    let undisturbed = generation(&fixture.session(fixture.job("undisturbed")), 1, None, None).result().digest.clone();
+    let session = fixture.session(fixture.job("disturbed"));
+    let mut memories = continued(&session, 1, &Start::Model, vec![None, None], End::Paused(2)).memories;
+    // Without the gradients that it is twin of the last rank cannot vouch for them.
+    broken_step(&session, &mut memories, Kind::Gradient);
+    assert_eq!(steps_of(&memories), [2, 2]);
+    let survivor = vec![memories.remove(0)];
+    let start = from_memory(&session, &survivor);
+    assert_eq!(start.step(), 2);
+    assert_eq!(continued(&session, 2, &start, survivor, End::Complete).result().digest, undisturbed);
 }

@@ -1,6 +1,6 @@
 //! What follows from what is known: one function for each state of design.md's table.
 
-use super::{Body, Effect, Happening, Membership, Millis, PodUid, State};
+use super::{Body, Effect, Formation, Happening, Membership, Millis, PodUid, Stages, State};
 use crate::coordinator::manifest::{Base, extend_history};
 use crate::coordinator::record::{Member, Record};
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,7 +43,7 @@ impl Membership {
         let members = self.members().to_vec();
         let here = |member: &&Member| answered.contains(&member.pod_uid);
         if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
-            self.interrupt();
+            self.interrupt(now);
             self.collect(now, false, "a rank went while there was no leader".to_owned(), 0);
             return true;
         }
@@ -79,7 +79,7 @@ impl Membership {
             self.state = State::Held { not_before, enough_since: Some(since), eager };
             return false;
         }
-        self.plan(candidates);
+        self.plan(now, candidates);
         true
     }
 
@@ -104,10 +104,12 @@ impl Membership {
             .enumerate()
             .map(|(rank, member)| (member.pod_uid.as_str(), rank))
             .collect();
+        let class = self.numerics_class();
         let mut fit: Vec<_> = self
             .ranks
             .iter()
             .filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod))
+            .filter(|(_, rank)| rank.numerics_class == class)
             .map(|(pod, rank)| {
                 let place = former.get(pod.as_str()).copied().unwrap_or(usize::MAX);
                 (self.departure(pod).is_some(), place, rank.order, pod)
@@ -118,11 +120,23 @@ impl Membership {
     }
 
     /// Plan: chooses the base and has the record swapped. No rank hears of it before that is done.
-    fn plan(&mut self, candidates: Vec<PodUid>) {
+    fn plan(&mut self, now: Millis, candidates: Vec<PodUid>) {
         let generation = self.generation();
         let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
-        let base = self.manifests.newest_valid(generation, history).cloned();
-        let base_step = base.as_ref().map_or(0, |manifest| manifest.step);
+        let mut base = self.manifests.newest_valid(generation, history).cloned();
+        let mut base_step = base.as_ref().map_or(0, |manifest| manifest.step);
+        let mut with_leavers = candidates.clone();
+        let memory = self.memory_base(&candidates).or_else(|| {
+            // Those who leave are still here: they come along for a step, and hand over what only they have.
+            with_leavers.extend(self.leavers_with_memory(now, &candidates));
+            self.memory_base(&with_leavers)
+        });
+        let memory = memory.filter(|(step, _)| *step >= base_step);
+        let memory = memory.map(|(step, memory)| {
+            (base, base_step) = (None, step);
+            memory
+        });
+        let members = if memory.is_some() { with_leavers } else { candidates };
         let mut history = history.to_vec();
         extend_history(&mut history, Base { generation: generation + 1, step: base_step });
         let lost = self.step.saturating_sub(base_step);
@@ -133,14 +147,18 @@ impl Membership {
         self.step = base_step;
         let record = Record {
             generation: generation + 1,
-            members: candidates.iter().filter_map(|pod| self.member(pod)).collect(),
+            members: members.iter().filter_map(|pod| self.member(pod)).collect(),
             base_step,
             base,
+            in_memory: memory.is_some(),
+            numerics_class: self.numerics_class(),
             history,
             finish: None,
         };
+        let newcomers = memory.as_ref().is_none_or(|memory| memory.holdings.iter().any(|it| it.blocks.is_empty()));
+        let canary = newcomers && record.members.len() > 1;
         self.effects.push(Effect::WriteRecord(record.clone()));
-        self.state = State::Planning(record);
+        self.state = State::Planning(Formation { record, memory, canary });
     }
 
     fn member(&self, pod: &str) -> Option<Member> {
@@ -153,16 +171,22 @@ impl Membership {
     }
 
     /// The record is in place: tells its members.
-    pub(super) fn move_to(&mut self, now: Millis, record: Record) {
+    pub(super) fn move_to(&mut self, now: Millis, formation: Formation) {
         for rank in self.ranks.values_mut() {
             rank.step = None;
+            rank.holding = None;
+            rank.reported_lost = false;
+        }
+        let record = &formation.record;
+        if self.interrupted {
+            self.recovery.agreed = Some(now);
         }
         self.happened(Happening::Formed {
             generation: record.generation,
             members: record.members.len(),
             base_step: record.base_step,
         });
-        self.effects.push(Effect::Form(record));
+        self.effects.push(Effect::Form(formation));
         self.state = State::Moving { since: now, ready: BTreeMap::new() };
     }
 
@@ -179,6 +203,7 @@ impl Membership {
                 return self.go(now);
             }
             self.fruitless += 1;
+            self.keep_out_who_differs(ready);
             self.happened(Happening::StateMismatch { generation: self.generation() });
             self.collect(now, false, "ranks loaded different states".to_owned(), 0);
             return true;
@@ -199,7 +224,7 @@ impl Membership {
             return Some("the training is suspended".to_owned());
         }
         if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
-            self.interrupt();
+            self.interrupt(now);
             return Some("a rank is gone".to_owned());
         }
         let absent = |member: &Member| {
@@ -210,19 +235,25 @@ impl Membership {
             return Some("a rank is out of reach".to_owned());
         }
         let leaver = members.iter().find(|member| self.leaves_in_a_hurry(&member.pod_uid))?;
-        self.interrupt();
+        self.interrupt(now);
         Some(self.why_it_leaves(leaver))
     }
 
     /// From here on time counts as recovery.
-    fn interrupt(&mut self) {
-        self.interrupted |= self.progress.is_some();
+    fn interrupt(&mut self, now: Millis) {
+        if self.progress.is_some() && !self.interrupted {
+            self.interrupted = true;
+            self.recovery = Stages { detected: Some(now), ..Stages::default() };
+        }
     }
 
     fn go(&mut self, now: Millis) -> bool {
         let generation = self.generation();
         for member in self.members().to_vec() {
             self.send(&member.pod_uid, Body::Go(wire::Go { generation }));
+        }
+        if self.interrupted {
+            self.recovery.restored = Some(now);
         }
         self.state = State::Steady { since: now, progressed: false };
         true
@@ -231,12 +262,12 @@ impl Membership {
     fn steady(&mut self, now: Millis, since: Millis, progressed: bool) -> bool {
         let members = self.members().to_vec();
         if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
-            self.interrupt();
+            self.interrupt(now);
             self.collect(now, false, "a rank is gone".to_owned(), 0);
             return true;
         }
         if self.is_stalled(now, since) {
-            self.interrupt();
+            self.interrupt(now);
             self.suspect_laggards(now, &members);
             self.collect(now, false, "no step was made in time".to_owned(), 0);
             return true;
@@ -254,7 +285,7 @@ impl Membership {
         let target = self.target?;
         let leaver = members.iter().find(|member| self.leaves_in_a_hurry(&member.pod_uid));
         if let Some(leaver) = leaver {
-            self.interrupt();
+            self.interrupt(now);
             return Some((self.why_it_leaves(leaver), self.earliest_deadline(members)));
         }
         if target.suspend {
@@ -382,12 +413,27 @@ impl Membership {
     }
 
     fn send_stop(&mut self, planned: bool, reason: &str, deadline_ms: Millis, answered: &BTreeSet<PodUid>) {
-        let stop = wire::Stop { generation: self.generation(), planned, reason: reason.to_owned(), deadline_ms };
         let members = self.record.as_ref().map_or(Vec::new(), |record| record.members.clone());
         for member in members {
             if !answered.contains(&member.pod_uid) {
-                self.send(&member.pod_uid, Body::Stop(stop.clone()));
+                let stop = self.stop_for(&member.pod_uid, planned, reason, deadline_ms);
+                self.send(&member.pod_uid, Body::Stop(stop));
             }
+        }
+    }
+
+    /// Memory is enough for a change as long as enough ranks stay to hold it.
+    pub(super) fn stop_for(&self, pod: &str, planned: bool, reason: &str, deadline_ms: Millis) -> wire::Stop {
+        let staying = self.candidates();
+        let suspend = self.target.is_some_and(|target| target.suspend);
+        let checkpoint = suspend || staying.len() < self.target.map_or(1, |target| target.min.max(1));
+        wire::Stop {
+            generation: self.generation(),
+            planned,
+            reason: reason.to_owned(),
+            deadline_ms,
+            checkpoint,
+            leaves: !staying.iter().any(|stays| stays == pod),
         }
     }
 
@@ -401,13 +447,14 @@ impl Membership {
             .collect();
         let (gone, waiting): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|pod| self.is_gone(pod));
         if planned && !waiting.is_empty() && !gone.is_empty() {
-            self.interrupt();
+            self.interrupt(now);
             return self.cut_short(now, "a rank went during the planned stop");
         }
         if waiting.is_empty() {
             return self.disband(now);
         }
-        if now < limit || (planned && self.store_is_in_the_way(&waiting)) {
+        let given_up = !planned && self.are_lost(now, limit, &waiting);
+        if (now < limit && !given_up) || (planned && self.store_is_in_the_way(&waiting)) {
             return false;
         }
         if planned {
@@ -417,6 +464,13 @@ impl Membership {
             self.suspect(now, &pod);
         }
         self.disband(now)
+    }
+
+    /// Whom peers have lost, and who does not answer us either, is not waited for to the end.
+    fn are_lost(&self, now: Millis, limit: Millis, waiting: &[PodUid]) -> bool {
+        let since = limit.saturating_sub(self.limits.collect_ms);
+        let lost = |pod: &PodUid| self.ranks.get(pod).is_none_or(|rank| rank.reported_lost);
+        now >= since.saturating_add(self.limits.lost_ms) && waiting.iter().all(lost)
     }
 
     /// A checkpoint that cannot be written is waited for, unless somebody is about to go.

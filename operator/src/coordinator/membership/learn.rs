@@ -1,10 +1,12 @@
 //! What an event says. Nothing here decides; see `advance.rs`.
 
 use super::rank::Rank;
-use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, State};
+use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, Stages, State};
 use crate::coordinator::manifest::Manifest;
 use crate::coordinator::record::{Finish, Record};
-use crate::coordinator::report::{Blockage, CheckpointReport, Happening, PodUid, RankFailure, StepReport};
+use crate::coordinator::report::{
+    Blockage, CheckpointReport, Happening, PodUid, RankFailure, RecoveryPhases, StepReport,
+};
 use std::collections::BTreeMap;
 use vicuna_protocol::coordinator as wire;
 use vicuna_protocol::coordinator::rank_message::Body as Said;
@@ -92,7 +94,8 @@ impl Membership {
                 self.send(pod, Body::Go(wire::Go { generation }));
             }
             State::Collecting { planned, deadline, reason, answered, .. } if !answered.contains(pod) => {
-                let stop = wire::Stop { generation, planned: *planned, reason: reason.clone(), deadline_ms: *deadline };
+                let (planned, reason, deadline) = (*planned, reason.clone(), *deadline);
+                let stop = self.stop_for(pod, planned, &reason, deadline);
                 self.send(pod, Body::Stop(stop));
             }
             _ => {}
@@ -118,12 +121,18 @@ impl Membership {
             suspect_since: None,
             step: None,
             noticed: false,
+            holding: None,
+            reported_lost: false,
+            numerics_class: String::new(),
+            mismatched: false,
         });
         rank.connected = true;
         rank.away_since = None;
         rank.address.clone_from(&hello.peer_address);
         rank.suspect_since = None;
+        rank.numerics_class.clone_from(&hello.numerics_class);
         if hello.generation == 0 {
+            rank.holding = None;
             rank.prepared = false;
             rank.blocked = None;
         }
@@ -153,6 +162,9 @@ impl Membership {
         self.manifests.learn(prepared.manifests.into_iter().map(Manifest::from));
         if prepared.micro_batches > 0 {
             self.micro_batches = Some(prepared.micro_batches as usize);
+        }
+        if prepared.blocks > 0 {
+            self.blocks = Some(prepared.blocks as usize);
         }
         self.steps = self.steps.max(prepared.steps);
         if let Some(rank) = self.ranks.get_mut(pod) {
@@ -205,7 +217,8 @@ impl Membership {
             self.interrupted = false;
             let after_ms = now.saturating_sub(self.last_step_at);
             self.counters.last_recovery_ms = Some(after_ms);
-            self.happened(Happening::Recovered { after_ms });
+            let phases = self.recovery_phases(now);
+            self.happened(Happening::Recovered { after_ms, phases });
         }
         self.step = report.step;
         self.steps = self.steps.max(report.steps);
@@ -256,14 +269,42 @@ impl Membership {
         }
         self.unblock(pod);
         self.manifests.learn(said.manifests.into_iter().map(Manifest::from));
+        if let Some(last) = said.holding.as_ref().and_then(|holding| holding.last.as_ref()) {
+            // Its own report of the step may never have been sent.
+            self.progressed(now, pod, last);
+        }
         self.step = self.step.max(said.step);
+        for lost in &said.lost {
+            self.lost(lost);
+        }
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.prepared = true;
+            rank.reported_lost = false;
+            rank.holding = said.holding;
         }
         if !matches!(self.state, State::Collecting { .. }) {
             self.collect(now, false, "a rank lost its peers".to_owned(), 0);
         }
         self.answered(pod);
+    }
+
+    fn lost(&mut self, pod_name: &str) {
+        for rank in self.ranks.values_mut().filter(|rank| rank.pod_name == pod_name) {
+            rank.reported_lost = true;
+        }
+    }
+
+    fn recovery_phases(&mut self, now: Millis) -> RecoveryPhases {
+        let Stages { detected, agreed, restored } = std::mem::take(&mut self.recovery);
+        let detected = detected.unwrap_or(now);
+        let agreed = agreed.unwrap_or(now).max(detected);
+        let restored = restored.unwrap_or(now).max(agreed);
+        RecoveryPhases {
+            detect: detected.saturating_sub(self.last_step_at),
+            agree: agreed - detected,
+            restore: restored - agreed,
+            step: now.saturating_sub(restored),
+        }
     }
 
     fn answered(&mut self, pod: &str) {
@@ -380,9 +421,9 @@ impl Membership {
 
     fn record_written(&mut self, now: Millis) {
         match std::mem::replace(&mut self.state, State::held(now)) {
-            State::Planning(record) => {
-                self.record = Some(record.clone());
-                self.move_to(now, record);
+            State::Planning(formation) => {
+                self.record = Some(formation.record.clone());
+                self.move_to(now, formation);
             }
             State::Finishing(record) => {
                 if let Some(finish) = &record.finish {
@@ -396,7 +437,8 @@ impl Membership {
 
     fn record_conflict(&mut self, now: Millis, current: Option<Record>) {
         let planned = match &self.state {
-            State::Planning(record) | State::Finishing(record) => Some(record.clone()),
+            State::Planning(formation) => Some(formation.record.clone()),
+            State::Finishing(record) => Some(record.clone()),
             _ => return,
         };
         if current == planned {

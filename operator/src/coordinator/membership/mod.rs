@@ -5,10 +5,11 @@
 //! (`advance.rs`). So no transition depends on which of two events came first, and a lost or repeated
 //! event does no harm: the next tick decides the same.
 //!
-//! In this version every change goes through a checkpoint: the base of a generation is always a
-//! manifest in the bucket, or the base model.
+//! A generation starts from what ranks hold in memory wherever every block has a holder (`base.rs`);
+//! else from the newest manifest in the bucket, or the base model.
 
 mod advance;
+mod base;
 mod learn;
 mod rank;
 #[cfg(test)]
@@ -41,6 +42,8 @@ pub struct Limits {
     pub first_hello_ms: Millis,
     /// Answers to an unplanned stop.
     pub collect_ms: Millis,
+    /// … of which those whom a peer has lost get this much.
+    pub lost_ms: Millis,
     /// Answers to a planned stop without a deadline, beside five steps.
     pub planned_ms: Millis,
     /// No step for so long, and for five steps, means that a rank hangs.
@@ -63,6 +66,7 @@ impl Default for Limits {
             adopt_ms: 10_000,
             first_hello_ms: 30_000,
             collect_ms: 5_000,
+            lost_ms: 2_500,
             planned_ms: 120_000,
             stall_ms: 30_000,
             first_step_ms: 300_000,
@@ -123,10 +127,20 @@ pub enum Effect {
     Welcome(PodUid),
     Send(PodUid, Body),
     /// Make a fresh key, and send each member its place.
-    Form(Record),
+    Form(Formation),
     /// Swap the record; answer with `RecordWritten` or `RecordConflict`.
     WriteRecord(Record),
     Happened(Happening),
+}
+
+/// A generation about to be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Formation {
+    pub record: Record,
+    /// What the members hold, where they go on from memory.
+    pub memory: Option<wire::MemoryBase>,
+    /// Members prove that they compute alike.
+    pub canary: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -144,7 +158,7 @@ enum State {
         /// Survivors of a generation do not wait for others.
         eager: bool,
     },
-    Planning(Record),
+    Planning(Formation),
     Moving {
         since: Millis,
         ready: BTreeMap<PodUid, String>,
@@ -167,6 +181,14 @@ enum State {
     Finished(Finish),
 }
 
+/// When a recovery came to where it is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Stages {
+    detected: Option<Millis>,
+    agreed: Option<Millis>,
+    restored: Option<Millis>,
+}
+
 /// The membership of one training.
 #[derive(Clone, Debug)]
 pub struct Membership {
@@ -184,7 +206,11 @@ pub struct Membership {
     step_ms: Option<u64>,
     /// The membership was broken up since the last step, by what counts as a disruption.
     interrupted: bool,
+    /// When each stage of the recovery under way was reached.
+    recovery: Stages,
     micro_batches: Option<usize>,
+    /// Blocks that the state is cut into.
+    blocks: Option<usize>,
     steps: u64,
     /// Generations in a row that ended before their first step.
     fruitless: u32,
@@ -210,7 +236,9 @@ impl Membership {
             last_step_at: now,
             step_ms: None,
             interrupted: false,
+            recovery: Stages::default(),
             micro_batches: None,
+            blocks: None,
             steps: 0,
             fruitless: 0,
             progress: None,
@@ -332,7 +360,7 @@ impl Membership {
             prepared: rank.prepared,
             leaving: self.leaves_in_a_hurry(pod),
             released: rank.released,
-            blocked: rank.blocked.clone(),
+            blocked: self.obstacle_of(rank),
         }
     }
 
@@ -351,7 +379,7 @@ impl Membership {
             State::Held { .. } => {
                 format!("{} of at least {min} ranks are ready to train", self.candidates().len())
             }
-            State::Planning(record) => format!("records generation {}", record.generation),
+            State::Planning(formation) => format!("records generation {}", formation.record.generation),
             State::Moving { ready, .. } => {
                 format!(
                     "ranks load the base of generation {}: {} of {} ready",

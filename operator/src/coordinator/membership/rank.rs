@@ -2,6 +2,7 @@
 
 use super::{Departure, Millis};
 use crate::coordinator::report::Blockage;
+use vicuna_protocol::coordinator::Holding;
 
 #[derive(Clone, Debug)]
 pub(super) struct Rank {
@@ -27,6 +28,14 @@ pub(super) struct Rank {
     /// The last step that it reported in the present generation.
     pub step: Option<u64>,
     pub noticed: bool,
+    /// What it keeps in memory of the record's generation, which it has left.
+    pub holding: Option<Holding>,
+    /// A peer's connection to it broke.
+    pub reported_lost: bool,
+    /// As it says itself.
+    pub numerics_class: String,
+    /// It computed other bits than the rest.
+    pub mismatched: bool,
 }
 
 impl Rank {
@@ -38,6 +47,7 @@ impl Rank {
             && !self.failed
             && !self.released
             && self.suspect_since.is_none()
+            && !self.mismatched
     }
 
     /// On its way to being fit.

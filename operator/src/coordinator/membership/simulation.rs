@@ -11,6 +11,9 @@ const STEPS: u64 = 40;
 const MIN: usize = 2;
 const MAX: usize = 4;
 const TICK_MS: Millis = 500;
+/// Blocks of the simulated state.
+const BLOCKS: usize = 6;
+const ALL: u8 = (1 << BLOCKS) - 1;
 
 #[derive(Clone, Debug, PartialEq)]
 enum Doing {
@@ -28,6 +31,41 @@ struct SimRank {
     step: u64,
     /// A planned stop was heard.
     stopping: bool,
+    /// … with these words.
+    leaves: bool,
+    saves: bool,
+    memory: Option<SimMemory>,
+    /// The generation that it was in last, and what is in memory is of.
+    left: u64,
+}
+
+impl SimRank {
+    fn new() -> Self {
+        Self {
+            connected: false,
+            doing: Doing::Waiting,
+            step: 0,
+            stopping: false,
+            leaves: false,
+            saves: false,
+            memory: None,
+            left: 0,
+        }
+    }
+}
+
+/// Bit maps of blocks at a step, and of those whose gradient of the next one is there.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct SimMemory {
+    step: u64,
+    blocks: u8,
+    advancing: u8,
+}
+
+/// Owner and twin, as a rank of `world` keeps them.
+fn kept(rank: usize, world: usize) -> u8 {
+    let keeps = |block: &usize| block % world == rank || (block + 1) % world == rank;
+    (0..BLOCKS).filter(keeps).map(|block| 1 << block).sum()
 }
 
 struct World {
@@ -44,7 +82,19 @@ struct World {
     /// The step up to which each step has been counted once.
     counted: u64,
     lost: u64,
+    /// Generations that went on from memory.
+    from_memory: u64,
     finished: bool,
+}
+
+/// What may go wrong.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Trouble {
+    None,
+    /// Notices, and one rank at a time without one.
+    Reclaims,
+    /// Everything, at any time.
+    All,
 }
 
 impl World {
@@ -62,6 +112,7 @@ impl World {
             born: 0,
             counted: 0,
             lost: 0,
+            from_memory: 0,
             finished: false,
         };
         world.retarget();
@@ -88,25 +139,31 @@ impl World {
     fn carry_out(&mut self, effect: Effect) -> Option<Event> {
         match effect {
             Effect::Welcome(pod) => {
-                if let Some(rank) = self.ranks.get_mut(&pod)
-                    && rank.doing == Doing::Waiting
-                {
-                    rank.doing = Doing::Fetching;
+                let rank = self.ranks.get_mut(&pod)?;
+                if rank.doing != Doing::Waiting {
+                    return None;
                 }
+                if rank.left > 0 {
+                    // What it said last is said again to a new leader.
+                    return Some(self.stopped(&pod));
+                }
+                rank.doing = Doing::Fetching;
                 None
             }
             Effect::Send(pod, body) => {
                 self.hear(&pod, body);
                 None
             }
-            Effect::Form(record) => {
+            Effect::Form(Formation { record, memory, .. }) => {
                 assert_eq!(self.stored.as_ref(), Some(&record), "the record comes first");
+                self.check_memory(&record, memory.as_ref());
                 for member in &record.members {
                     if let Some(rank) = self.ranks.get_mut(&member.pod_uid)
                         && rank.connected
                     {
                         rank.doing = Doing::Loading(record.clone());
                         rank.stopping = false;
+                        (rank.leaves, rank.saves, rank.left) = (false, false, 0);
                     }
                 }
                 None
@@ -117,6 +174,22 @@ impl World {
                 None
             }
         }
+    }
+
+    /// Members do hold what the coordinator believes, and all of it together.
+    fn check_memory(&mut self, record: &Record, memory: Option<&wire::MemoryBase>) {
+        assert_eq!(record.in_memory, memory.is_some());
+        let Some(memory) = memory else { return };
+        self.from_memory += 1;
+        let mut covered = 0;
+        for (member, holding) in record.members.iter().zip(&memory.holdings) {
+            let Some(bits) = holding.blocks.first() else { continue };
+            let Some(held) = self.ranks.get(&member.pod_uid).and_then(|rank| rank.memory) else { continue };
+            assert_eq!((held.step, held.blocks), (holding.step, *bits));
+            covered |= if held.step == record.base_step { held.blocks } else { held.advancing };
+        }
+        let all_here = record.members.iter().all(|member| self.ranks.contains_key(&member.pod_uid));
+        assert!(covered == ALL || !all_here, "a block is missing");
     }
 
     /// A step counts once; what is made again was said to be lost.
@@ -144,7 +217,8 @@ impl World {
         let last = self.stored.as_ref().map_or(0, |record| record.generation);
         if record.finish.is_none() {
             assert_eq!(record.generation, last + 1, "generations are issued once, in order");
-            assert!((MIN..=MAX).contains(&record.members.len()));
+            // Some who leave may come along for a step, with what only they have.
+            assert!(record.members.len() >= MIN && (record.in_memory || record.members.len() <= MAX));
             if let Some(base) = &record.base {
                 assert!(self.written.contains(base), "a rank wrote the base");
                 let history = self.stored.as_ref().map_or(&[][..], |record| &record.history);
@@ -166,6 +240,7 @@ impl World {
                 }
             }
             Body::Stop(stop) => {
+                (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
                 if stop.planned
                     && matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation)
                 {
@@ -177,6 +252,7 @@ impl World {
             }
             Body::Stale(_) => {
                 rank.doing = Doing::Waiting;
+                (rank.memory, rank.left) = (None, 0);
                 self.hello(pod);
             }
             Body::Shutdown(_) => {
@@ -189,10 +265,33 @@ impl World {
 
     fn leave(&mut self, pod: &str, generation: u64) {
         let Some(rank) = self.ranks.get_mut(pod) else { return };
+        let in_it = |record: &Record| record.generation == generation;
+        match &rank.doing {
+            Doing::Loading(record) | Doing::Ready(record) | Doing::Training(record) if !in_it(record) => return,
+            _ => {}
+        }
         rank.doing = Doing::Waiting;
-        let step = rank.step;
+        rank.left = generation;
+        if rank.connected {
+            let stopped = self.stopped(pod);
+            self.feed(stopped);
+        }
+    }
+
+    fn stopped(&self, pod: &str) -> Event {
+        let rank = &self.ranks[pod];
+        let holding = rank.memory.map(|memory| wire::Holding {
+            step: memory.step,
+            updates: memory.step,
+            blocks: vec![memory.blocks],
+            advancing: vec![memory.advancing],
+            weights: true,
+            ..Default::default()
+        });
         let manifests = self.newest_manifests();
-        self.feed(Event::Said(pod.to_owned(), Said::Stopped(wire::Stopped { generation, step, manifests })));
+        let stopped =
+            wire::Stopped { generation: rank.left, step: rank.step, manifests, holding, ..Default::default() };
+        Event::Said(pod.to_owned(), Said::Stopped(stopped))
     }
 
     fn newest_manifests(&self) -> Vec<wire::ManifestRef> {
@@ -205,7 +304,7 @@ impl World {
         let Some(rank) = self.ranks.get(pod) else { return };
         let (generation, step) = match &rank.doing {
             Doing::Training(record) | Doing::Ready(record) | Doing::Loading(record) => (record.generation, rank.step),
-            _ => (0, 0),
+            _ => (rank.left, if rank.left > 0 { rank.step } else { 0 }),
         };
         self.feed(Event::Joined(wire::Hello {
             pod_name: pod.to_owned(),
@@ -218,16 +317,18 @@ impl World {
         }));
     }
 
-    fn round(&mut self, trouble: bool) {
+    fn round(&mut self, trouble: Trouble) {
         self.now += TICK_MS;
         self.replace_pods();
-        if trouble {
-            self.make_trouble();
+        match trouble {
+            Trouble::None => {}
+            Trouble::Reclaims => self.reclaim(),
+            Trouble::All => self.make_trouble(),
         }
         for pod in self.ranks.keys().cloned().collect::<Vec<_>>() {
-            self.act(&pod, trouble);
+            self.act(&pod, trouble == Trouble::All);
         }
-        self.train();
+        self.train(trouble);
         self.feed(Event::Pods(self.facts.clone()));
         self.feed(Event::Tick);
         self.check();
@@ -254,7 +355,42 @@ impl World {
             let pod = format!("pod-{:04}", self.born);
             self.born += 1;
             self.facts.insert(pod.clone(), PodFact::default());
-            self.ranks.insert(pod, SimRank { connected: false, doing: Doing::Waiting, step: 0, stopping: false });
+            self.ranks.insert(pod, SimRank::new());
+        }
+    }
+
+    /// A notice, or a rank that vanishes while all others train.
+    fn reclaim(&mut self) {
+        let Some(pod) = self.any_pod() else { return };
+        let all_train = |world: &Self| {
+            let members = world.stored.as_ref().map_or(&[][..], |record| &record.members);
+            world.membership.report(world.now).phase == Phase::Steady
+                && members.iter().all(|member| {
+                    world.ranks.get(&member.pod_uid).is_some_and(|rank| matches!(rank.doing, Doing::Training(_)))
+                })
+        };
+        match self.random.random_range(0..60) {
+            0 if all_train(self) => {
+                self.ranks.remove(&pod);
+                self.facts.remove(&pod);
+                self.break_generation(&pod);
+            }
+            1 if all_train(self) => self.notice(&pod, true),
+            2 => self.notice(&pod, false),
+            3 => {
+                self.facts.insert(pod, PodFact::default());
+            }
+            _ => {}
+        }
+    }
+
+    /// Its peers notice first.
+    fn break_generation(&mut self, lost: &str) {
+        let Some(record) = self.stored.clone() else { return };
+        if record.members.iter().any(|member| member.pod_uid == lost) {
+            for member in record.members.iter().filter(|member| member.pod_uid != lost) {
+                self.leave(&member.pod_uid, record.generation);
+            }
         }
     }
 
@@ -328,7 +464,7 @@ impl World {
                     rank.doing = Doing::Waiting;
                 }
                 let manifests = self.newest_manifests();
-                let prepared = wire::Prepared { manifests, micro_batches: 8, steps: STEPS };
+                let prepared = wire::Prepared { manifests, micro_batches: 8, steps: STEPS, blocks: BLOCKS as u32 };
                 self.feed(Event::Said(pod.to_owned(), Said::Prepared(prepared)));
             }
             Doing::Loading(record) if self.chance(50) => self.load(pod, record),
@@ -342,16 +478,42 @@ impl World {
             let failed = wire::LoadFailed { generation, manifest: Some(base.into()), message: "gone".into() };
             return self.feed(Event::Said(pod.to_owned(), Said::LoadFailed(failed)));
         }
+        let Some(memory) = self.receive(pod, &record) else {
+            return self.leave(pod, generation);
+        };
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.step = record.base_step;
+            rank.memory = Some(memory);
             rank.doing = Doing::Ready(record);
         }
         let ready = wire::Ready { generation, state_digest: "same".into() };
         self.feed(Event::Said(pod.to_owned(), Said::Ready(ready)));
     }
 
+    /// What the rank has once it is at the base: what it had, and what it is to keep. `None`: nobody has
+    /// it any more.
+    fn receive(&self, pod: &str, record: &Record) -> Option<SimMemory> {
+        let world = record.members.len();
+        let place = record.members.iter().position(|member| member.pod_uid == pod)?;
+        let kept = kept(place, world);
+        let at_base = |pod: &str| {
+            let memory = self.ranks.get(pod).and_then(|rank| rank.memory);
+            memory.map_or(0, |memory| match record.base_step {
+                step if memory.step == step => memory.blocks,
+                step if memory.step + 1 == step => memory.advancing,
+                _ => 0,
+            })
+        };
+        let step = record.base_step;
+        if !record.in_memory {
+            return Some(SimMemory { step, blocks: kept, advancing: 0 });
+        }
+        let offered = record.members.iter().map(|member| at_base(&member.pod_uid)).fold(0, |all, one| all | one);
+        (offered & kept == kept).then(|| SimMemory { step, blocks: at_base(pod) | kept, advancing: 0 })
+    }
+
     /// Each generation whose members all train makes a step; there must be one such at most that counts.
-    fn train(&mut self) {
+    fn train(&mut self, trouble: Trouble) {
         let training: BTreeMap<u64, Record> = self
             .ranks
             .values()
@@ -361,11 +523,11 @@ impl World {
             })
             .collect();
         for record in training.into_values() {
-            self.train_generation(&record);
+            self.train_generation(&record, trouble);
         }
     }
 
-    fn train_generation(&mut self, record: &Record) {
+    fn train_generation(&mut self, record: &Record, trouble: Trouble) {
         let pods: Vec<PodUid> = record.members.iter().map(|member| member.pod_uid.clone()).collect();
         let trains = |pod: &PodUid| matches!(self.ranks.get(pod).map(|rank| &rank.doing), Some(Doing::Training(theirs)) if theirs.generation == record.generation);
         if !pods.iter().all(trains) {
@@ -376,11 +538,19 @@ impl World {
         assert!(!in_reach || record.generation == stored, "one generation makes progress");
         let step = self.ranks[&pods[0]].step + 1;
         let stopping = pods.iter().any(|pod| self.ranks[pod].stopping);
+        if step <= STEPS && trouble != Trouble::None && self.chance(3) {
+            return self.tear_step(record, &pods, step);
+        }
         if step <= STEPS {
             self.make_step(record, &pods, step);
         }
         let step = step.min(STEPS);
-        if stopping || step % 5 == 0 {
+        let nobody_stays = pods.iter().all(|pod| self.ranks[pod].leaves);
+        let saves = stopping && (nobody_stays || pods.iter().any(|pod| self.ranks[pod].saves));
+        if stopping && !saves {
+            self.evacuate(&pods);
+        }
+        if saves || step % 5 == 0 {
             let manifest = Manifest {
                 step,
                 generation: record.generation,
@@ -393,22 +563,53 @@ impl World {
         if stopping {
             for pod in pods {
                 if let Some(rank) = self.ranks.get_mut(&pod) {
-                    rank.doing = Doing::Waiting;
                     rank.stopping = false;
                 }
-                if self.ranks.get(&pod).is_some_and(|rank| rank.connected) {
-                    self.leave(&pod, record.generation);
-                }
+                self.leave(&pod, record.generation);
             }
         } else if step == STEPS {
             self.finish(record, &pods);
         }
     }
 
-    fn make_step(&mut self, record: &Record, pods: &[PodUid], step: u64) {
+    /// The step is committed by some, and the generation breaks before the others apply it.
+    fn tear_step(&mut self, record: &Record, pods: &[PodUid], step: u64) {
+        let world = pods.len();
+        for (place, pod) in pods.iter().enumerate() {
+            let applies = self.chance(50);
+            let Some(rank) = self.ranks.get_mut(pod) else { continue };
+            let kept = kept(place, world);
+            let before = SimMemory { step: step - 1, blocks: kept, advancing: kept };
+            rank.memory = Some(if applies { SimMemory { step, blocks: kept, advancing: 0 } } else { before });
+            rank.step = if applies { step } else { step - 1 };
+            rank.stopping = false;
+        }
         for pod in pods {
+            self.leave(pod, record.generation);
+        }
+    }
+
+    /// What both keepers take away goes to one who stays.
+    fn evacuate(&mut self, pods: &[PodUid]) {
+        let world = pods.len();
+        let stays = |world: &Self, place: usize| !world.ranks[&pods[place]].leaves;
+        for block in 0..BLOCKS {
+            let keepers = [block % world, (block + 1) % world];
+            if keepers.iter().any(|place| stays(self, *place)) {
+                continue;
+            }
+            let Some(to) = (0..world).find(|place| stays(self, *place)) else { return };
+            if let Some(memory) = self.ranks.get_mut(&pods[to]).and_then(|rank| rank.memory.as_mut()) {
+                memory.blocks |= 1 << block;
+            }
+        }
+    }
+
+    fn make_step(&mut self, record: &Record, pods: &[PodUid], step: u64) {
+        for (place, pod) in pods.iter().enumerate() {
             if let Some(rank) = self.ranks.get_mut(pod) {
                 rank.step = step;
+                rank.memory = Some(SimMemory { step, blocks: kept(place, pods.len()), advancing: 0 });
             }
         }
         for pod in pods {
@@ -441,34 +642,50 @@ impl World {
     }
 }
 
+fn run_to_the_end(seed: u64, trouble: Trouble) -> World {
+    let mut world = World::new(seed);
+    for _ in 0..400 {
+        world.round(trouble);
+    }
+    for _ in 0..2_000 {
+        if world.finished {
+            break;
+        }
+        world.round(Trouble::None);
+    }
+    assert!(world.finished, "seed {seed} hangs: {:?}", world.membership.report(world.now));
+    world
+}
+
 #[test]
 fn every_random_run_keeps_the_invariants_and_ends() {
-    let (mut lost, mut generations) = (0, 0);
+    let (mut lost, mut generations, mut from_memory) = (0, 0, 0);
     for seed in 0..400 {
-        let mut world = World::new(seed);
-        for _ in 0..400 {
-            world.round(true);
-        }
-        for _ in 0..2_000 {
-            if world.finished {
-                break;
-            }
-            world.round(false);
-        }
-        assert!(world.finished, "seed {seed} hangs: {:?}", world.membership.report(world.now));
+        let world = run_to_the_end(seed, Trouble::All);
         lost += world.lost;
+        from_memory += world.from_memory;
         generations += world.membership.generation();
     }
     assert!(lost > 0 && generations > 4 * 400, "there was no trouble: {lost} lost, {generations} generations");
+    assert!(from_memory > generations / 4, "{from_memory} of {generations} generations went on from memory");
+}
+
+#[test]
+fn reclaims_with_and_without_notice_lose_no_completed_step() {
+    let (mut generations, mut from_memory) = (0, 0);
+    for seed in 0..400 {
+        let world = run_to_the_end(seed, Trouble::Reclaims);
+        assert_eq!(world.lost, 0, "seed {seed}");
+        from_memory += world.from_memory;
+        generations += world.membership.generation();
+    }
+    assert!(from_memory > 2 * 400, "there was no trouble: {from_memory} of {generations} generations");
 }
 
 #[test]
 fn without_trouble_nothing_is_lost() {
     for seed in 0..50 {
-        let mut world = World::new(seed);
-        for _ in 0..2_000 {
-            world.round(false);
-        }
-        assert!(world.finished && world.lost == 0, "seed {seed}: {} lost", world.lost);
+        let world = run_to_the_end(seed, Trouble::None);
+        assert_eq!(world.lost, 0, "seed {seed}");
     }
 }

@@ -60,7 +60,7 @@ impl Fixture {
 
     fn prepare(&mut self, pod: &str, manifests: Vec<Manifest>) -> &mut Self {
         let manifests = manifests.into_iter().map(Into::into).collect();
-        self.say(pod, Said::Prepared(wire::Prepared { manifests, micro_batches: 8, steps: 100 }))
+        self.say(pod, Said::Prepared(wire::Prepared { manifests, micro_batches: 8, steps: 100, blocks: 2 }))
     }
 
     fn ready(&mut self, pod: &str) -> &mut Self {
@@ -86,7 +86,32 @@ impl Fixture {
     fn stopped(&mut self, pod: &str, step: u64, manifests: Vec<Manifest>) -> &mut Self {
         let generation = self.membership.generation();
         let manifests = manifests.into_iter().map(Into::into).collect();
-        self.say(pod, Said::Stopped(wire::Stopped { generation, step, manifests }))
+        self.say(pod, Said::Stopped(wire::Stopped { generation, step, manifests, ..Default::default() }))
+    }
+
+    /// Stopped, with two blocks in a two-rank training: both ranks keep both.
+    fn holds(&mut self, pod: &str, step: u64, advancing: u8) -> &mut Self {
+        let generation = self.membership.generation();
+        let holding = wire::Holding {
+            step,
+            updates: step,
+            blocks: vec![0b11],
+            advancing: vec![advancing],
+            norm: step as f64,
+            updated: true,
+            ..Default::default()
+        };
+        let holding = Some(holding);
+        self.say(pod, Said::Stopped(wire::Stopped { generation, step, holding, ..Default::default() }))
+    }
+
+    fn formation(&mut self) -> Formation {
+        self.written();
+        let formed = self.take().into_iter().filter_map(|effect| match effect {
+            Effect::Form(formation) => Some(formation),
+            _ => None,
+        });
+        formed.last().expect("a generation is formed")
     }
 
     fn sync(&mut self) -> &mut Self {
@@ -161,7 +186,8 @@ fn no_rank_hears_of_a_generation_before_the_record_is_written() {
     assert_eq!((record.generation, record.members.len(), record.base.as_ref()), (1, 2, None));
     assert!(!forms(&effects));
     fixture.written();
-    assert_eq!(fixture.take().last(), Some(&Effect::Form(record)));
+    let form = Effect::Form(Formation { record, memory: None, canary: true });
+    assert_eq!(fixture.take().last(), Some(&form));
     fixture.ready("a");
     assert!(fixture.take().is_empty());
     fixture.ready("b");
@@ -428,4 +454,120 @@ fn a_checkpoint_shows_that_the_store_takes_what_every_rank_writes() {
         wire::Checkpointed { generation: 1, manifest: Some(manifest(1, 1).into()), ..Default::default() };
     fixture.say("a", Said::Checkpointed(checkpointed));
     assert!(!blocked(&fixture));
+}
+
+#[test]
+fn a_planned_change_goes_on_from_memory() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 7).notice("a", 30_000);
+    let leaves = |effect: &Effect| match effect {
+        Effect::Send(pod, Body::Stop(stop)) => Some((pod.clone(), stop.leaves, stop.checkpoint)),
+        _ => None,
+    };
+    let told: Vec<_> = fixture.take().iter().filter_map(leaves).collect();
+    assert_eq!(told, [("a".into(), true, false), ("b".into(), false, false)]);
+    fixture.holds("a", 8, 0).holds("b", 8, 0);
+    let Formation { record, memory, canary } = fixture.formation();
+    assert_eq!((record.base_step, record.base, record.in_memory), (8, None, true));
+    let memory = memory.unwrap();
+    assert_eq!((memory.updates, memory.holdings.len()), (8, 1));
+    assert!(!canary, "everybody has computed with the others before");
+}
+
+#[test]
+fn too_few_to_hold_the_state_write_it_down() {
+    let mut fixture = Fixture::training(2, 2);
+    fixture.notice("a", 30_000);
+    let saves = |effect: &Effect| matches!(effect, Effect::Send(_, Body::Stop(stop)) if stop.checkpoint);
+    assert_eq!(fixture.take().iter().filter(|effect| saves(effect)).count(), 2);
+}
+
+#[test]
+fn a_lost_rank_costs_no_step_and_who_is_behind_follows() {
+    let mut fixture = Fixture::training(1, 3);
+    fixture.join("c", 0).prepare("c", vec![]).after(30_000).holds("a", 2, 0).holds("b", 2, 0).written();
+    fixture.ready("a").ready("b").ready("c").progress("a", 5).take();
+    // c applied step 6 before it told anyone; b has not.
+    fixture.lose("a").holds("c", 6, 0).holds("b", 5, 0b11);
+    let Formation { record, memory, .. } = fixture.formation();
+    assert_eq!((record.base_step, record.members.len()), (6, 2));
+    let memory = memory.unwrap();
+    assert_eq!((memory.norm, memory.updated), (6.0, true));
+    assert_eq!(fixture.membership.counters.lost_steps, 0);
+}
+
+#[test]
+fn a_block_that_nobody_holds_falls_back_to_the_newest_checkpoint() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 5).lose("a").holds("b", 4, 0b01);
+    // b could follow with one block only, and nobody says that step 5 was committed elsewhere: it holds 4.
+    assert_eq!(fixture.formation().record.base_step, 4);
+    let mut fixture = Fixture::training(1, 2);
+    let holding = wire::Holding { step: 5, blocks: vec![0b01], ..Default::default() };
+    fixture.lose("a").say(
+        "b",
+        Said::Stopped(wire::Stopped {
+            generation: 1,
+            step: 5,
+            holding: Some(holding),
+            manifests: vec![manifest(1, 3).into()],
+            ..Default::default()
+        }),
+    );
+    let record = fixture.formation().record;
+    assert_eq!((record.base_step, record.in_memory), (3, false));
+    assert_eq!(fixture.membership.counters.lost_steps, 2);
+}
+
+#[test]
+fn whom_a_peer_has_lost_is_not_waited_for_to_the_end() {
+    let mut fixture = Fixture::training(1, 2);
+    let lost = vec!["b".to_owned()];
+    fixture.say("a", Said::Stopped(wire::Stopped { generation: 1, step: 1, lost, ..Default::default() }));
+    fixture.after(2_000);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.after(500);
+    assert_eq!(fixture.phase(), Phase::Planning);
+}
+
+#[test]
+fn a_rank_of_another_numerics_class_is_kept_out_by_name() {
+    let mut fixture = Fixture::new(1, 3);
+    let hello = |pod: &str, class: &str| wire::Hello {
+        pod_name: pod.to_owned(),
+        pod_uid: pod.to_owned(),
+        numerics_class: class.to_owned(),
+        ..Default::default()
+    };
+    for (pod, class) in [("a", "avx2"), ("b", "avx512"), ("c", "avx2")] {
+        fixture.pods.insert(pod.to_owned(), PodFact::default());
+        fixture.sync().apply(Event::Joined(hello(pod, class))).prepare(pod, vec![]);
+    }
+    fixture.after(2_000);
+    let record = fixture.formation().record;
+    assert_eq!(record.numerics_class, "avx2");
+    assert_eq!(record.members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["a", "c"]);
+    let report = fixture.membership.report(fixture.now);
+    let blocked = report.ranks["b"].blocked.clone().unwrap();
+    assert!(blocked.message.contains("avx512") && blocked.message.contains("avx2"), "{}", blocked.message);
+    assert!(report.ranks["a"].blocked.is_none());
+}
+
+#[test]
+fn a_rank_that_computes_other_bits_is_kept_out() {
+    let mut fixture = Fixture::new(1, 3);
+    fixture.join("a", 0).join("b", 0).join("c", 0);
+    fixture.prepare("a", vec![]).prepare("b", vec![]).prepare("c", vec![]);
+    assert!(fixture.formation().canary);
+    for (pod, digest) in [("a", "x"), ("b", "y"), ("c", "x")] {
+        let ready = wire::Ready { generation: 1, state_digest: digest.to_owned() };
+        fixture.say(pod, Said::Ready(ready));
+    }
+    let blamed = Happening::NumericsMismatch { pod: "b".to_owned(), node: "node-of-b".to_owned() };
+    assert!(fixture.take().contains(&Effect::Happened(blamed)));
+    for pod in ["a", "b", "c"] {
+        fixture.stopped(pod, 0, vec![]);
+    }
+    let members = fixture.formation().record.members;
+    assert_eq!(members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["a", "c"]);
 }

@@ -107,6 +107,8 @@ fn decode(bytes: &[u8]) -> Option<Tag> {
         4 => Kind::Stored,
         5 => Kind::Manifest,
         6 => Kind::Bye,
+        7 => Kind::Gradient,
+        8 => Kind::State,
         _ => return None,
     };
     Some(Tag {

@@ -39,6 +39,10 @@ pub enum Kind {
     Manifest = 5,
     /// The sender leaves in peace.
     Bye = 6,
+    /// The finished gradient of a block, from its owner to its twin.
+    Gradient = 7,
+    /// A block's masters and moments, to a rank that is to keep it.
+    State = 8,
 }
 
 impl Tag {
@@ -70,6 +74,16 @@ pub enum CollectiveError {
     Protocol { peer: String, detail: String },
     #[error("the coordinator ended the generation")]
     Aborted,
+}
+
+impl CollectiveError {
+    /// The peer that is out of reach, if that is what is wrong.
+    pub fn lost_peer(&self) -> Option<&str> {
+        match self {
+            Self::Lost { peer, .. } | Self::Connect { peer, .. } | Self::Silent { peer, .. } => Some(peer),
+            Self::Forged { .. } | Self::Protocol { .. } | Self::Aborted => None,
+        }
+    }
 }
 
 /// Ranks `0..world` of one generation.

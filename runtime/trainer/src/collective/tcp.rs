@@ -8,6 +8,7 @@ use super::handshake::{self, Introduction, Keys};
 use super::mailbox::Mailbox;
 use super::{Collective, CollectiveError, Kind, Tag};
 use parking_lot::Mutex;
+use socket2::{SockRef, TcpKeepalive};
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,6 +18,11 @@ use tokio_util::sync::CancellationToken;
 
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_LIMIT: Duration = Duration::from_secs(60);
+/// A peer whose machine is gone answers no probe: it counts as lost after these.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+const PROBES: u32 = 4;
+/// … or if it acknowledges nothing of what was sent for so long.
+const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(6);
 const DIAL_PAUSE: Duration = Duration::from_millis(100);
 /// Handshakes at a time; more are turned away, and their diallers try again.
 const HANDSHAKES: usize = 64;
@@ -177,6 +183,7 @@ impl Mesh {
                 |error: io::Error| CollectiveError::Connect { peer: names[rank].clone(), detail: error.to_string() };
             stream.set_read_timeout(None).map_err(failed)?;
             stream.set_write_timeout(Some(WRITE_LIMIT)).map_err(failed)?;
+            notice_silence(&stream).map_err(failed)?;
             readers.push((rank, stream.try_clone().map_err(failed)?, keys.receive));
             links.push(Some(Link { stream, send: Mutex::new(keys.send) }));
         }
@@ -280,6 +287,14 @@ impl Collective for Mesh {
         let peer = self.inner.names.get(from).map_or("nobody", String::as_str);
         self.inner.mailbox.take(from, tag, peer, cancel)
     }
+}
+
+/// A node that is switched off or cut away closes nothing: the kernel has to find out.
+fn notice_silence(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    let probes = TcpKeepalive::new().with_time(PROBE_EVERY).with_interval(PROBE_EVERY).with_retries(PROBES);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_LIMIT))
 }
 
 type Connection = Option<(TcpStream, Keys)>;

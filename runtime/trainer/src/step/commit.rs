@@ -1,16 +1,19 @@
 //! What every rank tells every other before anyone applies a step.
 //!
-//! Holding all of these *is* the commit: all ranks then know the same norms, losses and wishes, and
-//! so decide alike, whether to skip the update, to write a checkpoint, to stop.
+//! A block's norm is published by its witness (the twin, where there is one), which has the finished
+//! gradient by then, as the owner has. So holding all of these *is* the commit: whoever applies the
+//! step knows that every block of it survives the loss of either holder. And all ranks then know the
+//! same norms, losses and wishes, and so decide alike, whether to skip the update, to write a
+//! checkpoint, to stop.
 
 use super::StepError;
-use crate::blocks::BlockTable;
 use crate::collective::{Collective, Kind, Tag};
-use crate::tree;
+use crate::layout::Layout;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use tokio_util::sync::CancellationToken;
 
-/// What a rank wants to happen after the step; any rank's wish counts for all.
+/// What a rank wants to happen after the step; any rank's wish counts for all, but for `leave`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
     /// End the generation after this step.
@@ -19,15 +22,21 @@ pub struct Wishes {
     pub checkpoint: bool,
     /// The previous checkpoint is still on its way to the store: not yet another.
     pub uploading: bool,
+    /// The rank will not be in the next generation.
+    pub leave: bool,
+    /// The end is to be kept in the store, because memory will not be enough.
+    pub save: bool,
 }
 
 impl Wishes {
     fn bits(self) -> u64 {
-        u64::from(self.stop) | u64::from(self.checkpoint) << 1 | u64::from(self.uploading) << 2
+        let flags = [self.stop, self.checkpoint, self.uploading, self.leave, self.save];
+        flags.into_iter().enumerate().map(|(at, flag)| u64::from(flag) << at).sum()
     }
 
     fn from_bits(bits: u64) -> Self {
-        Self { stop: bits & 1 != 0, checkpoint: bits & 2 != 0, uploading: bits & 4 != 0 }
+        let flag = |at: u32| bits >> at & 1 != 0;
+        Self { stop: flag(0), checkpoint: flag(1), uploading: flag(2), leave: flag(3), save: flag(4) }
     }
 
     fn or(self, other: Self) -> Self {
@@ -43,6 +52,10 @@ pub struct Commit {
     /// L2 norm of the whole gradient.
     pub norm: f64,
     pub wishes: Wishes,
+    /// Who leaves, by rank.
+    pub leaving: Vec<bool>,
+    /// How long each rank computed.
+    pub seconds: Vec<f64>,
 }
 
 impl Commit {
@@ -52,63 +65,88 @@ impl Commit {
 }
 
 /// One rank's part.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Contribution {
     pub wishes: Wishes,
+    /// Forward and backward passes of its micro-batches, waiting not included.
+    pub seconds: f64,
     /// Loss sums of its micro-batches, in order.
     pub losses: Vec<f64>,
-    /// Squared norms of its blocks' gradients, by block; none if the step trained no token.
+    /// Squared norms of the gradients that it is witness of, by block; none if the step trained no token.
     pub norms: BTreeMap<usize, f64>,
+}
+
+/// What all ranks know of a step before it is committed.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms<'a> {
+    pub step: u64,
+    pub layout: &'a Layout,
+    /// Micro-batches by rank.
+    pub shares: &'a [Range<u32>],
+    /// The step trains at least one token.
+    pub trains: bool,
+}
+
+impl Terms<'_> {
+    fn losses_of(&self, rank: usize) -> usize {
+        if self.trains { self.shares[rank].len() } else { 0 }
+    }
+
+    fn blocks_of(&self, rank: usize) -> Vec<usize> {
+        if self.trains { self.layout.witnessed(rank).collect() } else { Vec::new() }
+    }
 }
 
 /// Exchanges contributions. Norms are added in the order of blocks, losses in that of micro-batches.
 pub fn exchange(
-    table: &BlockTable,
+    terms: Terms<'_>,
     collective: &dyn Collective,
     abort: &CancellationToken,
-    step: u64,
-    trains: bool,
-    micro_batches: u32,
     own: &Contribution,
 ) -> Result<Commit, StepError> {
-    let tag = Tag::new(Kind::Commit, step);
+    let tag = Tag::new(Kind::Commit, terms.step);
     collective.broadcast(tag, bytemuck::cast_slice(&words(own)))?;
-    let world = collective.world();
-    let mut norms = own.norms.clone();
-    let mut losses = Vec::with_capacity(micro_batches as usize);
-    let mut wishes = own.wishes;
-    for rank in 0..world {
+    let mut all = Vec::with_capacity(collective.world());
+    for rank in 0..collective.world() {
         if rank == collective.rank() {
-            losses.extend_from_slice(&own.losses);
+            all.push(own.clone());
             continue;
         }
         let payload = collective.receive(rank, tag, abort)?;
-        let count = if trains { tree::share(micro_batches, world, rank).len() } else { 0 };
-        let blocks: Vec<usize> = if trains { table.owned(rank, world).collect() } else { Vec::new() };
-        let said =
-            parse(&payload, count, &blocks).ok_or_else(|| StepError::malformed(rank, "a commit of the wrong size"))?;
-        wishes = wishes.or(said.wishes);
-        losses.extend(said.losses);
-        norms.extend(said.norms);
+        let said = parse(&payload, terms.losses_of(rank), &terms.blocks_of(rank));
+        all.push(said.ok_or_else(|| StepError::malformed(rank, "a commit of the wrong size"))?);
     }
-    Ok(Commit { loss_sum: losses.iter().sum(), norm: norms.values().sum::<f64>().sqrt(), wishes })
+    Ok(conclude(&all))
+}
+
+fn conclude(all: &[Contribution]) -> Commit {
+    let norms: BTreeMap<usize, f64> =
+        all.iter().flat_map(|one| &one.norms).map(|(block, norm)| (*block, *norm)).collect();
+    Commit {
+        loss_sum: all.iter().flat_map(|one| &one.losses).sum(),
+        norm: norms.values().sum::<f64>().sqrt(),
+        wishes: all.iter().map(|one| one.wishes).fold(Wishes::default(), Wishes::or),
+        leaving: all.iter().map(|one| one.wishes.leave).collect(),
+        seconds: all.iter().map(|one| one.seconds).collect(),
+    }
 }
 
 fn words(own: &Contribution) -> Vec<u64> {
-    let numbers = own.losses.iter().chain(own.norms.values());
+    let numbers = std::iter::once(&own.seconds).chain(&own.losses).chain(own.norms.values());
     std::iter::once(own.wishes.bits()).chain(numbers.map(|number| number.to_bits())).collect()
 }
 
 fn parse(payload: &[u8], losses: usize, blocks: &[usize]) -> Option<Contribution> {
-    if payload.len() != 8 * (1 + losses + blocks.len()) {
+    if payload.len() != 8 * (2 + losses + blocks.len()) {
         return None;
     }
     let (words, _rest) = payload.as_chunks();
     let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
-    let (wishes, numbers) = words.split_first()?;
+    let [wishes, seconds, numbers @ ..] = &words[..] else { return None };
     let (losses, norms) = numbers.split_at(losses);
     Some(Contribution {
         wishes: Wishes::from_bits(*wishes),
+        seconds: f64::from_bits(*seconds),
         losses: losses.iter().map(|bits| f64::from_bits(*bits)).collect(),
         norms: blocks.iter().copied().zip(norms.iter().map(|bits| f64::from_bits(*bits))).collect(),
     })
@@ -121,16 +159,26 @@ mod tests {
     #[test]
     fn contributions_come_back_and_wrong_sizes_do_not() {
         let own = Contribution {
-            wishes: Wishes { stop: true, checkpoint: false, uploading: true },
+            wishes: Wishes { stop: true, uploading: true, save: true, ..Wishes::default() },
+            seconds: 0.25,
             losses: vec![1.5, f64::NAN],
             norms: BTreeMap::from([(1, 2.0), (3, 4.0)]),
         };
         let words = words(&own);
         let payload: &[u8] = bytemuck::cast_slice(&words);
         let back = parse(payload, 2, &[1, 3]).unwrap();
-        assert_eq!((back.wishes, back.norms), (own.wishes, own.norms));
+        assert_eq!((back.wishes, back.seconds, back.norms), (own.wishes, own.seconds, own.norms));
         assert!(back.losses[1].is_nan());
         assert!(parse(payload, 1, &[1, 3]).is_none());
         assert!(parse(&[], 0, &[]).is_none());
+    }
+
+    #[test]
+    fn a_leaver_speaks_for_itself_alone() {
+        let leaver =
+            Contribution { wishes: Wishes { stop: true, leave: true, ..Wishes::default() }, ..Default::default() };
+        let commit = conclude(&[Contribution::default(), leaver]);
+        assert!(commit.wishes.stop);
+        assert_eq!(commit.leaving, [false, true]);
     }
 }

@@ -6,9 +6,11 @@
 
 use crate::batch::MicroBatch;
 use crate::blocks::{BlockTable, EMBEDDING_GROUP};
+use crate::collective::CollectiveError;
 use crate::state::Weights;
 use crate::tree::{Node, Summand, TreeSum};
 use tch::{Device, Kind, Tensor};
+use tokio_util::sync::CancellationToken;
 use vicuna_model::gradients::{embedding_backward, head_backward, layer_backward};
 use vicuna_model::layers::{LayerWeights, Rope, embed, layer_forward};
 use vicuna_model::{Config, parameters};
@@ -55,6 +57,8 @@ pub struct Computation<'a> {
     pub weights: &'a Weights,
     pub rope: &'a Rope,
     pub device: Device,
+    /// Looked at between layers.
+    pub abort: &'a CancellationToken,
 }
 
 struct Batch {
@@ -65,14 +69,14 @@ struct Batch {
 impl Computation<'_> {
     /// Runs micro-batches `first..` and hands on each group's sums as soon as they are there, in
     /// [`order`]. Returns the loss sums of the micro-batches.
-    pub fn run<E>(
+    pub fn run<E: From<CollectiveError>>(
         &self,
         first: u32,
         micro_batches: &[MicroBatch],
         mut hand_on: impl FnMut(Partial) -> Result<(), E>,
     ) -> Result<Vec<f64>, E> {
         let batches: Vec<Batch> = micro_batches.iter().map(|batch| self.batch(batch)).collect();
-        let mut inputs = self.forward(&batches);
+        let mut inputs = self.forward(&batches)?;
         let (losses, mut upstream) = self.head(first, &batches, &inputs.pop().unwrap_or_default(), &mut hand_on)?;
         for layer in (0..self.config.layers).rev() {
             let weights = self.layer_weights(layer);
@@ -104,16 +108,19 @@ impl Computation<'_> {
     }
 
     /// The inputs of every layer and, last, what comes out of the last one; by micro-batch each.
-    fn forward(&self, batches: &[Batch]) -> Vec<Vec<Tensor>> {
+    fn forward(&self, batches: &[Batch]) -> Result<Vec<Vec<Tensor>>, CollectiveError> {
         let embedding = &self.weights.tensors[0];
         let mut inputs = vec![batches.iter().map(|batch| embed(embedding, &batch.ids)).collect::<Vec<_>>()];
         for layer in 0..self.config.layers {
+            if self.abort.is_cancelled() {
+                return Err(CollectiveError::Aborted);
+            }
             let weights = self.layer_weights(layer);
             let next = inputs[layer].iter().map(|x| layer_forward(self.config, &weights, x, self.rope));
             let next = next.collect();
             inputs.push(next);
         }
-        inputs
+        Ok(inputs)
     }
 
     fn head<E>(

@@ -5,16 +5,18 @@ pub mod gradients;
 pub mod reduce;
 
 use crate::batch::{Dataset, StepPlan};
-use crate::blocks::{BlockTable, owner};
+use crate::blocks::BlockTable;
 use crate::collective::{Collective, CollectiveError, Kind, Tag};
+use crate::layout::Layout;
 use crate::optimizer::{Update, clip_scale, squared_norm};
+use crate::pace::Pace;
 use crate::schedule::learning_rate;
-use crate::state::{OwnedBlock, Weights, floats};
-use crate::tree;
-use commit::{Commit, Contribution, Wishes};
+use crate::state::{BlockState, Weights, floats, read_block};
+use commit::{Contribution, Terms, Wishes};
 use gradients::Computation;
-use reduce::Reduction;
+use reduce::{Reduction, Task};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, TchError};
@@ -32,24 +34,37 @@ pub enum StepError {
 }
 
 impl StepError {
-    fn malformed(rank: usize, detail: &str) -> Self {
+    pub(crate) fn malformed(rank: usize, detail: &str) -> Self {
         let peer = format!("rank {rank}");
         CollectiveError::Protocol { peer, detail: detail.to_owned() }.into()
     }
 }
 
-/// Model and optimizer state of one rank in one generation.
+/// Model and optimizer state of one rank. It outlives the generation that it was trained in: the next
+/// one may go on from it.
 #[derive(Debug)]
 pub struct Engine {
     pub config: Config,
     pub table: Arc<BlockTable>,
     pub weights: Weights,
-    /// Masters and moments of the blocks that this rank owns.
-    pub owned: BTreeMap<usize, OwnedBlock>,
+    /// The step at which `weights` are complete; `None` while owners' parts are missing.
+    pub weights_step: Option<u64>,
+    /// Masters and moments of the blocks that this rank keeps, as owner or twin.
+    pub blocks: BTreeMap<usize, BlockState>,
+    /// Finished gradients of the step after `step`, of blocks in `blocks`.
+    pub pending: BTreeMap<usize, Vec<f32>>,
+    pub layout: Layout,
     /// The last step done.
     pub step: u64,
     /// Steps that changed the weights.
     pub updates: u64,
+    /// What the last step came to, if it was made here.
+    pub last: Option<StepReport>,
+    /// What there is to know of the last step for a rank that has yet to apply it.
+    pub committed: Committed,
+    /// When a checkpoint was last complete, or the state was loaded.
+    pub saved_at: Instant,
+    pace: Pace,
     rope: Rope,
     device: Device,
 }
@@ -68,6 +83,8 @@ pub struct StepReport {
     /// Loss or gradient were not finite.
     pub broken: bool,
     pub wishes: Wishes,
+    /// Who leaves the generation, by rank.
+    pub leaving: Vec<bool>,
     pub duration: Duration,
     /// Sending, and waiting for peers.
     pub communication: Duration,
@@ -80,21 +97,59 @@ pub struct Peers<'a> {
     pub abort: &'a CancellationToken,
 }
 
+/// A step that was committed by somebody, for a rank that has not applied it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Committed {
+    pub norm: f64,
+    /// It changes the weights.
+    pub updated: bool,
+}
+
 impl Engine {
     pub fn new(
         config: Config,
         table: Arc<BlockTable>,
         weights: Weights,
-        owned: BTreeMap<usize, OwnedBlock>,
+        layout: Layout,
         longest: usize,
         device: Device,
     ) -> Self {
         debug_assert!(gradients::is_canonical(&table));
         let rope = gradients::rope(&config, longest, device);
-        Self { config, table, weights, owned, step: 0, updates: 0, rope, device }
+        Self {
+            config,
+            table,
+            weights,
+            weights_step: None,
+            blocks: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            pace: Pace::new(layout.world()),
+            layout,
+            step: 0,
+            updates: 0,
+            last: None,
+            committed: Committed::default(),
+            saved_at: Instant::now(),
+            rope,
+            device,
+        }
     }
 
-    /// Runs the step after the last one.
+    /// Takes a place in another generation. Blocks that are not this rank's any more stay until
+    /// [`Engine::forget_strays`], in case that generation does not come about.
+    pub fn enter(&mut self, layout: Layout) {
+        self.pace = Pace::new(layout.world());
+        self.layout = layout;
+    }
+
+    /// Drops blocks that others keep.
+    pub fn forget_strays(&mut self, rank: usize) {
+        let layout = &self.layout;
+        self.blocks.retain(|block, _| layout.keeps(rank, *block));
+    }
+
+    /// Runs the step after the last one. If it fails, the engine stands where it stood before or, once
+    /// the step is committed, after it.
     pub fn advance(
         &mut self,
         recipe: &Recipe,
@@ -104,24 +159,23 @@ impl Engine {
     ) -> Result<StepReport, StepError> {
         let started = Instant::now();
         let plan = data.plan(self.step + 1);
-        let count = plan.micro_batches.len() as u32;
-        let (mut gradients, losses, mut communication) = self.gradients(&plan, data, peers)?;
-        let norms = finish(&mut gradients, plan.trained_tokens);
-        let exchanged = Instant::now();
-        let own = Contribution { wishes, losses, norms };
         let trains = plan.trained_tokens > 0;
-        let commit = commit::exchange(&self.table, peers.collective, peers.abort, plan.step, trains, count, &own)?;
+        let shares = self.pace.shares(plan.micro_batches.len() as u32);
+        self.pending.clear();
+        let mut own = Contribution { wishes, ..Contribution::default() };
+        let mut communication = Duration::ZERO;
+        if trains {
+            communication = self.gradients(&plan, data, peers, &shares, &mut own)?;
+        }
+        let exchanged = Instant::now();
+        let terms = Terms { step: plan.step, layout: &self.layout, shares: &shares, trains };
+        let commit = commit::exchange(terms, peers.collective, peers.abort, &own)?;
         communication += exchanged.elapsed();
+        self.pace.learn(&commit.seconds);
         let rate = learning_rate(recipe, plan.step, data.steps());
         let updated = trains && commit.is_finite();
-        if updated {
-            self.update(recipe, &commit, rate, &gradients);
-            let sending = Instant::now();
-            self.gather(plan.step, peers)?;
-            communication += sending.elapsed();
-        }
-        self.step = plan.step;
-        Ok(StepReport {
+        self.follow(recipe, data, Committed { norm: commit.norm, updated });
+        let mut report = StepReport {
             step: plan.step,
             loss: commit.loss_sum / plan.trained_tokens as f64,
             norm: commit.norm,
@@ -130,74 +184,149 @@ impl Engine {
             updated,
             broken: !commit.is_finite(),
             wishes: commit.wishes,
+            leaving: commit.leaving,
             duration: started.elapsed(),
             communication,
-        })
+        };
+        self.last = Some(report.clone());
+        if updated {
+            let sending = Instant::now();
+            self.gather(peers, &vec![true; peers.collective.world()])?;
+            report.communication += sending.elapsed();
+            report.duration = started.elapsed();
+        }
+        Ok(report)
     }
 
-    /// The summed gradients of the own blocks, and the losses of the own micro-batches.
-    #[expect(clippy::type_complexity, reason = "three results of one pass, taken apart at once")]
+    /// Computes the own micro-batches and reduces: leaves the finished gradients of kept blocks in
+    /// `pending`, even if it fails on the way, and losses and norms in `own`. Returns the time spent
+    /// on communication.
     fn gradients(
-        &self,
+        &mut self,
         plan: &StepPlan,
         data: &Dataset,
         peers: Peers<'_>,
-    ) -> Result<(BTreeMap<usize, Vec<f32>>, Vec<f64>, Duration), StepError> {
-        if plan.trained_tokens == 0 {
-            return Ok(Default::default());
-        }
-        let count = plan.micro_batches.len() as u32;
-        let share = tree::share(count, peers.collective.world(), peers.collective.rank());
+        shares: &[Range<u32>],
+        own: &mut Contribution,
+    ) -> Result<Duration, StepError> {
+        let started = Instant::now();
+        let rank = peers.collective.rank();
+        let share = shares[rank].clone();
         let mine = &plan.micro_batches[share.start as usize..share.end as usize];
         let batches: Vec<_> = mine.iter().map(|sequences| data.micro_batch(sequences)).collect();
-        let mut reduction = Reduction::new(&self.table, peers.collective, peers.abort, plan.step, count);
-        let computation = Computation {
+        let mut pending = std::mem::take(&mut self.pending);
+        let mut reduction = Reduction::new(Task {
+            table: &self.table,
+            layout: &self.layout,
+            collective: peers.collective,
+            abort: peers.abort,
+            step: plan.step,
+            shares,
+            tokens: plan.trained_tokens,
+            tied: self.config.tie_word_embeddings,
+        });
+        let computed = self
+            .computation(peers.abort)
+            .run(share.start, &batches, |partial| reduction.add(partial, &mut pending))
+            .and_then(|losses| Ok((losses, reduction.finish(&mut pending)?)));
+        self.pending = pending;
+        let (losses, communication) = computed?;
+        own.losses = losses;
+        own.seconds = started.elapsed().saturating_sub(communication).as_secs_f64();
+        let witnessed = self.layout.witnessed(rank);
+        own.norms = witnessed.filter_map(|block| Some((block, squared_norm(self.pending.get(&block)?)))).collect();
+        Ok(communication)
+    }
+
+    fn computation<'a>(&'a self, abort: &'a CancellationToken) -> Computation<'a> {
+        Computation {
             config: &self.config,
             table: &self.table,
             weights: &self.weights,
             rope: &self.rope,
             device: self.device,
-        };
-        let losses = computation.run(share.start, &batches, |partial| reduction.add(partial))?;
-        let (sums, communication) = reduction.finish()?;
-        Ok((sums, losses, communication))
+            abort,
+        }
     }
 
-    fn update(&mut self, recipe: &Recipe, commit: &Commit, rate: f64, gradients: &BTreeMap<usize, Vec<f32>>) {
+    /// Applies the step after the last one, which is committed and whose gradients are in `pending`.
+    /// Touches nothing outside this rank, and so cannot fail half-way.
+    pub fn follow(&mut self, recipe: &Recipe, data: &Dataset, committed: Committed) {
+        let pending = std::mem::take(&mut self.pending);
+        self.step += 1;
+        self.last = None;
+        self.committed = committed;
+        if !committed.updated {
+            self.weights_step = self.weights_step.map(|_| self.step);
+            return;
+        }
         self.updates += 1;
+        self.weights_step = None;
         let update = Update {
-            learning_rate: rate,
+            learning_rate: learning_rate(recipe, self.step, data.steps()),
             weight_decay: recipe.weight_decay,
-            scale: clip_scale(commit.norm, recipe.gradient_clip),
+            scale: clip_scale(committed.norm, recipe.gradient_clip),
             count: self.updates,
         };
-        for (index, state) in &mut self.owned {
-            if let Some(gradient) = gradients.get(index) {
+        // What has no gradient here stays behind, and is of no use to anyone.
+        self.blocks.retain(|index, _| pending.contains_key(index));
+        for (index, state) in &mut self.blocks {
+            if let Some(gradient) = pending.get(index) {
                 state.update(&self.table, &self.table.blocks[*index], gradient, update);
             }
         }
     }
 
-    /// Brings every owner's weights to every rank.
-    pub fn gather(&mut self, step: u64, peers: Peers<'_>) -> Result<(), StepError> {
-        let (rank, world) = (peers.collective.rank(), peers.collective.world());
-        let tag = |block: usize| Tag::new(Kind::Weights, step).block(block);
-        for (index, state) in &self.owned {
-            peers.collective.broadcast(tag(*index), bytemuck::cast_slice(&state.weights))?;
-            self.weights.write(&self.table.blocks[*index], &state.weights)?;
+    /// Brings owners' weights to the ranks that lack them. Who keeps a block has them already.
+    pub fn gather(&mut self, peers: Peers<'_>, lacking: &[bool]) -> Result<(), StepError> {
+        let rank = peers.collective.rank();
+        let tag = |block: usize| Tag::new(Kind::Weights, self.step).block(block);
+        for (index, state) in self.blocks.iter().filter(|(index, _)| self.layout.owner(**index) == rank) {
+            let receives = |to: &usize| lacking[*to] && !self.layout.keeps(*to, *index);
+            for to in (0..lacking.len()).filter(receives) {
+                peers.collective.send(to, tag(*index), bytemuck::cast_slice(&state.weights))?;
+            }
         }
-        for index in 0..self.table.blocks.len() {
-            let from = owner(index, world);
-            if from == rank {
+        if !lacking[rank] {
+            return Ok(());
+        }
+        for (index, block) in self.table.blocks.iter().enumerate() {
+            if let Some(state) = self.blocks.get(&index).filter(|_| self.layout.keeps(rank, index)) {
+                self.weights.write(block, &state.weights)?;
                 continue;
             }
+            let from = self.layout.owner(index);
             let values = floats(&peers.collective.receive(from, tag(index), peers.abort)?);
-            if values.len() != self.table.blocks[index].elements {
+            if values.len() != block.elements {
                 return Err(StepError::malformed(from, "weights of the wrong size"));
             }
-            self.weights.write(&self.table.blocks[index], &values)?;
+            self.weights.write(block, &values)?;
         }
+        self.weights_step = Some(self.step);
         Ok(())
+    }
+
+    /// Digest of the gradients of one micro-batch on the present weights: what a rank of another
+    /// numerics class would compute differently.
+    pub fn canary(&self, data: &Dataset, abort: &CancellationToken) -> Result<String, StepError> {
+        let plan = data.plan(self.step + 1);
+        let mut hasher = blake3::Hasher::new();
+        let Some(first) = plan.micro_batches.first().filter(|_| plan.trained_tokens > 0) else {
+            return Ok(hasher.finalize().to_hex().to_string());
+        };
+        let batch = data.micro_batch(first);
+        let losses = self.computation(abort).run(0, std::slice::from_ref(&batch), |partial| {
+            let first = self.table.group_parameters(partial.group).start;
+            for (_, gradients) in &partial.sums {
+                for index in self.table.group_blocks(partial.group) {
+                    let values = read_block(&self.table.blocks[index], |parameter| &gradients.0[parameter - first])?;
+                    hasher.update(bytemuck::cast_slice(&values));
+                }
+            }
+            Ok::<_, StepError>(())
+        })?;
+        hasher.update(bytemuck::cast_slice(&losses));
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// Digest of the weights, as the worker computes it.
@@ -206,21 +335,12 @@ impl Engine {
     }
 }
 
-/// Divides the sums by the number of trained tokens; returns their squared norms.
-fn finish(gradients: &mut BTreeMap<usize, Vec<f32>>, tokens: u64) -> BTreeMap<usize, f64> {
-    let tokens = tokens as f32;
-    let mut norms = BTreeMap::new();
-    for (block, gradient) in gradients {
-        gradient.iter_mut().for_each(|value| *value /= tokens);
-        norms.insert(*block, squared_norm(gradient));
-    }
-    norms
-}
-
-/// Bytes that may wait unread at a rank: all weights, the partial sums of two groups of the largest
-/// size from everyone, and small change.
+/// Bytes that may wait unread at a rank: all weights, the gradients of the blocks that it is twin of,
+/// the state of those that it is to keep, the partial sums of two groups of the largest size from
+/// everyone, and small change.
 pub fn unread_limit_bytes(table: &BlockTable, micro_batches: u32, world: usize) -> usize {
     let levels = (u32::BITS - micro_batches.leading_zeros()) as usize + 1;
     let largest = table.parameters.iter().map(|parameter| parameter.elements).max().unwrap_or(0);
-    4 * table.elements() + 4 * 3 * largest * 2 * levels * world.max(1) + (64 << 20)
+    let kept = 2 * table.elements().div_ceil(world.max(1));
+    4 * table.elements() + (4 + 12) * kept + 4 * 3 * largest * 2 * levels * world.max(1) + (64 << 20)
 }

@@ -1,27 +1,43 @@
-//! Sends partial sums to their owners and finishes the sums of the own blocks.
+//! Sends partial sums to their owners, finishes the gradients of the own blocks and hands them to
+//! their twins.
 
 use super::StepError;
 use super::gradients::Partial;
-use crate::blocks::{BlockTable, owner};
+use crate::blocks::BlockTable;
 use crate::collective::{Collective, CollectiveError, Kind, Tag};
+use crate::layout::Layout;
 use crate::state::{floats, read_block};
 use crate::tree::{self, Node, Summand, TreeSum};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
+
+/// What a step's reduction is about.
+#[derive(Clone, Copy)]
+pub struct Task<'a> {
+    pub table: &'a BlockTable,
+    pub layout: &'a Layout,
+    pub collective: &'a dyn Collective,
+    pub abort: &'a CancellationToken,
+    pub step: u64,
+    /// Micro-batches by rank.
+    pub shares: &'a [Range<u32>],
+    /// What gradients are divided by.
+    pub tokens: u64,
+    /// The embedding's gradient comes in two parts.
+    pub tied: bool,
+}
 
 /// One step's reduction. Peers' sums of a group are waited for one group later than they were due,
 /// so that communication hides behind computing.
 pub struct Reduction<'a> {
-    table: &'a BlockTable,
-    collective: &'a dyn Collective,
-    abort: &'a CancellationToken,
-    step: u64,
+    task: Task<'a>,
     /// What each rank sends, by rank.
     nodes: Vec<Vec<Node>>,
     pending: Option<Pending>,
-    /// Finished sums of the own blocks.
-    sums: BTreeMap<usize, Vec<f32>>,
+    /// Sums of own blocks that lack their second part.
+    halves: BTreeMap<usize, Vec<f32>>,
     waited: Duration,
 }
 
@@ -33,56 +49,53 @@ struct Pending {
 }
 
 impl<'a> Reduction<'a> {
-    pub fn new(
-        table: &'a BlockTable,
-        collective: &'a dyn Collective,
-        abort: &'a CancellationToken,
-        step: u64,
-        micro_batches: u32,
-    ) -> Self {
-        let world = collective.world();
-        let nodes = (0..world).map(|rank| tree::nodes(tree::share(micro_batches, world, rank)));
-        Self {
-            table,
-            collective,
-            abort,
-            step,
-            nodes: nodes.collect(),
-            pending: None,
-            sums: BTreeMap::new(),
-            waited: Duration::ZERO,
-        }
+    pub fn new(task: Task<'a>) -> Self {
+        let nodes = task.shares.iter().map(|share| tree::nodes(share.clone())).collect();
+        Self { task, nodes, pending: None, halves: BTreeMap::new(), waited: Duration::ZERO }
     }
 
-    /// Takes this rank's sums of the next group.
-    pub fn add(&mut self, partial: Partial) -> Result<(), StepError> {
+    /// Takes this rank's sums of the next group; puts finished gradients of own blocks into `finished`.
+    pub fn add(&mut self, partial: Partial, finished: &mut BTreeMap<usize, Vec<f32>>) -> Result<(), StepError> {
         // A rank alone never waits, and is to hear of the end all the same.
-        if self.abort.is_cancelled() {
+        if self.task.abort.is_cancelled() {
             return Err(CollectiveError::Aborted.into());
         }
         let own = self.send(&partial)?;
-        self.settle()?;
+        self.settle(finished)?;
         self.pending = Some(Pending { group: partial.group, part: partial.part, own });
         Ok(())
     }
 
-    /// The sums of the own blocks, and how long they were waited for.
-    pub fn finish(mut self) -> Result<(BTreeMap<usize, Vec<f32>>, Duration), StepError> {
-        self.settle()?;
-        Ok((self.sums, self.waited))
+    /// Finishes the last group, and takes the gradients of the blocks that this rank is twin of. How
+    /// long peers were waited for.
+    pub fn finish(mut self, finished: &mut BTreeMap<usize, Vec<f32>>) -> Result<Duration, StepError> {
+        self.settle(finished)?;
+        let started = Instant::now();
+        let Task { table, layout, collective, abort, step, .. } = self.task;
+        let rank = collective.rank();
+        for block in layout.kept(rank).filter(|block| layout.owner(*block) != rank) {
+            let from = layout.owner(block);
+            let gradient = floats(&collective.receive(from, Tag::new(Kind::Gradient, step).block(block), abort)?);
+            if gradient.len() != table.blocks[block].elements {
+                return Err(StepError::malformed(from, "a gradient of the wrong size"));
+            }
+            finished.insert(block, gradient);
+        }
+        Ok(self.waited + started.elapsed())
     }
 
     fn tag(&self, part: u8, block: usize, node: usize) -> Tag {
-        Tag::new(Kind::Partial, self.step).block(block).node(part, node)
+        Tag::new(Kind::Partial, self.task.step).block(block).node(part, node)
     }
 
     fn send(&mut self, partial: &Partial) -> Result<BTreeMap<usize, Vec<Vec<f32>>>, StepError> {
         let started = Instant::now();
-        let (rank, world) = (self.collective.rank(), self.collective.world());
-        let first = self.table.group_parameters(partial.group).start;
+        let Task { table, layout, collective, .. } = self.task;
+        let rank = collective.rank();
+        let first = table.group_parameters(partial.group).start;
         let mut own = BTreeMap::new();
-        for index in self.table.group_blocks(partial.group) {
-            let (block, to) = (&self.table.blocks[index], owner(index, world));
+        for index in table.group_blocks(partial.group) {
+            let (block, to) = (&table.blocks[index], layout.owner(index));
             let mut kept = Vec::new();
             for (node, (_, gradients)) in partial.sums.iter().enumerate() {
                 let values = read_block(block, |parameter| &gradients.0[parameter - first])?;
@@ -90,7 +103,7 @@ impl<'a> Reduction<'a> {
                     kept.push(values);
                 } else {
                     let tag = self.tag(partial.part, index, node);
-                    self.collective.send(to, tag, bytemuck::cast_slice(&values))?;
+                    collective.send(to, tag, bytemuck::cast_slice(&values))?;
                 }
             }
             if to == rank {
@@ -102,34 +115,63 @@ impl<'a> Reduction<'a> {
     }
 
     /// Finishes the pending group's own blocks.
-    fn settle(&mut self) -> Result<(), StepError> {
+    fn settle(&mut self, finished: &mut BTreeMap<usize, Vec<f32>>) -> Result<(), StepError> {
         let Some(Pending { group, part, mut own }) = self.pending.take() else {
             return Ok(());
         };
         let started = Instant::now();
-        for index in self.table.group_blocks(group) {
+        for index in self.task.table.group_blocks(group) {
             let Some(kept) = own.remove(&index) else { continue };
             let Some(sum) = self.sum(part, index, kept)? else { continue };
-            match self.sums.get_mut(&index) {
-                Some(earlier) => earlier.add(sum),
-                None => drop(self.sums.insert(index, sum)),
+            if let Some(whole) = self.whole(group, part, index, sum) {
+                finished.insert(index, self.conclude(index, whole)?);
             }
         }
         self.waited += started.elapsed();
         Ok(())
     }
 
+    /// The block's sum, once no part of it is missing.
+    fn whole(&mut self, group: usize, part: u8, block: usize, sum: Vec<f32>) -> Option<Vec<f32>> {
+        if !self.task.tied || group != crate::blocks::EMBEDDING_GROUP {
+            return Some(sum);
+        }
+        if part == 0 {
+            self.halves.insert(block, sum);
+            return None;
+        }
+        match self.halves.remove(&block) {
+            Some(mut half) => {
+                half.add(sum);
+                Some(half)
+            }
+            None => Some(sum),
+        }
+    }
+
+    /// Divides once by the number of trained tokens, and hands the gradient to the twin.
+    fn conclude(&self, block: usize, mut sum: Vec<f32>) -> Result<Vec<f32>, StepError> {
+        let tokens = self.task.tokens as f32;
+        sum.iter_mut().for_each(|value| *value /= tokens);
+        if let Some(twin) = self.task.layout.twin(block) {
+            let tag = Tag::new(Kind::Gradient, self.task.step).block(block);
+            self.task.collective.send(twin, tag, bytemuck::cast_slice(&sum))?;
+        }
+        Ok(sum)
+    }
+
     fn sum(&self, part: u8, block: usize, kept: Vec<Vec<f32>>) -> Result<Option<Vec<f32>>, StepError> {
+        let Task { table, collective, abort, .. } = self.task;
         let mut kept = kept.into_iter();
         let mut sum = TreeSum::default();
         for (rank, nodes) in self.nodes.iter().enumerate() {
             for (position, node) in nodes.iter().enumerate() {
-                let values = if rank == self.collective.rank() {
+                let values = if rank == collective.rank() {
                     kept.next().unwrap_or_default()
                 } else {
-                    floats(&self.collective.receive(rank, self.tag(part, block, position), self.abort)?)
+                    floats(&collective.receive(rank, self.tag(part, block, position), abort)?)
                 };
-                if values.len() != self.table.blocks[block].elements {
+                if values.len() != table.blocks[block].elements {
                     return Err(StepError::malformed(rank, "a partial sum of the wrong size"));
                 }
                 sum.push(*node, values);

@@ -1,0 +1,101 @@
+//! What a generation can start from without the store, and who may take part in it.
+
+use super::rank::Rank;
+use super::{Happening, Membership, Millis, PodUid};
+use crate::coordinator::report::Blockage;
+use std::collections::BTreeMap;
+use vicuna_protocol::coordinator::{Cause, Holding, MemoryBase};
+
+impl Membership {
+    /// The newest step that anybody has applied, if every block of it is with one of `candidates`:
+    /// there already, or a step short of it with the finished gradient.
+    ///
+    /// Ranks of one generation are never further apart, since nobody begins a step before all have
+    /// applied the last one; and whoever has applied a step knows that owner and twin of every block
+    /// have its gradient. So this fails only when both are lost.
+    pub(super) fn memory_base(&self, candidates: &[PodUid]) -> Option<(u64, MemoryBase)> {
+        let total = self.blocks?;
+        let known = || self.ranks.values().filter_map(|rank| rank.holding.as_ref());
+        let ahead = known().max_by_key(|holding| holding.step)?;
+        let offered = |pod: &PodUid| self.ranks.get(pod).and_then(|rank| rank.holding.as_ref());
+        let holdings: Vec<Holding> = candidates
+            .iter()
+            .map(|pod| offered(pod).map_or_else(Holding::default, |holding| Holding { last: None, ..holding.clone() }))
+            .collect();
+        let covered = (0..total).all(|block| holdings.iter().any(|holding| has(holding, ahead.step, block)));
+        covered.then(|| {
+            let base = MemoryBase { updates: ahead.updates, norm: ahead.norm, updated: ahead.updated, holdings };
+            (ahead.step, base)
+        })
+    }
+
+    /// Ranks that are to leave, or to be replaced, and hold state.
+    pub(super) fn leavers_with_memory(&self, now: Millis, staying: &[PodUid]) -> Vec<PodUid> {
+        let late = |pod: &str| self.departure(pod).is_some_and(|it| it.deadline_ms > 0 && it.deadline_ms <= now);
+        let leaving = self.ranks.iter().filter(|(pod, rank)| {
+            rank.is_fit() && rank.holding.is_some() && !staying.contains(pod) && !self.is_gone(pod) && !late(pod)
+        });
+        leaving.map(|(pod, _)| pod.clone()).collect()
+    }
+
+    /// The class of the record or, before there is one, of the rank that was fit first.
+    pub(super) fn numerics_class(&self) -> String {
+        let recorded = self.record.as_ref().map(|record| &record.numerics_class).filter(|class| !class.is_empty());
+        let first = || {
+            let fit = self.ranks.iter().filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod));
+            fit.min_by_key(|(_, rank)| rank.order).map(|(_, rank)| &rank.numerics_class)
+        };
+        recorded.or_else(first).cloned().unwrap_or_default()
+    }
+
+    /// What is in a rank's way, as far as we know.
+    pub(super) fn obstacle_of(&self, rank: &Rank) -> Option<Blockage> {
+        let class = self.numerics_class();
+        let differs = rank.prepared && !class.is_empty() && rank.numerics_class != class;
+        let message = if rank.mismatched {
+            "it computes other bits than the training's other ranks, from the same state".to_owned()
+        } else if differs {
+            let short = |class: &str| class.chars().take(12).collect::<String>();
+            format!(
+                "its numerics class {} is not the training's {}: image, device, driver, instruction set or threads differ",
+                short(&rank.numerics_class),
+                short(&class)
+            )
+        } else {
+            return rank.blocked.clone();
+        };
+        let what_to_do = "it is kept out, because weights would not be exact; give the pool nodes of one kind";
+        Some(Blockage { cause: Cause::Numerics, message: format!("{message}; {what_to_do}") })
+    }
+
+    /// Ranks that came from the same base to other bits than most, or than the first in rank order.
+    pub(super) fn keep_out_who_differs(&mut self, ready: &BTreeMap<PodUid, String>) {
+        let votes = |digest: &String| ready.values().filter(|other| *other == digest).count();
+        let members = self.members().to_vec();
+        let said: Vec<(&PodUid, &String)> =
+            members.iter().filter_map(|member| Some((&member.pod_uid, ready.get(&member.pod_uid)?))).collect();
+        // Of equals the first: it has been in the training for longest.
+        let right = said.iter().rev().max_by_key(|(_, digest)| votes(digest)).map(|(_, digest)| (*digest).clone());
+        for (pod, digest) in said {
+            if Some(digest) == right.as_ref() {
+                continue;
+            }
+            if let Some(rank) = self.ranks.get_mut(pod) {
+                rank.mismatched = true;
+                let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
+                self.happened(Happening::NumericsMismatch { pod, node });
+            }
+        }
+    }
+}
+
+fn has(holding: &Holding, step: u64, block: usize) -> bool {
+    let bits = if holding.step == step {
+        &holding.blocks
+    } else if holding.step + 1 == step {
+        &holding.advancing
+    } else {
+        return false;
+    };
+    bits.get(block / 8).is_some_and(|byte| byte >> (block % 8) & 1 != 0)
+}
