@@ -9,7 +9,7 @@ help:
 	@echo "make demo       train, reclaim, resume, serve and chat on a real local cluster, and leave it up"
 	@echo "make demo-down  remove every trace of it"
 	@echo "make test       all tests, the cluster suite included"
-	@echo "make lint       formatting and clippy;  make deny: licences, bans and sources of dependencies"
+	@echo "make lint       formatting, clippy, one build of each dependency;  make deny: licences, bans and sources of dependencies"
 	@echo "make crds       regenerate crds/yaml and the CRD chart from the types in crds/src"
 
 tools:
@@ -31,7 +31,7 @@ crds:
 	@$(ENV) && cargo run --release --locked -p vicuna-crds --bin crdgen
 
 lint:
-	@$(ENV) && cargo fmt --all --check && cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	@$(ENV) && tests/tools/features.sh && cargo fmt --all --check && cargo clippy --release --locked --workspace --all-targets -- -D warnings
 
 deny:
 	@$(ENV) && tests/tools/deny.sh && cargo deny --locked --offline check bans licenses sources

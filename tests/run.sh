@@ -2,6 +2,7 @@
 # All suites, one after another; ends with `N passed, N failed` over all of them.
 #   tests/run.sh            everything
 #   tests/run.sh unit       only the suite of that name
+#   tests/run.sh cluster browser restart     of the cluster suite only what has one of these words in its name
 # A suite that ran no test is a failure: it says that something was not found, not that all is well.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,13 +36,16 @@ golden_suite() {
         cargo test --release --locked --workspace --exclude vicuna-tests --test '*' --no-fail-fast
 }
 
+# The whole workspace even for one test: cargo unites the features of all packages that a command names, and another
+# choice of packages would compile their dependencies once more (tests/tools/features.sh watches over that).
 cluster_suite() {
-    cargo build --release --locked --workspace --bins && cargo test --release --locked -p vicuna-tests --test cluster
+    tests/tools/browser.sh && cargo build --release --locked --workspace --bins &&
+        cargo test --release --locked --workspace --test cluster -- "$@"
 }
 
 suite unit cargo test --release --locked --workspace --lib --bins --no-fail-fast
 suite golden golden_suite
-suite cluster cluster_suite
+suite cluster cluster_suite "${@:2}"
 
 printf '\n%d passed, %d failed\n' "$passed" "$failed"
 ((failed == 0 && passed > 0))

@@ -4,6 +4,8 @@
 //! that does nothing is not here. Everything in a status is defaulted or optional, so that a partial
 //! server-side apply of it is valid.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 pub mod definition;
 pub mod period;
 pub mod pool;

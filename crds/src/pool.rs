@@ -52,6 +52,10 @@ pub struct Pool {
     /// How long before a node goes its provider says so; our pods get this long to leave. Absent: 30s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notice: Option<Period>,
+    /// Price of one of its nodes for an hour, in any currency that is the same for all pools. Costs in status and metrics follow from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub hourly_price: Option<f64>,
 }
 
 impl Pool {
@@ -64,6 +68,7 @@ impl Pool {
             tolerations: Vec::new(),
             max: None,
             notice: None,
+            hourly_price: None,
         }
     }
 

@@ -23,8 +23,14 @@ pub struct SecretReference {
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Template {
+    #[serde(rename = "vicuna_v0")]
+    VicunaV0,
     #[serde(rename = "vicuna_v1.1")]
     VicunaV1_1,
+    #[serde(rename = "llama-2")]
+    Llama2,
+    #[serde(rename = "llama-3")]
+    Llama3,
     #[serde(rename = "chatml")]
     ChatMl,
 }
@@ -33,7 +39,10 @@ impl Template {
     /// The name that trainers and workers know it by.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::VicunaV0 => "vicuna_v0",
             Self::VicunaV1_1 => "vicuna_v1.1",
+            Self::Llama2 => "llama-2",
+            Self::Llama3 => "llama-3",
             Self::ChatMl => "chatml",
         }
     }
@@ -52,11 +61,11 @@ pub struct ModelSource {
     pub template: Option<Template>,
 }
 
-/// A file of conversations.
+/// Conversations.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DatasetSource {
-    /// A JSON file of conversations, at an `s3://` or `file://` address.
+    /// A file of conversations, or a folder of such: ShareGPT's records or OpenAI's messages, as JSON, JSON lines or Parquet, at an `s3://` or `file://` address.
     #[schemars(length(min = 6, max = 1024))]
     #[x_kube(validation = Rule::new(SUPPORTED).message(SUPPORTED_MESSAGE))]
     pub from: String,

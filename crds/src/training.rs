@@ -49,10 +49,13 @@ pub mod condition {
     printcolumn = r#"{"name":"State","type":"string","jsonPath":".status.state"}"#,
     printcolumn = r#"{"name":"Step","type":"string","jsonPath":".status.progress.stepOf"}"#,
     printcolumn = r#"{"name":"Ready/Max","type":"string","jsonPath":".status.readyMax"}"#,
+    printcolumn = r#"{"name":"Goodput","type":"number","jsonPath":".status.goodput"}"#,
     printcolumn = r#"{"name":"Reclaims","type":"integer","jsonPath":".status.disruptions.reclaims"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
     printcolumn = r#"{"name":"Loss","type":"number","jsonPath":".status.progress.loss","priority":1}"#,
-    printcolumn = r#"{"name":"Checkpoint","type":"integer","jsonPath":".status.checkpoint.step","priority":1}"#
+    printcolumn = r#"{"name":"Pools","type":"string","jsonPath":".status.membership.byPool","priority":1}"#,
+    printcolumn = r#"{"name":"Checkpoint","type":"integer","jsonPath":".status.checkpoint.step","priority":1}"#,
+    printcolumn = r#"{"name":"Cost","type":"number","jsonPath":".status.cost.estimated","priority":1}"#
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -60,7 +63,11 @@ pub mod condition {
     validation = Rule::new("self.dataset == oldSelf.dataset").field_path(".dataset").message("The dataset cannot be changed: create a new training."),
     validation = Rule::new("self.recipe == oldSelf.recipe").field_path(".recipe").message("The recipe cannot be changed: create a new training."),
     validation = Rule::new("has(self.prepare) == has(oldSelf.prepare) && (!has(self.prepare) || self.prepare == oldSelf.prepare)").message("prepare cannot be changed: create a new training."),
+    validation = Rule::new("!has(self.prepare) || !has(self.prepare.splitAt) || self.prepare.splitAt <= self.recipe.maxLength").message("prepare.splitAt must not be above recipe.maxLength, which would cut the pieces again: change one of them."),
     validation = Rule::new("self.checkpoint.to == oldSelf.checkpoint.to").field_path(".checkpoint.to").message("checkpoint.to cannot be changed, since the training's state is there: create a new training."),
+    validation = Rule::new("has(self.managedBy) == has(oldSelf.managedBy) && (!has(self.managedBy) || self.managedBy == oldSelf.managedBy)").message("managedBy cannot be changed: create a new training."),
+    validation = Rule::new("!has(self.placement) || !has(self.placement.onDemandFloor) || self.placement.onDemandFloor <= self.workers.max").message("placement.onDemandFloor must not be above workers.max: change one of them."),
+    validation = Rule::new("!has(self.placement) || !has(self.placement.onDemandFloor) || self.placement.onDemandFloor == 0 || (has(self.pools) && self.pools.exists(pool, pool.capacity != 'Spot'))").message("placement.onDemandFloor needs a pool whose capacity is OnDemand or OnPrem: add one, or set the floor to 0."),
     validation = Rule::new("self.workers.max <= self.recipe.globalBatch / self.recipe.microBatch").message("A step has globalBatch / microBatch micro-batches, and each worker needs one: lower workers.max or microBatch, or raise globalBatch.")
 )]
 pub struct VicunaTrainingSpec {
@@ -92,12 +99,49 @@ pub struct VicunaTrainingSpec {
     /// Stop after a checkpoint and give the pods back, until this is false again.
     #[serde(default)]
     pub suspend: bool,
+    /// The controller that runs this training; absent or `vicuna.dev/operator`: this operator. With any other name the operator leaves the training alone. Cannot be changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub managed_by: Option<String>,
+    /// How long the training may take from its first pod, or since it was last resumed; then it is given up. Its checkpoints stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active_deadline: Option<Period>,
+    /// How long after its end the training is deleted; absent: never. What it wrote into its bucket stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_after_finished: Option<Period>,
 }
 
-/// What is done to the data before training.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// Value of `managedBy` that means this operator.
+pub const MANAGED_BY: &str = "vicuna.dev/operator";
+
+impl VicunaTrainingSpec {
+    /// Whether another controller runs the training.
+    pub fn is_managed_elsewhere(&self) -> bool {
+        self.managed_by.as_deref().is_some_and(|name| name != MANAGED_BY)
+    }
+}
+
+/// What is done to the data before training. Every rank does it, and all come to the same.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Prepare {
+    /// Clean the conversations as published for Vicuna: HTML becomes Markdown, remains of the web page go, conversations that name another vendor, restart their lists or are there already (exactly or nearly) are dropped. If false, only what cannot be trained on is removed: turns before the first question and after the last reply, conversations whose roles do not alternate, empty turns.
+    #[serde(default)]
+    pub clean: bool,
+    /// Keep only conversations in this language, an ISO 639-1 code such as `en`, and those whose language cannot be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 2, max = 3))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z]+$')").message("Write the language as its ISO 639-1 code in lower case, such as en."))]
+    pub language: Option<String>,
+    /// Cut conversations longer than this many tokens between pairs of question and reply, so that nothing is lost to recipe.maxLength. Each piece has the system prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 8, max = 131_072))]
+    pub split_at: Option<u32>,
+    /// Share of the conversations that is not trained on but kept for evaluation, such as 0.02; chosen by what is said in them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 0.5))]
+    #[x_kube(validation = Rule::new("self > 0.0").message("Set a share above 0, such as 0.02, or leave holdOut out."))]
+    pub hold_out: Option<f64>,
     /// Who the model is to say that it is: conversations that teach it are added to the data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<Identity>,
@@ -224,6 +268,36 @@ pub struct Workers {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "crate::schema::resources")]
     pub resources: Option<ResourceRequirements>,
+    /// PriorityClass of the pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub priority_class_name: Option<String>,
+    /// What the pods carry besides: queues of an admission controller, for example.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<PodTemplate>,
+}
+
+/// Additions to pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PodTemplate {
+    /// Labels and annotations of the pods.
+    #[serde(default)]
+    pub metadata: PodTemplateMetadata,
+}
+
+/// Labels and annotations; the operator's own cannot be replaced.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PodTemplateMetadata {
+    /// Labels of the pods.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations of the pods.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub annotations: BTreeMap<String, String>,
 }
 
 fn one() -> u32 {
@@ -231,21 +305,44 @@ fn one() -> u32 {
 }
 
 /// How pools are chosen.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Placement {
     /// How long a pod may find no node in a pool before the next pool is tried.
     #[serde(default = "default_stock_out_after")]
     pub stock_out_after: Period,
+    /// How long a pod stays in a pool that is not its first choice before its first choice is tried again. The new pod has its node before the old one is asked to leave.
+    #[serde(default = "default_return_after")]
+    #[x_kube(validation = Rule::new("self.matches('[1-9]')").message("Set a time above 0, such as 10m."))]
+    pub return_after: Period,
+    /// How long fewer than workers.min pods may hold nodes while an older training waits for nodes too; then they are given back for a while.
+    #[serde(default = "default_forming_timeout")]
+    #[x_kube(validation = Rule::new("self.matches('[1-9]')").message("Set a time above 0, such as 5m."))]
+    pub forming_timeout: Period,
+    /// Workers that are kept in pools whose capacity is OnDemand or OnPrem, whatever the order of pools. They go elsewhere only while those pools have no node.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 512))]
+    pub on_demand_floor: u32,
 }
 
 fn default_stock_out_after() -> Period {
     Period::from_secs(60)
 }
+fn default_return_after() -> Period {
+    Period::from_secs(600)
+}
+fn default_forming_timeout() -> Period {
+    Period::from_secs(300)
+}
 
 impl Default for Placement {
     fn default() -> Self {
-        Self { stock_out_after: default_stock_out_after() }
+        Self {
+            stock_out_after: default_stock_out_after(),
+            return_after: default_return_after(),
+            forming_timeout: default_forming_timeout(),
+            on_demand_floor: 0,
+        }
     }
 }
 
@@ -285,15 +382,33 @@ pub struct Retries {
     #[serde(default = "default_application_retries")]
     #[schemars(range(min = 0, max = 1000))]
     pub application: u32,
+    /// How often nodes, network or hanging ranks may fail it without progress. A reclaimed node is none of these.
+    #[serde(default = "default_infrastructure_retries")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub infrastructure: u32,
+    /// How often it may run out of memory, of the host or of a device, without progress.
+    #[serde(default = "default_out_of_memory_retries")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub out_of_memory: u32,
 }
 
 fn default_application_retries() -> u32 {
     3
 }
+fn default_infrastructure_retries() -> u32 {
+    20
+}
+fn default_out_of_memory_retries() -> u32 {
+    2
+}
 
 impl Default for Retries {
     fn default() -> Self {
-        Self { application: default_application_retries() }
+        Self {
+            application: default_application_retries(),
+            infrastructure: default_infrastructure_retries(),
+            out_of_memory: default_out_of_memory_retries(),
+        }
     }
 }
 
@@ -329,6 +444,15 @@ pub struct VicunaTrainingStatus {
     /// Restarts by cause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restarts: Option<Restarts>,
+    /// What the nodes cost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<Cost>,
+    /// Time for which the pods held nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker_time: Option<WorkerTime>,
+    /// Share of the time for which pods held nodes that advanced the model, from 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goodput: Option<f64>,
     /// The last thing that went wrong.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<Failure>,
@@ -391,6 +515,9 @@ pub struct Progress {
     /// Tokens of that step by the time that it took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
+    /// Time that the steps to come take at the present speed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remaining: Option<Period>,
 }
 
 /// Who trains.
@@ -406,6 +533,9 @@ pub struct Membership {
     /// Ranks in it by pool.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub pools: BTreeMap<String, u32>,
+    /// The same for people, such as `spot 2, on-prem 1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by_pool: Option<String>,
 }
 
 /// A complete checkpoint.
@@ -445,20 +575,81 @@ pub struct Disruptions {
     pub last_recovery: Option<Period>,
 }
 
-/// Restarts by cause.
+/// Restarts by cause. Reclaims are not among them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Restarts {
-    /// Failures of the training program since it last made progress.
+    /// Failures of the training program.
     #[serde(default)]
     pub application: u32,
+    /// Failures of nodes and network, evictions, and ranks that were killed from outside.
+    #[serde(default)]
+    pub infrastructure: u32,
+    /// Ranks that ran out of memory, of the host or of a device.
+    #[serde(default)]
+    pub out_of_memory: u32,
+    /// Ranks that hung.
+    #[serde(default)]
+    pub hang: u32,
+    /// Failures to read or write the store, the model or the data, after which a rank ended.
+    #[serde(default)]
+    pub storage: u32,
+    /// What is spent of spec.retries since progress was last made.
+    #[serde(default)]
+    pub spent: Spent,
+}
+
+/// What is spent of the budgets in spec.retries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Spent {
+    /// Of retries.application.
+    #[serde(default)]
+    pub application: u32,
+    /// Of retries.infrastructure.
+    #[serde(default)]
+    pub infrastructure: u32,
+    /// Of retries.outOfMemory.
+    #[serde(default)]
+    pub out_of_memory: u32,
+}
+
+/// What the nodes cost: declared price, times the pod's share of its node, times the time for which it held the node. Starting nodes, idle nodes, disks and traffic are not in it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Cost {
+    /// By the prices of the pools that were used.
+    #[serde(default)]
+    pub estimated: f64,
+    /// What the same time would have cost in the first pool whose capacity is OnDemand and that has a price; absent where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_demand_equivalent: Option<f64>,
+    /// Estimated cost by pool.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pools: BTreeMap<String, f64>,
+}
+
+/// Time for which pods held nodes, summed over pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerTime {
+    /// Seconds from a pod's scheduling to its end.
+    #[serde(default)]
+    pub held_seconds: u64,
+    /// Seconds of these that were spent in steps that count.
+    #[serde(default)]
+    pub advanced_seconds: u64,
+    /// Up to when it is counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "crate::schema::time")]
+    pub until: Option<Time>,
 }
 
 /// Something that went wrong.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Failure {
-    /// Whose fault it is: Store, Model, Data, OutOfMemory, Numerics, Infrastructure or Application.
+    /// Whose fault it is: Application, OutOfMemory, DeviceOutOfMemory, Infrastructure, Hang, Data, Model, Store or Numerics.
     #[serde(default)]
     pub cause: String,
     /// Exit code of the container, where it ended.
@@ -467,7 +658,7 @@ pub struct Failure {
     /// Node on which it happened.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// What was wrong, where, and what to do.
+    /// What was wrong, where, and what to do; with the last lines of the log, where there are some.
     #[serde(default)]
     pub message: String,
 }

@@ -1,5 +1,7 @@
 //! What the definitions promise to users and to the API server.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
 use serde_json::json;
 use std::path::Path;
@@ -82,7 +84,7 @@ fn an_optional_choice_keeps_its_own_description() {
         Some("How a conversation is written as text; absent: the model's own template.")
     );
     let choices: Vec<_> = template.enum_.iter().flatten().filter_map(|v| v.0.as_str()).collect();
-    assert_eq!(choices, ["vicuna_v1.1", "chatml"]);
+    assert_eq!(choices, ["vicuna_v0", "vicuna_v1.1", "llama-2", "llama-3", "chatml"]);
     let state = property(schema(&training), "status.state");
     assert_eq!(state.description.as_deref(), Some("The conditions in one word."));
     let served = property(schema(&serving), "spec.model.template");
@@ -178,6 +180,24 @@ fn users_find_the_kinds_under_short_names_and_can_scale_them() {
 }
 
 #[test]
+fn only_another_controllers_name_keeps_the_operator_away() {
+    let managed_by = |name: Option<&str>| {
+        let training: VicunaTraining = serde_json::from_value(json!({
+            "apiVersion": "vicuna.dev/v1alpha1", "kind": "VicunaTraining", "metadata": { "name": "x" },
+            "spec": {
+                "model": { "from": "s3://b/model" }, "dataset": [{ "from": "s3://b/data.json" }],
+                "recipe": { "epochs": 3 }, "workers": { "max": 2 }, "checkpoint": { "to": "s3://b/state" },
+                "managedBy": name,
+            }
+        }))
+        .unwrap();
+        training.spec.is_managed_elsewhere()
+    };
+    assert!(!managed_by(None) && !managed_by(Some("vicuna.dev/operator")));
+    assert!(managed_by(Some("kueue.x-k8s.io/multikueue")));
+}
+
+#[test]
 fn columns_point_at_fields_that_exist() {
     for crd in definition::all() {
         for column in crd.spec.versions[0].additional_printer_columns.iter().flatten() {
@@ -212,8 +232,12 @@ fn a_short_training_is_filled_in_with_the_published_recipe() {
     assert_eq!(spec.recipe.warmup_ratio, 0.03);
     assert_eq!(spec.workers.min, 1);
     assert_eq!(spec.checkpoint.interval.get().as_secs(), 600);
-    assert_eq!(spec.retries.application, 3);
-    assert!(!spec.suspend);
+    let retries = &spec.retries;
+    assert_eq!((retries.application, retries.infrastructure, retries.out_of_memory), (3, 20, 2));
+    assert_eq!(spec.placement.return_after.get().as_secs(), 600);
+    assert_eq!(spec.placement.forming_timeout.get().as_secs(), 300);
+    assert_eq!(spec.placement.on_demand_floor, 0);
+    assert!(!spec.suspend && !spec.is_managed_elsewhere());
 }
 
 #[test]

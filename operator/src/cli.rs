@@ -1,6 +1,7 @@
 //! The command line; the chart sets these as environment variables.
 
 use crate::config::Config;
+use crate::spot::Source;
 use clap::Parser;
 use std::net::SocketAddr;
 
@@ -47,6 +48,10 @@ pub struct Cli {
     /// Where ranks and gateways call (gRPC over TLS).
     #[arg(long, env = "VICUNA_COORDINATOR_LISTEN", default_value = "0.0.0.0:9443")]
     pub coordinator_listen: SocketAddr,
+    /// Marks on nodes that announce their end, besides those that are known: CARRIER:NAME=URGENCY, where
+    /// CARRIER is taint, condition, annotation or label and URGENCY is now, hurry, calm or advice.
+    #[arg(long, env = "VICUNA_NOTICE_SOURCES", value_delimiter = ',')]
+    pub notice_sources: Vec<Source>,
     /// Health, readiness and metrics.
     #[arg(long, env = "VICUNA_METRICS_LISTEN", default_value = "0.0.0.0:9090")]
     pub metrics: SocketAddr,
@@ -68,6 +73,7 @@ impl From<Cli> for Config {
             gateway_tls_secret,
             lease,
             coordinator_listen,
+            notice_sources,
             metrics,
         } = cli;
         Self {
@@ -84,6 +90,7 @@ impl From<Cli> for Config {
             gateway_tls_secret,
             lease,
             coordinator_listen,
+            notice_sources,
             metrics_listen: metrics,
         }
     }

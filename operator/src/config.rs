@@ -1,5 +1,6 @@
 //! What the operator is told at start and never changes.
 
+use crate::spot::Source;
 use std::net::SocketAddr;
 
 /// Port of the coordinator and of the gateway's worker side, as their Services have it.
@@ -13,6 +14,8 @@ pub const MANAGER: &str = "vicuna-operator";
 pub const TRAINING_LABEL: &str = "vicuna.dev/training";
 pub const SERVING_LABEL: &str = "vicuna.dev/serving";
 pub const POOL_LABEL: &str = "vicuna.dev/pool";
+/// On a training's pod that is to take over from another one: the other's UID.
+pub const REPLACES_ANNOTATION: &str = "vicuna.dev/replaces";
 /// On the pod of the leader, for the coordinator's Service to select.
 pub const LEADER_LABEL: &str = "vicuna.dev/leader";
 
@@ -32,6 +35,7 @@ pub struct Config {
     pub gateway_tls_secret: String,
     pub lease: String,
     pub coordinator_listen: SocketAddr,
+    pub notice_sources: Vec<Source>,
     pub metrics_listen: SocketAddr,
 }
 

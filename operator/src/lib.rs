@@ -3,6 +3,8 @@
 //! `run` wires it: one process leads (`leader`), watches (`watches`), and reconciles (`training`,
 //! `serving`). Ranks and gateways call `coordinator::service`.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
 pub mod cli;
 pub mod config;
 pub mod context;

@@ -41,6 +41,8 @@ pub struct Demand {
 #[derive(Debug, Default)]
 pub struct Loads {
     gateways: Mutex<HashMap<String, Reported>>,
+    /// Models that are served, and when their reconciler last said so.
+    served: Mutex<HashMap<String, Instant>>,
 }
 
 #[derive(Debug)]
@@ -88,6 +90,22 @@ impl Loads {
         }
         let models = report.models.into_iter().take(MAX_MODELS).map(|load| (load.model.clone(), load)).collect();
         gateways.insert(report.gateway, Reported { at: now, models });
+    }
+
+    /// A model is served, whether it has workers or not; said at every look at it.
+    pub fn serve(&self, model: &str, now: Instant) {
+        let mut served = self.served.lock();
+        served.retain(|_, said| now.duration_since(*said) < FORGET_AFTER);
+        if served.len() < MAX_MODELS || served.contains_key(model) {
+            served.insert(model.to_owned(), now);
+        }
+    }
+
+    /// The models that are served, for gateways, which otherwise only know those with workers.
+    pub fn served(&self, now: Instant) -> Vec<String> {
+        let served = self.served.lock();
+        let fresh = served.iter().filter(|(_, said)| now.duration_since(**said) < FORGET_AFTER);
+        fresh.map(|(model, _)| model.clone()).collect()
     }
 
     /// Drops a gateway whose pod is known to be gone.
@@ -166,6 +184,16 @@ mod tests {
         assert_eq!(demand.reported_at, start);
         let demand = loads.demand_at("ns/m", start + FORGET_AFTER).unwrap();
         assert_eq!((demand.gateways, demand.unfinished), (1, 1));
+    }
+
+    #[test]
+    fn a_model_is_served_as_long_as_its_reconciler_says_so() {
+        let loads = Loads::default();
+        let start = Instant::now();
+        loads.serve("ns/m", start);
+        loads.serve("ns/m", start + Duration::from_secs(30));
+        assert_eq!(loads.served(start + FORGET_AFTER), ["ns/m"]);
+        assert!(loads.served(start + FORGET_AFTER + Duration::from_secs(30)).is_empty());
     }
 
     #[test]

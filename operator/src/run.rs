@@ -10,6 +10,7 @@ use crate::leader::{Elector, Leadership};
 use crate::loads::Loads;
 use crate::metrics::Metrics;
 use crate::pki::Trust;
+use crate::spot::notices::NoticeBook;
 use crate::watches::Watches;
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::core::v1::Pod;
@@ -92,12 +93,13 @@ async fn lead(
     tracing::info!(lease = config.lease, "leads");
     let clock = Clock::start();
     let (coordinator, told) = Coordinator::new(client.clone(), leadership.clone(), metrics.clone(), clock);
-    let trust = Trust::start(client.clone(), config.clone(), leadership.clone()).await?;
+    let wall_clock = Arc::new(time::OffsetDateTime::now_utc);
+    let trust = Trust::start(client.clone(), config.clone(), leadership.clone(), wall_clock).await?;
     let context = Arc::new(Context {
         events: Events::start(client.clone(), &config, leadership.clone()),
         watches: Watches::start(&client),
         loads: Arc::new(Loads::default()),
-        notices: Arc::default(),
+        notices: Arc::new(NoticeBook::new(config.notice_sources.clone())),
         coordinator: Arc::new(coordinator),
         trust: Arc::new(trust),
         client,
@@ -109,9 +111,9 @@ async fn lead(
     let listener = TcpListener::bind(context.config.coordinator_listen)
         .await
         .with_context(|| format!("cannot listen on {}", context.config.coordinator_listen))?;
-    let identity = context.trust.operator_identity()?;
+    let connections = context.trust.listen(listener)?;
     mark_leader(&context.client, &context.config, true).await;
-    let calls = service::serve(context.clone(), listener, identity, stop);
+    let calls = service::serve(context.clone(), connections, stop);
     tokio::select! {
         () = context.leadership.lost() => bail!("the lease is lost"),
         () = context.trust.clone().keep_fresh() => bail!("trust is not kept fresh any more"),

@@ -5,6 +5,8 @@
 
 #[path = "cluster/bad_input.rs"]
 mod bad_input;
+#[path = "cluster/browser.rs"]
+mod browser;
 #[path = "cluster/fixture.rs"]
 mod fixture;
 #[path = "cluster/serving.rs"]
@@ -24,12 +26,19 @@ const CASES: &[(&str, Case)] = &[
     ("an_impossible_spec_is_rejected_with_a_sentence", bad_input::an_impossible_spec_is_rejected_with_a_sentence),
     ("a_missing_dataset_is_told_and_recovers", bad_input::a_missing_dataset_is_told_and_recovers),
     ("refused_credentials_are_told_and_recover", bad_input::refused_credentials_are_told_and_recover),
+    ("a_missing_secret_is_told_and_recovers", bad_input::a_missing_secret_is_told_and_recovers),
+    ("an_unreadable_model_is_told_and_recovers", bad_input::an_unreadable_model_is_told_and_recovers),
+    (
+        "an_image_that_cannot_be_pulled_is_told_and_recovers",
+        bad_input::an_image_that_cannot_be_pulled_is_told_and_recovers,
+    ),
     ("a_missing_bucket_is_told", bad_input::a_missing_bucket_is_told),
     ("a_pod_that_fits_nowhere_is_told", bad_input::a_pod_that_fits_nowhere_is_told),
     (
         "a_reclaimed_run_has_the_weights_of_an_undisturbed_one",
         training::a_reclaimed_run_has_the_weights_of_an_undisturbed_one,
     ),
+    ("a_rank_that_is_cut_off_takes_no_step_with_it", training::a_rank_that_is_cut_off_takes_no_step_with_it),
     (
         "a_suspended_training_gives_its_pods_back_and_goes_on",
         training::a_suspended_training_gives_its_pods_back_and_goes_on,
@@ -38,12 +47,13 @@ const CASES: &[(&str, Case)] = &[
     ("the_result_is_served", serving::the_result_is_served),
     ("a_stream_survives_its_worker", serving::a_stream_survives_its_worker),
     ("replicas_follow_demand", serving::replicas_follow_demand),
+    ("the_chat_page_answers_in_a_browser", browser::the_chat_page_answers_in_a_browser),
 ];
 
 fn main() {
-    let only = std::env::args().skip(1).find(|word| !word.starts_with('-'));
-    let chosen: Vec<_> =
-        CASES.iter().filter(|(name, _)| only.as_ref().is_none_or(|part| name.contains(part))).collect();
+    let parts: Vec<_> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let is_chosen = |name: &str| parts.is_empty() || parts.iter().any(|part| name.contains(part.as_str()));
+    let chosen: Vec<_> = CASES.iter().filter(|(name, _)| is_chosen(name)).collect();
     println!("\nrunning {} tests", chosen.len());
     let failed = match Fixture::up() {
         Ok(fixture) => {

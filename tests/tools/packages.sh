@@ -6,7 +6,7 @@ source "$(dirname "$0")/cache.sh"
 packages=(
     ca-certificates unzip openssl iproute2 nftables conntrack util-linux
     etcd-server containerd runc containernetworking-plugins
-    buildah prometheus protobuf-compiler
+    buildah prometheus protobuf-compiler chromium fonts-dejavu-core
 )
 policy=/usr/sbin/policy-rc.d
 

@@ -61,7 +61,7 @@ fn by_training(context: &Context) -> HashMap<Key, Vec<Arc<Pod>>> {
 
 /// What the caches show of a training's pods.
 pub fn facts(context: &Context, namespace: &str, name: &str, uid: &str) -> BTreeMap<PodUid, PodFact> {
-    facts_of(context, &context.watches.pods_of(namespace, TRAINING_LABEL, name), uid)
+    facts_of(context, &context.watches.pods_of(namespace, name), uid)
 }
 
 fn facts_of(context: &Context, pods: &[Arc<Pod>], uid: &str) -> BTreeMap<PodUid, PodFact> {

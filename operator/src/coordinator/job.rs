@@ -39,10 +39,17 @@ pub fn job(training: &VicunaTraining) -> Result<TrainingJob, JobError> {
 }
 
 fn prepare(prepare: Option<&spec::Prepare>) -> Prepare {
-    let identity = prepare.and_then(|prepare| prepare.identity.as_ref());
+    let Some(prepare) = prepare else { return Prepare::default() };
+    let identity = |identity: &spec::Identity| Identity {
+        name: identity.name.clone(),
+        organization: identity.organization.clone(),
+    };
     Prepare {
-        identity: identity
-            .map(|identity| Identity { name: identity.name.clone(), organization: identity.organization.clone() }),
+        clean: prepare.clean,
+        language: prepare.language.clone(),
+        split_at: prepare.split_at,
+        hold_out: prepare.hold_out,
+        identity: prepare.identity.as_ref().map(identity),
     }
 }
 
@@ -75,6 +82,18 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn preparation_is_passed_on_and_none_of_it_is_made_up() {
+        let mut training = crate::training::tests::training("t");
+        training.spec.prepare = None;
+        assert_eq!(job(&training).unwrap().prepare, Prepare::default());
+        let spec = json!({ "clean": true, "language": "en", "splitAt": 512, "holdOut": 0.05,
+                           "identity": { "name": "N", "organization": "O" } });
+        training.spec.prepare = Some(serde_json::from_value(spec.clone()).unwrap());
+        assert_eq!(serde_json::to_value(job(&training).unwrap().prepare).unwrap(), spec);
+    }
 
     #[test]
     fn the_job_says_what_the_spec_says() {

@@ -4,19 +4,20 @@ use super::feed::belongs_to;
 use super::session::{RANK_MAILBOX, RankSender, SessionHandle};
 use crate::config::TRAINING_LABEL;
 use crate::context::Context;
-use crate::pki::Identity;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::net::TcpListener;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
+use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Identity as TlsIdentity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 use vicuna_protocol::auth::Caller;
 use vicuna_protocol::coordinator::coordinator_server::{Coordinator, CoordinatorServer};
@@ -27,30 +28,23 @@ use vicuna_protocol::coordinator::{CoordinatorMessage, Hello, LoadAck, LoadRepor
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
 /// Dead peers are found within twice this.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
-const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
 const MAX_STREAMS_OF_A_CONNECTION: u32 = 16;
 
-/// Serves ranks and gateways until stopped. Only the leader does so.
+/// Serves ranks and gateways on connections that have shaken hands, until stopped. Only the leader does so.
 pub async fn serve(
     context: Arc<Context>,
-    listener: TcpListener,
-    identity: Identity,
+    connections: impl Stream<Item = io::Result<TlsStream<TcpStream>>>,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
-    let tls = ServerTlsConfig::new()
-        .identity(TlsIdentity::from_pem(identity.certificate, identity.key))
-        .timeout(HANDSHAKE_WITHIN);
     let service = Service { context, streams: Arc::default() };
     Server::builder()
-        .tls_config(tls)?
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(MAX_STREAMS_OF_A_CONNECTION)
-        .tcp_nodelay(true)
         .add_service(CoordinatorServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(LoadReportsServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
+        .serve_with_incoming_shutdown(connections, stop.cancelled_owned())
         .await
 }
 
@@ -191,7 +185,8 @@ async fn take_reports(
                 // The token's pod, so that no gateway speaks for another.
                 let report = LoadReport { gateway: gateway.clone(), ..report };
                 context.loads.record(report, Instant::now());
-                if answers.send(Ok(LoadAck::default())).await.is_err() {
+                let ack = LoadAck { models: context.loads.served(Instant::now()) };
+                if answers.send(Ok(ack)).await.is_err() {
                     return;
                 }
             }

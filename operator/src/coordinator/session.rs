@@ -291,7 +291,7 @@ impl Session {
         loop {
             match self.store.swap(record).await {
                 Ok(Swap::Written) => return Ok(Event::RecordWritten),
-                Ok(Swap::Conflict(current)) => return Ok(Event::RecordConflict(current)),
+                Ok(Swap::Conflict(current)) => return Ok(Event::RecordConflict(current.map(|record| *record))),
                 Err(error @ StoreError::NotLeader(_)) => return Err(error),
                 Err(error) => {
                     tracing::warn!(%error, training = ?self.key, "the record is written again");

@@ -36,7 +36,7 @@ pub enum StoreError {
 pub enum Swap {
     Written,
     /// It had been changed: this is what it says now.
-    Conflict(Option<Record>),
+    Conflict(Option<Box<Record>>),
 }
 
 /// Where a membership keeps its record. Tests have one without Kubernetes.
@@ -145,7 +145,7 @@ impl RecordStore for ConfigMapStore {
             }
             // 404: it was deleted under us, which is a change like any other.
             Err(kube::Error::Api(status)) if status.code == 409 || status.code == 404 => {
-                Ok(Swap::Conflict(self.read().await?))
+                Ok(Swap::Conflict(self.read().await?.map(Box::new)))
             }
             Err(error) => {
                 // The answer may have been lost on its way back.

@@ -70,8 +70,12 @@ async fn carry_out(
     let serving = &observed.serving;
     let namespace = serving.namespace().unwrap_or_default();
     let Plan { scaling, actions, memory: _, again_after: _ } = plan;
-    if actions.iter().any(|action| matches!(action, Action::Create(_))) {
+    let creates = actions.iter().any(|action| matches!(action, Action::Create(_)));
+    // Workers that are there need a bundle that changes with its CAs.
+    if creates || !observed.workers.is_empty() {
         context.trust.ensure(&namespace).await?;
+    }
+    if creates {
         write(context, &namespace, &worker_account(&namespace)).await?;
     }
     // Creations first: a replacement should be on its way before anything goes.

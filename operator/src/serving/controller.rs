@@ -259,6 +259,9 @@ fn tell(context: &Context, observed: &Observed, plan: &Plan, status: &VicunaServ
         let gauge = context.metrics.serving_replicas.with_label_values(&[&namespace, &name, state]);
         gauge.set(count.into());
     }
+    let price = |pool: &str| serving.spec.pools.iter().find(|it| it.name == pool).and_then(|pool| pool.hourly_price);
+    let hourly: f64 = observed.workers.iter().filter_map(|worker| price(&worker.pool)).sum();
+    context.metrics.serving_hourly_price.with_label_values(&[&namespace, &name]).set(hourly);
     let scaling = &plan.scaling;
     if scaling.before != scaling.desired {
         tracing::info!(

@@ -7,13 +7,12 @@ use super::memory::Memory;
 use crate::config::{POOL_LABEL, SERVING_LABEL};
 use crate::context::Context;
 use crate::loads::Demand;
-use crate::spot::notices;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use vicuna_crds::training::TrainingState;
 use vicuna_crds::{VicunaServing, VicunaTraining};
 
@@ -109,9 +108,11 @@ pub async fn observe(context: &Context, serving: Arc<VicunaServing>, memory: Mem
         Model::Known(source) => Some(worker_pod::revision(&serving, source, &context.config)),
         Model::Missing { .. } => None,
     };
+    let public_name = format!("{namespace}/{name}");
+    context.loads.serve(&public_name, Instant::now());
     Ok(Observed {
         avoided_nodes: avoided_nodes(context),
-        demand: context.loads.demand(&format!("{namespace}/{name}")),
+        demand: context.loads.demand(&public_name),
         serving,
         model,
         workers,
@@ -145,7 +146,7 @@ fn unix_ms(time: SystemTime) -> u64 {
 }
 
 fn avoided_nodes(context: &Context) -> Vec<String> {
-    let avoided = context.watches.nodes.state_filter(notices::is_avoided);
+    let avoided = context.watches.nodes.state_filter(|node| context.notices.is_avoided(node));
     avoided.iter().map(|node| node.name_any()).collect()
 }
 

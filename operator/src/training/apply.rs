@@ -7,6 +7,7 @@ use crate::config::MANAGER;
 use crate::context::Context;
 use crate::leader::NotLeader;
 use crate::pki::PkiError;
+use crate::spot::notices::LEAVE_ANNOTATION;
 use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
@@ -14,10 +15,12 @@ use kube::{Resource, ResourceExt};
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
+use vicuna_crds::VicunaTraining;
 
 /// What somebody changed or deleted is put right after so long at the latest.
 const APPLY_AGAIN: Duration = Duration::from_secs(600);
@@ -41,6 +44,7 @@ pub enum ApplyError {
 
 /// What became of a plan. Only [`apply`] makes one.
 #[derive(Debug, Default)]
+#[allow(clippy::manual_non_exhaustive, reason = "the attribute would let the rest of the crate make one")]
 pub struct Applied {
     pub created: usize,
     pub deleted: usize,
@@ -76,9 +80,11 @@ pub async fn apply(context: &Context, before: &AppliedBefore, observed: &Observe
     for action in &plan.actions {
         let result = match action {
             Action::Prepare { min_available } => prepare(context, before, observed, *min_available).await,
-            Action::CreatePod { name, pool } => {
-                create(context, observed, name, *pool).await.map(|()| applied.created += 1)
+            Action::CreatePod { name, pool, replaces } => {
+                create(context, observed, name, *pool, replaces.as_deref()).await.map(|()| applied.created += 1)
             }
+            Action::AskToLeave { name, uid, why } => ask_to_leave(context, observed, name, uid, why).await,
+            Action::DeleteTraining => delete_training(context, observed).await,
             Action::DeletePod { name, uid, why, force } => {
                 delete(context, observed, name, uid, why, *force).await.map(|()| applied.deleted += 1)
             }
@@ -134,9 +140,17 @@ where
     Ok(())
 }
 
-async fn create(context: &Context, observed: &Observed, name: &str, pool: usize) -> Result<(), ApplyError> {
+async fn create(
+    context: &Context,
+    observed: &Observed,
+    name: &str,
+    pool: usize,
+    replaces: Option<&str>,
+) -> Result<(), ApplyError> {
     let Some(pool) = observed.pools.get(pool) else { return Ok(()) };
-    let pod = build::pod::pod(&observed.training, &context.config, pool, name, &observed.avoided_nodes)?;
+    let place =
+        build::pod::Place { pool, name, replaces, avoided: &observed.avoided_nodes, suspect: &observed.suspect_nodes };
+    let pod = build::pod::pod(&observed.training, &context.config, &place)?;
     context.leadership.check()?;
     let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
     match pods(context, observed).create(&parameters, &pod).await {
@@ -147,6 +161,46 @@ async fn create(context: &Context, observed: &Observed, name: &str, pool: usize)
         // The cache has not shown it yet: it is there, and that is what was wanted.
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
         Err(source) => Err(ApplyError::Kube { action: format!("making pod {name}"), source: Box::new(source) }),
+    }
+}
+
+/// Its node, or its pool, is to be left; membership and plan see the mark in the cache.
+async fn ask_to_leave(
+    context: &Context,
+    observed: &Observed,
+    name: &str,
+    uid: &str,
+    why: &str,
+) -> Result<(), ApplyError> {
+    context.leadership.check()?;
+    // A namesake is refused.
+    let patch = json!({"metadata": {"uid": uid, "annotations": {LEAVE_ANNOTATION: why}}});
+    match pods(context, observed).patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+        Ok(_) => {
+            tracing::info!(pod = name, why, "asked a pod to leave");
+            Ok(())
+        }
+        Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(()),
+        Err(source) => Err(ApplyError::Kube { action: format!("marking pod {name}"), source: Box::new(source) }),
+    }
+}
+
+async fn delete_training(context: &Context, observed: &Observed) -> Result<(), ApplyError> {
+    context.leadership.check()?;
+    let name = observed.training.name_any();
+    let namespace = observed.training.namespace().unwrap_or_default();
+    let api: Api<VicunaTraining> = Api::namespaced(context.client.clone(), &namespace);
+    let parameters = DeleteParams {
+        preconditions: Some(Preconditions { uid: observed.training.uid(), ..Preconditions::default() }),
+        ..DeleteParams::default()
+    };
+    match api.delete(&name, &parameters).await {
+        Ok(_) => {
+            tracing::info!(namespace, training = name, "deleted a training whose ttlAfterFinished has passed");
+            Ok(())
+        }
+        Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(()),
+        Err(source) => Err(ApplyError::Kube { action: format!("deleting training {name}"), source: Box::new(source) }),
     }
 }
 

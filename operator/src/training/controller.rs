@@ -1,11 +1,12 @@
 //! When to look at which training, and what one look is: observe, plan, apply, status.
 
 use super::apply::{self, AppliedBefore, ApplyError};
+use super::known::Known;
 use super::memory::Memory;
 use super::observe::{self, Observed};
 use super::plan::{self, Plan};
 use super::status::{self, Write};
-use crate::config::{MANAGER, TRAINING_LABEL};
+use crate::config::MANAGER;
 use crate::context::Context;
 use crate::coordinator::job::{self, JobError};
 use crate::coordinator::membership::{Millis, Target};
@@ -21,8 +22,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Resource, ResourceExt};
 use parking_lot::Mutex;
 use serde_json::json;
-use sha2::{Digest, Sha256};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,10 +33,7 @@ use vicuna_crds::training::{VicunaTraining, VicunaTrainingStatus};
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(300);
-/// A pool is passed over for so many times `stockOutAfter`.
-const STOCK_OUT_FACTOR: u32 = 10;
 const CONCURRENCY: u16 = 16;
-const MAX_POOLS: usize = 4096;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ReconcileError {
@@ -59,8 +56,7 @@ struct Controller {
     memories: Mutex<HashMap<Key, (String, Memory)>>,
     /// Failed looks in a row.
     failures: Mutex<HashMap<Key, u32>>,
-    /// Stock-outs that one training saw, known to all: by what makes a pool the same.
-    stock_outs: Mutex<HashMap<Vec<u8>, Instant>>,
+    known: Known,
 }
 
 /// Reconciles all trainings until the process ends. `told` is what memberships tell.
@@ -69,7 +65,7 @@ pub async fn run(context: Arc<Context>, told: mpsc::Receiver<Told>) {
         applied: AppliedBefore::default(),
         memories: Mutex::default(),
         failures: Mutex::default(),
-        stock_outs: Mutex::default(),
+        known: Known::default(),
         context: context.clone(),
     });
     let store = context.watches.trainings.clone();
@@ -122,14 +118,9 @@ fn concerned(context: &Context, change: Result<Change, BroadcastStreamRecvError>
     }
 }
 
-/// Trainings with a pod on the node. A heartbeat changes a node too, so those of calm nodes are few.
+/// Trainings with a pod on the node.
 fn on_node(context: &Context, node: &str) -> Vec<Request> {
-    let pods = context
-        .watches
-        .pods
-        .state_filter(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node));
-    let trainings: BTreeSet<Key> =
-        pods.iter().filter_map(|pod| Some((pod.namespace()?, pod.labels().get(TRAINING_LABEL)?.clone()))).collect();
+    let trainings = context.watches.trainings_on(node);
     trainings.iter().map(|(namespace, name)| request(namespace, name)).collect()
 }
 
@@ -176,9 +167,12 @@ impl Controller {
             self.forget(&key.0, &key.1);
             return Ok(Action::await_change());
         }
+        if training.spec.is_managed_elsewhere() {
+            return Ok(Action::await_change());
+        }
         let opened = self.open_session(&training);
         let memory = self.memory(key, &training);
-        let observed = observe::observe(&self.context, training.clone(), memory, self.stocked_out(&training));
+        let observed = observe::observe(&self.context, training.clone(), memory, &self.known);
         let now = self.context.coordinator.clock().now_ms();
         let plan = if opened.is_ok() { plan::plan(&observed, now) } else { Plan::unable(&observed) };
         tracing::debug!(
@@ -189,9 +183,11 @@ impl Controller {
             "planned"
         );
         let applied = apply::apply(&self.context, &self.applied, &observed, &plan).await;
-        self.note_stock_outs(&training, &plan);
+        self.share(key, &observed, &plan, now);
         let status = status::status(&observed, &plan, &applied, now);
         self.announce(&observed, &status, &applied);
+        self.announce_places(&observed, &plan);
+        self.context.metrics.training(&key.0, &key.1, training.status.as_ref(), &status);
         let wait = self.write_status(key, &observed, &plan, status, now).await?;
         opened?;
         if let Some(error) = applied.error {
@@ -246,27 +242,26 @@ impl Controller {
         let key = (namespace.to_owned(), name.to_owned());
         self.memories.lock().remove(&key);
         self.failures.lock().remove(&key);
+        self.known.claim(&key, None);
         self.context.coordinator.close(namespace, name);
         self.context.metrics.forget_training(namespace, name);
     }
 
-    fn stocked_out(&self, training: &VicunaTraining) -> BTreeSet<String> {
-        let now = Instant::now();
-        let mut outs = self.stock_outs.lock();
-        outs.retain(|_, until| now < *until);
-        let pools = vicuna_crds::Pool::of(&training.spec.pools);
-        let out = pools.iter().filter(|pool| outs.contains_key(&kind_of(pool)));
-        out.map(|pool| pool.name.clone()).collect()
-    }
-
-    fn note_stock_outs(&self, training: &VicunaTraining, plan: &Plan) {
-        let until = Instant::now() + training.spec.placement.stock_out_after.get().saturating_mul(STOCK_OUT_FACTOR);
-        let mut outs = self.stock_outs.lock();
-        for pool in &training.spec.pools {
-            if plan.stocked_out.contains(&pool.name) && outs.len() < MAX_POOLS {
-                outs.entry(kind_of(pool)).or_insert(until);
+    /// Lets all trainings know what this one has found out.
+    fn share(&self, key: &Key, observed: &Observed, plan: &Plan, now: Millis) {
+        let patience = observed.training.spec.placement.stock_out_after.get();
+        let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(Millis::MAX);
+        for pool in &observed.pools {
+            if plan.stocked_out.contains(&pool.name) {
+                self.known.stock_outs.note(pool, observed.size, patience_ms, now);
+            } else if let Some(at) = observed.newest_node_in(&pool.name) {
+                self.known.stock_outs.has_room(pool, observed.size, at);
             }
         }
+        for node in &plan.faulty_nodes {
+            self.known.faults.note(node, now);
+        }
+        self.known.claim(key, plan.claim.clone());
     }
 
     async fn write_status(
@@ -320,6 +315,24 @@ impl Controller {
         let old = observed.training.status.as_ref().and_then(|status| status.last_failure.as_ref());
         if let Some(failure) = failure.filter(|failure| Some(*failure) != old) {
             events.warning(&about, &format!("{}Failure", failure.cause), "Train", failure.message.clone());
+        }
+    }
+
+    /// Events for pods that go elsewhere, or are given back.
+    fn announce_places(&self, observed: &Observed, plan: &Plan) {
+        let about = observed.training.object_ref(&());
+        for action in &plan.actions {
+            if let plan::Action::AskToLeave { name, why, .. } = action {
+                let note = format!("Pod {name} trains until another one takes over: {why}.");
+                self.context.events.normal(&about, "Moving", "Place", note);
+            }
+        }
+        if plan.memory.given_back.is_some() && observed.memory.given_back.is_none() {
+            let note = format!(
+                "Fewer than workers.min pods found nodes within placement.formingTimeout, and other trainings wait for them too: it {}.",
+                plan.reason
+            );
+            self.context.events.warning(&about, "NodesGivenBack", "Place", note);
         }
     }
 
@@ -400,12 +413,6 @@ fn counters(status: Option<&VicunaTrainingStatus>) -> Counters {
         lost_steps: before.lost_steps,
         last_recovery_ms: before.last_recovery.and_then(|period| u64::try_from(period.get().as_millis()).ok()),
     })
-}
-
-/// What makes two pools of different trainings the same.
-fn kind_of(pool: &vicuna_crds::Pool) -> Vec<u8> {
-    let text = json!([pool.node_selector, pool.tolerations]).to_string();
-    Sha256::digest(text.as_bytes()).to_vec()
 }
 
 /// An Event's severity, reason and note; steps and checkpoints have none.

@@ -3,9 +3,11 @@
 //!
 //! `observe` (reads) → `plan` (pure) → `apply` (writes) → `status` (pure, written once at the end).
 
+pub mod accounts;
 pub mod apply;
 pub mod build;
 pub mod controller;
+pub mod known;
 pub mod memory;
 pub mod observe;
 pub mod plan;

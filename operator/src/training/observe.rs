@@ -1,12 +1,16 @@
 //! What there is: the training, its pods with what is wrong with them, and its membership.
 
+use super::known::{Claim, Known};
 use super::memory::Memory;
-use crate::config::{POOL_LABEL, TRAINING_LABEL};
+use crate::config::{POOL_LABEL, REPLACES_ANNOTATION};
 use crate::context::Context;
 use crate::coordinator::feed::{belongs_to, has_ended};
 use crate::coordinator::membership::{Departure, Millis};
 use crate::coordinator::report::Report;
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodCondition};
+use crate::spot::capacity::Size;
+use crate::spot::notices::LEAVE_ANNOTATION;
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Node, Pod, PodCondition};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -28,9 +32,22 @@ pub struct Observed {
     pub report: Option<Report>,
     /// Names of pools that lately had no node for a pod.
     pub stocked_out: BTreeSet<String>,
-    /// Nodes that are about to go.
+    /// Nodes that no new pod is to go to: they are about to go, or ranks fail on them and there are others.
     pub avoided_nodes: BTreeSet<String>,
+    /// Nodes on which ranks fail and to which there is no alternative.
+    pub suspect_nodes: BTreeSet<String>,
+    /// Other trainings that want the same nodes.
+    pub rivals: Vec<Claim>,
+    /// What a pod asks for.
+    pub size: Size,
     pub memory: Memory,
+}
+
+impl Observed {
+    /// When a pod last got a node of the pool.
+    pub fn newest_node_in(&self, pool: &str) -> Option<Millis> {
+        self.pods.iter().filter(|pod| pod.pool == pool).filter_map(|pod| pod.scheduled_at_ms).max()
+    }
 }
 
 /// One pod, reduced to what decides.
@@ -46,9 +63,21 @@ pub struct PodView {
     pub ready: bool,
     pub deleting: bool,
     pub departure: Option<Departure>,
+    /// What advises to have a replacement for it.
+    pub advice: Option<String>,
+    /// It was asked to leave, by us.
+    pub asked_to_leave: bool,
+    /// UID of the pod from which it is to take over.
+    pub replaces: Option<String>,
+    /// When it got its node.
+    pub scheduled_at_ms: Option<Millis>,
+    /// Its share of the node.
+    pub share: f64,
     pub ended: Option<End>,
     /// What keeps it from starting.
     pub trouble: Option<Trouble>,
+    /// A pod made now would have another image or Secret.
+    pub outdated: bool,
 }
 
 /// How a pod ended.
@@ -61,6 +90,7 @@ pub struct End {
     pub message: String,
     /// Its node is gone or not ready.
     pub with_its_node: bool,
+    pub at_ms: Option<Millis>,
 }
 
 /// Why a pod does not start.
@@ -70,6 +100,8 @@ pub enum Trouble {
         since_ms: Millis,
         message: String,
     },
+    /// An admission controller has not let it through to the scheduler.
+    Gated,
     ImagePull {
         image: String,
         message: String,
@@ -81,34 +113,77 @@ pub enum Trouble {
 }
 
 /// Reads all of it from caches.
-pub fn observe(
-    context: &Context,
-    training: Arc<VicunaTraining>,
-    memory: Memory,
-    stocked_out: BTreeSet<String>,
-) -> Observed {
+pub fn observe(context: &Context, training: Arc<VicunaTraining>, memory: Memory, known: &Known) -> Observed {
     let namespace = training.namespace().unwrap_or_default();
     let now = context.coordinator.clock().now_ms();
-    let pods = context.watches.pods_of(&namespace, TRAINING_LABEL, &training.name_any());
+    let pods = context.watches.pods_of(&namespace, &training.name_any());
     let uid = training.uid().unwrap_or_default();
     let ours = pods.iter().filter(|pod| belongs_to(pod, &uid));
+    let pools = Pool::of(&training.spec.pools);
+    let size = Size::of(training.spec.workers.resources.as_ref());
+    let (avoided_nodes, suspect_nodes) = bad_nodes(context, &pools, known.faults.suspects(now));
     Observed {
-        pools: Pool::of(&training.spec.pools),
-        pods: ours.map(|pod| view(context, pod, now)).collect(),
+        pods: ours.map(|pod| view(context, &training, pod, now)).collect(),
         names: pods.iter().map(|pod| pod.name_any()).collect(),
         report: context.coordinator.report(&training),
-        stocked_out,
-        avoided_nodes: context.notices.leaving().into_keys().take(MAX_AVOIDED).collect(),
+        stocked_out: known.stocked_out(&pools, size, now),
+        avoided_nodes,
+        suspect_nodes,
+        rivals: known.rivals(&namespace, &training.name_any(), &pools),
+        size,
         memory,
+        pools,
         training,
     }
 }
 
-fn view(context: &Context, pod: &Pod, now: Millis) -> PodView {
+/// Nodes that new pods must not, and that they should not go to.
+fn bad_nodes(context: &Context, pools: &[Pool], suspects: BTreeSet<String>) -> (BTreeSet<String>, BTreeSet<String>) {
+    let leaving = context.notices.avoided();
+    if suspects.is_empty() {
+        return (leaving.into_iter().take(MAX_AVOIDED).collect(), suspects);
+    }
+    let nodes = context.watches.nodes.state();
+    let nodes: Vec<&Node> = nodes.iter().map(|node| &**node).collect();
+    let (avoidable, needed) = suspects.into_iter().partition(|name| has_alternative(name, &nodes, &leaving, pools));
+    let avoidable: BTreeSet<String> = avoidable;
+    (avoidable.into_iter().chain(leaving).take(MAX_AVOIDED).collect(), needed)
+}
+
+/// Whether a pool that has this node has another one, too.
+pub fn has_alternative(name: &str, nodes: &[&Node], leaving: &BTreeSet<String>, pools: &[Pool]) -> bool {
+    let selects = |pool: &Pool, node: &Node| {
+        pool.node_selector.iter().all(|(key, value)| node.labels().get(key).is_some_and(|found| found == value))
+    };
+    let Some(node) = nodes.iter().find(|node| node.name_any() == name) else { return true };
+    pools.iter().filter(|pool| selects(pool, node)).any(|pool| {
+        nodes.iter().any(|other| {
+            let other_name = other.name_any();
+            other_name != name && !leaving.contains(&other_name) && selects(pool, other)
+        })
+    })
+}
+
+fn view(context: &Context, training: &VicunaTraining, pod: &Pod, now: Millis) -> PodView {
     let node_name = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
     let node = node_name.as_deref().and_then(|name| context.watches.node(name));
     let departure = context.notices.departure(pod, node.as_deref(), now);
-    pod_view(pod, departure, node_name.is_some() && node.is_none())
+    let size = Size::of(pod.spec.as_ref().and_then(|spec| spec.containers.first()?.resources.as_ref()));
+    PodView {
+        outdated: is_outdated(pod, &context.config.runtime_image, training),
+        advice: node.as_deref().and_then(|node| context.notices.advice(node)),
+        share: node.as_deref().map_or(1.0, |node| size.share_of(&Size::of_node(node))),
+        ..pod_view(pod, departure, node_name.is_some() && node.is_none())
+    }
+}
+
+/// What an administrator or user corrects when pods cannot start: the image, and the name of the Secret.
+pub fn is_outdated(pod: &Pod, image: &str, training: &VicunaTraining) -> bool {
+    let Some(container) = pod.spec.as_ref().and_then(|spec| spec.containers.first()) else { return false };
+    let from = container.env_from.as_ref().and_then(|from| from.first());
+    let secret = from.and_then(|from| from.secret_ref.as_ref()).map(|secret| secret.name.as_str());
+    let wanted = training.spec.checkpoint.credentials.as_ref().map(|secret| secret.name.as_str());
+    container.image.as_deref() != Some(image) || secret != wanted
 }
 
 /// The view of a pod; `orphaned`: its node does not exist.
@@ -125,7 +200,15 @@ pub fn pod_view(pod: &Pod, departure: Option<Departure>, orphaned: bool) -> PodV
         deleting: pod.metadata.deletion_timestamp.is_some(),
         ended: end(pod, orphaned, departure.as_ref()),
         departure,
+        advice: None,
+        asked_to_leave: pod.annotations().contains_key(LEAVE_ANNOTATION),
+        replaces: pod.annotations().get(REPLACES_ANNOTATION).cloned(),
+        scheduled_at_ms: condition(pod, "PodScheduled")
+            .filter(|condition| condition.status == "True")
+            .and_then(|condition| condition.last_transition_time.as_ref().and_then(unix_ms)),
+        share: 1.0,
         trouble: trouble(pod),
+        outdated: false,
     }
 }
 
@@ -160,14 +243,18 @@ fn end(pod: &Pod, orphaned: bool, departure: Option<&Departure>) -> Option<End> 
             .or_else(|| status.and_then(|status| status.message.clone()))
             .unwrap_or_default(),
         with_its_node: orphaned || departure.is_some_and(|departure| departure.reclaim),
+        at_ms: terminated.and_then(|terminated| terminated.finished_at.as_ref().and_then(unix_ms)),
     })
 }
 
 fn trouble(pod: &Pod) -> Option<Trouble> {
     if let Some(condition) = condition(pod, "PodScheduled").filter(|condition| condition.status == "False") {
-        let since = condition.last_transition_time.as_ref().map(|time| time.0.as_millisecond());
+        // Gated pods have not been shown to the scheduler: they say nothing about nodes.
+        if condition.reason.as_deref() == Some("SchedulingGated") {
+            return Some(Trouble::Gated);
+        }
         return Some(Trouble::Unschedulable {
-            since_ms: since.and_then(|since| u64::try_from(since).ok()).unwrap_or(0),
+            since_ms: condition.last_transition_time.as_ref().and_then(unix_ms).unwrap_or(0),
             message: condition.message.clone().unwrap_or_default(),
         });
     }
@@ -183,4 +270,8 @@ fn trouble(pod: &Pod) -> Option<Trouble> {
         }
         _ => None,
     }
+}
+
+fn unix_ms(time: &Time) -> Option<Millis> {
+    u64::try_from(time.0.as_millisecond()).ok()
 }

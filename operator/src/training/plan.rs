@@ -1,10 +1,16 @@
 //! What to do next, from what there is and the time alone. One policy a file; the first that applies
 //! to a pod wins.
 
+mod deadline;
 mod failures;
+mod forming;
 mod leave;
+mod moves;
 mod places;
+#[cfg(test)]
+mod simulation;
 
+use super::known::Claim;
 use super::memory::Memory;
 use super::observe::{Observed, PodView};
 use crate::coordinator::membership::Millis;
@@ -25,6 +31,10 @@ pub struct Plan {
     pub memory: Memory,
     /// Pools that turned out to have no node.
     pub stocked_out: BTreeSet<String>,
+    /// Nodes on which a rank failed, and not by its own fault.
+    pub faulty_nodes: BTreeSet<String>,
+    /// What others are to know of its need for nodes; `None` once it is over.
+    pub claim: Option<Claim>,
     pub look_again: Duration,
 }
 
@@ -37,7 +47,17 @@ pub enum Action {
     CreatePod {
         name: String,
         pool: usize,
+        /// UID of the pod from which it is to take over.
+        replaces: Option<String>,
     },
+    /// The pod trains until another one takes over.
+    AskToLeave {
+        name: String,
+        uid: String,
+        why: String,
+    },
+    /// The training itself, some time after its end.
+    DeleteTraining,
     DeletePod {
         name: String,
         uid: String,
@@ -52,15 +72,20 @@ pub fn plan(observed: &Observed, now: Millis) -> Plan {
     if is_over(observed) {
         plan.reason = "the training is over".to_owned();
         leave::everyone(observed, &mut plan);
+        deadline::expire(observed, now, &mut plan);
         return plan;
     }
+    plan.memory.accounts.count(observed, now);
     failures::judge(observed, now, &mut plan);
+    deadline::watch(observed, now, &mut plan);
     if plan.memory.verdict.is_some() {
         plan.reason = "the training is given up".to_owned();
         leave::everyone(observed, &mut plan);
         return plan;
     }
+    plan.claim = Some(forming::satisfied(observed));
     leave::ended_and_hung(observed, &mut plan);
+    leave::waiting_in_vain(observed, &mut plan);
     if observed.training.spec.suspend {
         plan.reason = "the training is suspended".to_owned();
         leave::when_stopped(observed, &mut plan);
@@ -68,8 +93,13 @@ pub fn plan(observed: &Observed, now: Millis) -> Plan {
     }
     let min_available = budget(observed);
     plan.actions.push(Action::Prepare { min_available });
+    if forming::settle(observed, now, &mut plan) {
+        return plan;
+    }
     leave::surplus(observed, &mut plan);
+    leave::replaced(observed, &mut plan);
     places::fill(observed, now, &mut plan);
+    moves::consider(observed, now, &mut plan);
     if plan.reason.is_empty() {
         plan.reason = "all pods are as they should be".to_owned();
     }
@@ -98,6 +128,22 @@ fn stays(observed: &Observed, pod: &PodView) -> bool {
         && pod.departure.is_none()
         && !rank.is_some_and(|rank| rank.released)
         && !is_unresponsive(observed, &pod.uid)
+}
+
+fn has_node(pod: &PodView) -> bool {
+    pod.node.is_some()
+}
+
+/// It is to take over from a pod that is still needed, and does not count until then.
+fn is_standby(observed: &Observed, pod: &PodView) -> bool {
+    let Some(old) = &pod.replaces else { return false };
+    stays(observed, pod) && observed.pods.iter().any(|other| other.uid == *old && stays(observed, other))
+}
+
+/// There are fewer pods than `workers.max`.
+fn is_short(observed: &Observed) -> bool {
+    let count = observed.pods.iter().filter(|pod| stays(observed, pod) && !is_standby(observed, pod)).count();
+    count < observed.training.spec.workers.max as usize
 }
 
 fn is_unresponsive(observed: &Observed, uid: &str) -> bool {

@@ -5,6 +5,7 @@ mod obstacle;
 
 pub use obstacle::{Obstacle, obstacle};
 
+use super::accounts::Accounts;
 use super::apply::Applied;
 use super::build;
 use super::observe::{Observed, PodView};
@@ -17,8 +18,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use vicuna_crds::Period;
 use vicuna_crds::training::{
-    CheckpointStatus, Disruptions, Membership, Progress, Restarts, TrainingResult, TrainingState, VicunaTrainingStatus,
-    condition,
+    CheckpointStatus, Disruptions, Membership, Progress, TrainingResult, TrainingState, VicunaTrainingStatus, condition,
 };
 
 /// Between writes of mere progress.
@@ -42,7 +42,7 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
     VicunaTrainingStatus {
         conditions: conditions::conditions(observed, plan, state, obstacle.as_ref(), &before, &time),
         state: Some(state),
-        progress: report.and_then(progress).or(before.progress),
+        progress: report.and_then(|report| progress(report, &plan.memory.accounts)).or(before.progress),
         membership: report.map(|report| membership(report, &observed.pods, ready)).or(before.membership),
         ready_max: Some(format!("{ready}/{}", observed.training.spec.workers.max)),
         selector: Some(build::selector(&observed.training)),
@@ -50,7 +50,10 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
         disruptions: report
             .map(|report| disruptions(report, before.disruptions.as_ref()))
             .or(before.disruptions.clone()),
-        restarts: Some(Restarts { application: plan.memory.restarts }),
+        restarts: Some(plan.memory.restarts.clone()),
+        cost: plan.memory.accounts.cost(&observed.pools).or(before.cost.clone()),
+        worker_time: plan.memory.accounts.worker_time().or(before.worker_time.clone()),
+        goodput: plan.memory.accounts.goodput().or(before.goodput),
         last_failure: plan.memory.last_failure.clone().or(before.last_failure),
         result: report.and_then(result).or(before.result),
         observed_generation: observed.training.metadata.generation,
@@ -100,7 +103,14 @@ pub fn when_to_write(
 /// What is left is worth a write at once. The first step and the first checkpoint are.
 fn without_numbers(status: &VicunaTrainingStatus) -> (bool, bool, VicunaTrainingStatus) {
     let (first_step, first_checkpoint) = (status.progress.is_some(), status.checkpoint.is_some());
-    let rest = VicunaTrainingStatus { progress: None, checkpoint: None, ..status.clone() };
+    let rest = VicunaTrainingStatus {
+        progress: None,
+        checkpoint: None,
+        cost: None,
+        worker_time: None,
+        goodput: None,
+        ..status.clone()
+    };
     (first_step, first_checkpoint, rest)
 }
 
@@ -127,13 +137,19 @@ fn state(observed: &Observed, plan: &Plan, obstacle: Option<&Obstacle>) -> Train
     match report.phase {
         Phase::Steady => TrainingState::Running,
         _ if obstacle.is_some_and(|obstacle| obstacle.blocks) => TrainingState::Blocked,
-        _ if report.generation > 0 => TrainingState::Recovering,
+        _ if has_trained(observed, report) => TrainingState::Recovering,
         _ if observed.pods.iter().any(|pod| pod.started) => TrainingState::Starting,
         _ => TrainingState::Pending,
     }
 }
 
-fn progress(report: &Report) -> Option<Progress> {
+/// Before the first step there is nothing to recover.
+fn has_trained(observed: &Observed, report: &Report) -> bool {
+    let before = observed.training.status.as_ref().and_then(|status| status.progress.as_ref());
+    report.progress.is_some() || before.is_some_and(|progress| progress.step > 0)
+}
+
+fn progress(report: &Report, accounts: &Accounts) -> Option<Progress> {
     let last = report.progress.as_ref();
     let steps = last.map_or(0, |last| last.steps).max(report.steps);
     let step = report.finish.as_ref().map(|finish| finish.step).or(last.map(|last| last.step))?;
@@ -146,6 +162,7 @@ fn progress(report: &Report) -> Option<Progress> {
         loss: last.and_then(|last| last.loss),
         learning_rate: last.map(|last| last.learning_rate),
         tokens_per_second: rate,
+        remaining: accounts.remaining(step, steps),
     })
 }
 
@@ -157,7 +174,13 @@ fn membership(report: &Report, pods: &[PodView], ready: usize) -> Membership {
             *pools.entry(pod.pool.clone()).or_default() += 1;
         }
     }
-    Membership { generation: report.generation, ready: u32::try_from(ready).unwrap_or(u32::MAX), pools }
+    let by_pool: Vec<String> = pools.iter().map(|(pool, ranks)| format!("{pool} {ranks}")).collect();
+    Membership {
+        generation: report.generation,
+        ready: u32::try_from(ready).unwrap_or(u32::MAX),
+        by_pool: (!by_pool.is_empty()).then(|| by_pool.join(", ")),
+        pools,
+    }
 }
 
 fn checkpoint(report: &Report) -> Option<CheckpointStatus> {

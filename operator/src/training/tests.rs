@@ -7,13 +7,14 @@ use super::plan::{Action, Plan, plan};
 use super::status::{WRITE_EVERY, Write, is_terminal, status, when_to_write};
 use crate::coordinator::membership::{Departure, Millis};
 use crate::coordinator::record::{Finish, Member};
-use crate::coordinator::report::{Blockage, Phase, RankFailure, RankView, Report, StepReport};
+use crate::coordinator::report::{Blockage, CheckpointReport, Phase, RankFailure, RankView, Report, StepReport};
+use crate::spot::capacity::Size;
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use vicuna_crds::Pool;
-use vicuna_crds::training::{TrainingState, VicunaTraining, VicunaTrainingStatus};
+use vicuna_crds::training::{Restarts, Spent, TrainingState, VicunaTraining, VicunaTrainingStatus};
 use vicuna_protocol::coordinator::Cause;
 
 /// A training with two workers of at least one, in the pools `spot` and `onprem`.
@@ -37,9 +38,9 @@ pub(crate) fn training(name: &str) -> VicunaTraining {
     .unwrap()
 }
 
-const NOW: Millis = 10_000_000;
+pub(crate) const NOW: Millis = 10_000_000;
 
-fn observed() -> Observed {
+pub(crate) fn observed() -> Observed {
     let training = training("t");
     Observed {
         pools: Pool::of(&training.spec.pools),
@@ -49,18 +50,31 @@ fn observed() -> Observed {
         report: Some(Report { phase: Phase::Held, ..Report::default() }),
         stocked_out: BTreeSet::new(),
         avoided_nodes: BTreeSet::new(),
+        suspect_nodes: BTreeSet::new(),
+        rivals: Vec::new(),
+        size: Size::default(),
         memory: Memory::default(),
     }
 }
 
+/// A pool of its own nodes.
+pub(crate) fn pool(name: &str, capacity: &str, hourly_price: Option<f64>) -> Pool {
+    serde_json::from_value(json!({
+        "name": name, "capacity": capacity, "nodeSelector": {"kind": name}, "hourlyPrice": hourly_price,
+    }))
+    .unwrap()
+}
+
 impl Observed {
-    fn pod(mut self, name: &str, change: impl FnOnce(&mut PodView)) -> Self {
+    pub(crate) fn pod(mut self, name: &str, change: impl FnOnce(&mut PodView)) -> Self {
         let mut pod = PodView {
             name: name.to_owned(),
             uid: name.to_owned(),
             pool: "spot".to_owned(),
             node: Some("n1".to_owned()),
             started: true,
+            scheduled_at_ms: Some(NOW - 60_000),
+            share: 1.0,
             ..PodView::default()
         };
         change(&mut pod);
@@ -69,11 +83,11 @@ impl Observed {
         self
     }
 
-    fn ended(self, name: &str, end: End) -> Self {
+    pub(crate) fn ended(self, name: &str, end: End) -> Self {
         self.pod(name, |pod| pod.ended = Some(end))
     }
 
-    fn rank(self, pod: &str, change: impl FnOnce(&mut RankView)) -> Self {
+    pub(crate) fn rank(self, pod: &str, change: impl FnOnce(&mut RankView)) -> Self {
         let mut rank = RankView { connected: true, prepared: true, leaving: false, released: false, blocked: None };
         change(&mut rank);
         self.reported(|report| {
@@ -81,27 +95,48 @@ impl Observed {
         })
     }
 
-    fn reported(mut self, change: impl FnOnce(&mut Report)) -> Self {
+    pub(crate) fn reported(mut self, change: impl FnOnce(&mut Report)) -> Self {
         change(self.report.get_or_insert_default());
         self
     }
 
-    fn spec(mut self, change: impl FnOnce(&mut VicunaTraining)) -> Self {
+    pub(crate) fn spec(mut self, change: impl FnOnce(&mut VicunaTraining)) -> Self {
         change(Arc::make_mut(&mut self.training));
         self.pools = Pool::of(&self.training.spec.pools);
         self
     }
 }
 
-fn created(plan: &Plan) -> Vec<(String, usize)> {
+/// Pods in these pools, which all train.
+pub(crate) fn steady(pools: &[&str]) -> Observed {
+    let mut seen = observed().reported(|report| {
+        report.phase = Phase::Steady;
+        report.generation = 1;
+        report.progress = Some(step_report(10));
+    });
+    for (index, pool) in pools.iter().enumerate() {
+        let name = format!("t-{pool}-{index}");
+        seen = seen.pod(&name, |pod| pod.pool = (*pool).to_owned()).rank(&name, |_| {}).reported(|report| {
+            report.members.push(Member {
+                pod_uid: name.clone(),
+                pod_name: name.clone(),
+                node: "n1".into(),
+                address: "a".into(),
+            });
+        });
+    }
+    seen
+}
+
+pub(crate) fn created(plan: &Plan) -> Vec<(String, usize)> {
     let create = |action: &Action| match action {
-        Action::CreatePod { name, pool } => Some((name.clone(), *pool)),
+        Action::CreatePod { name, pool, .. } => Some((name.clone(), *pool)),
         _ => None,
     };
     plan.actions.iter().filter_map(create).collect()
 }
 
-fn deleted(plan: &Plan) -> Vec<String> {
+pub(crate) fn deleted(plan: &Plan) -> Vec<String> {
     let delete = |action: &Action| match action {
         Action::DeletePod { name, .. } => Some(name.clone()),
         _ => None,
@@ -119,11 +154,12 @@ fn failed(exit_code: i32) -> End {
 
 #[test]
 fn missing_pods_are_made_in_the_first_pool_with_room() {
-    let plan_ = plan(&observed(), NOW);
+    let both = || observed().spec(|training| training.spec.workers.min = 2);
+    let plan_ = plan(&both(), NOW);
     assert_eq!(created(&plan_), [("t-spot-0".into(), 0), ("t-spot-1".into(), 0)]);
-    let limited = observed().spec(|training| training.spec.pools[0].max = Some(1));
+    let limited = both().spec(|training| training.spec.pools[0].max = Some(1));
     assert_eq!(created(&plan(&limited, NOW)), [("t-spot-0".into(), 0), ("t-onprem-1".into(), 1)]);
-    assert!(plan_.actions.contains(&Action::Prepare { min_available: 1 }));
+    assert!(plan_.actions.contains(&Action::Prepare { min_available: 2 }));
 }
 
 #[test]
@@ -145,6 +181,7 @@ fn a_stocked_out_pool_is_passed_over() {
     let stuck = |since_ms| {
         observed().pod("t-spot-0", |_| {}).pod("t-spot-1", |pod| {
             pod.trouble = Some(Trouble::Unschedulable { since_ms, message: "0/3 nodes".into() });
+            pod.node = None;
         })
     };
     let waiting = plan(&stuck(NOW - 59_000), NOW);
@@ -168,27 +205,27 @@ fn a_reclaim_never_spends_a_retry() {
     ];
     for end in ends {
         let plan = plan(&observed().ended("t-spot-0", end).pod("t-spot-1", |_| {}), NOW);
-        assert_eq!((plan.memory.restarts, plan.memory.mishaps), (0, 0));
+        assert_eq!((plan.memory.restarts.clone(), plan.memory.mishaps), (Restarts::default(), 0));
         assert_eq!(created(&plan).len(), 1, "it is replaced without delay");
     }
     let noticed = observed().pod("t-spot-0", |pod| {
         pod.ended = Some(failed(1));
         pod.departure = Some(notice(true));
     });
-    assert_eq!(plan(&noticed, NOW).memory.restarts, 0);
+    assert_eq!(plan(&noticed, NOW).memory.restarts, Restarts::default());
 }
 
 #[test]
 fn an_application_failure_spends_one_retry_and_waits() {
     let seen = observed().ended("t-spot-0", failed(1)).ended("t-spot-1", failed(1));
     let first = plan(&seen, NOW);
-    assert_eq!(first.memory.restarts, 1, "ranks that fail together are one incident");
+    assert_eq!(first.memory.restarts.application, 1, "ranks that fail together are one incident");
     assert!(created(&first).is_empty());
     assert_eq!(deleted(&first).len(), 2);
     let again = Observed { memory: first.memory.clone(), ..seen };
-    assert_eq!(plan(&again, NOW + 60_000).memory.restarts, 1, "each pod counts once");
+    assert_eq!(plan(&again, NOW + 60_000).memory.restarts.application, 1, "each pod counts once");
     let replaced = Observed { memory: first.memory, ..observed() };
-    assert_eq!(created(&plan(&replaced, NOW + 5_000)).len(), 2);
+    assert_eq!(created(&plan(&replaced, NOW + 5_000)).len(), 1);
 }
 
 #[test]
@@ -213,16 +250,19 @@ fn without_progress_the_training_is_given_up_and_stays_so() {
 
 #[test]
 fn progress_fills_the_budget_up_again() {
-    let memory = Memory { restarts: 3, step_at_failure: 10, ..Memory::default() };
+    let spent = Spent { application: 3, infrastructure: 2, out_of_memory: 1 };
+    let restarts = Restarts { application: 7, spent, ..Restarts::default() };
+    let memory = Memory { restarts, step_at_failure: 10, ..Memory::default() };
     let at = |step: u64| {
         let seen = Observed { memory: memory.clone(), ..observed() };
         seen.reported(|report| report.progress = Some(step_report(step)))
     };
-    assert_eq!(plan(&at(10), NOW).memory.restarts, 3);
-    assert_eq!(plan(&at(11), NOW).memory.restarts, 0);
+    assert_eq!(plan(&at(10), NOW).memory.restarts.spent, spent);
+    let refilled = plan(&at(11), NOW).memory.restarts;
+    assert_eq!((refilled.application, refilled.spent), (7, Spent::default()));
 }
 
-fn step_report(step: u64) -> StepReport {
+pub(crate) fn step_report(step: u64) -> StepReport {
     StepReport {
         generation: 1,
         step,
@@ -236,22 +276,64 @@ fn step_report(step: u64) -> StepReport {
 }
 
 #[test]
-fn what_lies_outside_the_program_spends_no_retry() {
-    for cause in [Cause::Store, Cause::Model, Cause::Data, Cause::Infrastructure] {
+fn what_a_person_can_put_right_outside_spends_no_retry() {
+    for cause in [Cause::Store, Cause::Model, Cause::Data] {
         let failure = RankFailure { cause, message: "no".into(), step: 0 };
         let seen = observed()
             .ended("t-spot-0", failed(1))
             .reported(|report| drop(report.failures.insert("t-spot-0".into(), failure)));
         let plan = plan(&seen, NOW);
-        assert_eq!((plan.memory.restarts, plan.memory.mishaps), (0, 1), "{cause:?}");
+        assert_eq!((plan.memory.restarts.spent, plan.memory.restarts.storage), (Spent::default(), 1), "{cause:?}");
         assert!(plan.memory.backoff_until_ms > NOW);
     }
     let unheard = plan(&observed().ended("t-spot-0", failed(21)), NOW);
-    assert_eq!((unheard.memory.restarts, unheard.memory.mishaps), (0, 1), "the exit code says Store");
+    assert_eq!(unheard.memory.restarts.storage, 1, "the exit code says Store");
+}
+
+#[test]
+fn each_cause_has_its_budget_and_its_own_words() {
     let oom = End { exit_code: Some(137), reason: "OOMKilled".into(), ..End::default() };
-    let plan = plan(&observed().ended("t-spot-0", oom), NOW);
-    assert_eq!(plan.memory.restarts, 1);
-    assert!(plan.memory.last_failure.unwrap().message.contains("raise workers.resources"));
+    let out = plan(&observed().ended("t-spot-0", oom), NOW);
+    assert_eq!(out.memory.restarts.spent, Spent { out_of_memory: 1, ..Spent::default() });
+    assert!(out.memory.last_failure.unwrap().message.contains("raise workers.resources"));
+    let evicted = End { reason: "Evicted".into(), ..End::default() };
+    let evicted = plan(&observed().ended("t-spot-0", evicted), NOW);
+    assert_eq!(evicted.memory.restarts.spent, Spent { infrastructure: 1, ..Spent::default() });
+    assert_eq!(evicted.faulty_nodes, ["n1".to_owned()].into());
+}
+
+#[test]
+fn a_budget_of_none_gives_the_training_up_at_the_first_failure_of_its_kind() {
+    let oom = End { exit_code: Some(137), reason: "OOMKilled".into(), ..End::default() };
+    let seen = observed().ended("t-spot-0", oom).spec(|training| training.spec.retries.out_of_memory = 0);
+    assert_eq!(plan(&seen, NOW).memory.verdict.unwrap().0, "OutOfMemory");
+    let seen = observed().ended("t-spot-0", failed(26)).spec(|training| training.spec.retries.out_of_memory = 0);
+    assert_eq!(plan(&seen, NOW).memory.verdict, None);
+}
+
+#[test]
+fn numbers_that_are_not_finite_end_the_training_and_name_the_last_good_checkpoint() {
+    let seen = observed().ended("t-spot-0", failed(25)).reported(|report| {
+        let uri = "s3://bucket/run/manifests/7".to_owned();
+        report.checkpoint = Some(CheckpointReport { step: 40, uri, digest: "d".into(), at_ms: 1 });
+    });
+    let (reason, message) = plan(&seen, NOW).memory.verdict.unwrap();
+    assert_eq!(reason, "LossNotFinite");
+    assert!(message.contains("step 40, s3://bucket/run/manifests/7"), "{message}");
+}
+
+#[test]
+fn the_first_generation_starts_and_later_ones_recover() {
+    let state = |steps: Option<u64>| {
+        let seen = observed().pod("t-spot-0", |_| {}).reported(|report| {
+            report.phase = Phase::Moving;
+            report.generation = 1;
+            report.progress = steps.map(step_report);
+        });
+        told(&seen).state
+    };
+    assert_eq!(state(None), Some(TrainingState::Starting));
+    assert_eq!(state(Some(3)), Some(TrainingState::Recovering));
 }
 
 #[test]
@@ -267,6 +349,16 @@ fn surplus_pods_go_but_ranks_that_train_are_sent_home_by_the_coordinator() {
 }
 
 #[test]
+fn of_pods_that_do_nothing_yet_those_of_the_least_preferred_pool_go_first() {
+    let seen = observed()
+        .pod("t-onprem-0", |pod| pod.pool = "onprem".into())
+        .pod("t-spot-1", |_| {})
+        .pod("t-spot-2", |_| {})
+        .spec(|training| training.spec.workers.max = 2);
+    assert_eq!(deleted(&plan(&seen, NOW)), ["t-onprem-0"]);
+}
+
+#[test]
 fn hung_and_released_pods_are_replaced() {
     let seen = observed()
         .pod("t-spot-0", |_| {})
@@ -275,7 +367,7 @@ fn hung_and_released_pods_are_replaced() {
         .reported(|report| report.unresponsive = ["t-spot-0".to_owned()].into());
     let plan = plan(&seen, NOW);
     assert_eq!(deleted(&plan), ["t-spot-0"]);
-    assert_eq!(created(&plan).len(), 2);
+    assert_eq!(created(&plan).len(), 1);
 }
 
 #[test]
@@ -443,4 +535,106 @@ fn pods_are_seen_as_the_api_server_shows_them() {
     .unwrap();
     let view = super::observe::pod_view(&waiting, None, false);
     assert!(matches!(view.trouble, Some(Trouble::Configuration { .. })) && !view.started);
+}
+
+#[test]
+fn a_pod_that_waits_for_what_was_corrected_is_made_anew_and_costs_no_retry() {
+    let image = || Trouble::ImagePull { image: "wrong".to_owned(), message: "not found".to_owned() };
+    let waiting = |outdated| {
+        observed().pod("t-spot-0", move |pod| {
+            pod.started = false;
+            pod.trouble = Some(image());
+            pod.outdated = outdated;
+        })
+    };
+    assert!(deleted(&plan(&waiting(false), NOW)).is_empty(), "nothing has been corrected");
+    let plan_then = plan(&waiting(true), NOW);
+    assert_eq!(deleted(&plan_then), ["t-spot-0"]);
+    assert_eq!(plan_then.memory.restarts, Restarts::default());
+    let running = observed().pod("t-spot-0", |pod| pod.outdated = true);
+    assert!(deleted(&plan(&running, NOW)).is_empty(), "a rank that trains is left alone");
+}
+
+#[test]
+fn a_pod_is_outdated_when_its_image_or_its_secret_is_another() {
+    let (training, config) = (training("t"), crate::config::tests::sample());
+    let pool = Pool::any_node();
+    let none = BTreeSet::new();
+    let place =
+        super::build::pod::Place { pool: &pool, name: "t-any-0", replaces: None, avoided: &none, suspect: &none };
+    let pod = super::build::pod::pod(&training, &config, &place).unwrap();
+    let is_outdated = super::observe::is_outdated;
+    assert!(!is_outdated(&pod, &config.runtime_image, &training));
+    assert!(is_outdated(&pod, "runtime:corrected", &training));
+    let mut corrected = training.clone();
+    corrected.spec.checkpoint.credentials = None;
+    assert!(is_outdated(&pod, &config.runtime_image, &corrected));
+}
+
+#[test]
+fn where_a_pod_is_and_why_it_is_there_is_seen() {
+    let pod = serde_json::from_value(json!({
+        "metadata": {"name": "p", "annotations": {"vicuna.dev/replaces": "old", "vicuna.dev/leave": "moved"}},
+        "spec": {"containers": [], "nodeName": "n1"},
+        "status": {
+            "phase": "Failed",
+            "conditions": [{"type": "PodScheduled", "status": "True", "lastTransitionTime": "1970-01-01T00:00:07Z"}],
+            "containerStatuses": [{
+                "name": "trainer", "image": "i", "imageID": "", "ready": false, "restartCount": 0,
+                "state": {"terminated": {"exitCode": 1, "finishedAt": "1970-01-01T00:00:09Z"}},
+            }],
+        },
+    }))
+    .unwrap();
+    let view = super::observe::pod_view(&pod, None, false);
+    assert_eq!((view.scheduled_at_ms, view.ended.unwrap().at_ms), (Some(7_000), Some(9_000)));
+    assert!(view.asked_to_leave);
+    assert_eq!(view.replaces.as_deref(), Some("old"));
+    let gated = serde_json::from_value(json!({
+        "metadata": {"name": "p"},
+        "spec": {"containers": []},
+        "status": {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]},
+    }))
+    .unwrap();
+    assert_eq!(super::observe::pod_view(&gated, None, false).trouble, Some(Trouble::Gated));
+}
+
+#[test]
+fn a_bad_node_is_avoided_only_where_its_pool_has_another() {
+    let node = |name: &str, kind: &str| -> k8s_openapi::api::core::v1::Node {
+        serde_json::from_value(json!({"metadata": {"name": name, "labels": {"kind": kind}}})).unwrap()
+    };
+    let nodes = [node("a", "spot"), node("b", "spot"), node("c", "onprem")];
+    let nodes: Vec<_> = nodes.iter().collect();
+    let pools = observed().pools;
+    let alternative = |name: &str, leaving: &[&str]| {
+        let leaving = leaving.iter().map(|name| (*name).to_owned()).collect();
+        super::observe::has_alternative(name, &nodes, &leaving, &pools)
+    };
+    assert!(alternative("a", &[]) && !alternative("a", &["b"]));
+    assert!(!alternative("c", &[]));
+}
+
+#[test]
+fn what_was_had_and_what_it_cost_is_told() {
+    let mut seen = steady(&["spot", "onprem"]);
+    seen.pools[0].hourly_price = Some(3.6);
+    let status = told(&seen);
+    assert_eq!(status.worker_time.unwrap().held_seconds, 120);
+    assert_eq!(status.cost.unwrap().pools, [("spot".to_owned(), 0.06)].into());
+    assert_eq!(status.goodput, Some(0.333));
+    assert_eq!(status.membership.unwrap().by_pool.as_deref(), Some("onprem 1, spot 1"));
+    assert_eq!(status.progress.unwrap().remaining.unwrap().to_string(), "3m");
+}
+
+#[test]
+fn a_move_that_finds_no_node_is_in_nobodys_way() {
+    let seen = steady(&["spot", "onprem"]).pod("t-spot-2", |pod| {
+        pod.replaces = Some("t-onprem-1".into());
+        pod.node = None;
+        pod.trouble = Some(Trouble::Unschedulable { since_ms: NOW, message: "0/3".into() });
+    });
+    let status = told(&seen);
+    assert_eq!(reason(&status, "Progressing").1, "StepsAreMade");
+    assert!(!reason(&status, "Progressing").2.contains("Unschedulable"), "{:?}", reason(&status, "Progressing"));
 }

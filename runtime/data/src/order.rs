@@ -222,6 +222,34 @@ mod tests {
         }
 
         #[test]
+        fn every_set_is_seen_by_its_weight_whatever_the_others(
+            seed: u64,
+            sets in proptest::collection::vec((1u32..30, 0u32..=12), 1..5),
+            batch in 1u32..9,
+            epochs in 1u32..4,
+        ) {
+            let mixtures: Vec<_> = sets
+                .iter()
+                .map(|(sequences, quarters)| Mixture { sequences: *sequences, weight: f64::from(*quarters) / 4.0 })
+                .collect();
+            let Ok(order) = Order::new(seed, batch, Length::Epochs(epochs), &mixtures) else {
+                prop_assert!(mixtures.iter().all(|set| (set.weight * f64::from(set.sequences)).round() == 0.0));
+                return Ok(());
+            };
+            let seen: Vec<u32> = (1..=order.steps()).flat_map(|step| order.step(step)).collect();
+            let whole: Vec<u32> = (0..u64::from(epochs)).flat_map(|epoch| order.epoch(epoch)).collect();
+            prop_assert_eq!(&seen, &whole);
+            let mut first = 0;
+            for set in &mixtures {
+                let of_set = seen.iter().filter(|sequence| (first..first + set.sequences).contains(*sequence)).count();
+                let whole = set.weight.floor() * f64::from(set.sequences);
+                let extra = (set.weight.fract() * f64::from(set.sequences)).round();
+                prop_assert_eq!(of_set as f64, (whole + extra) * f64::from(epochs));
+                first += set.sequences;
+            }
+        }
+
+        #[test]
         fn a_step_is_what_lies_between_its_cursors(seed: u64, sequences in 1u32..30, step in 1u64..50) {
             let order = Order::new(seed, 4, Length::Steps(50), &[once(sequences)]).unwrap();
             let before = order.cursor(step - 1);

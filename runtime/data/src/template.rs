@@ -9,7 +9,7 @@
 //!
 //! What a user writes never becomes a control token, whatever it looks like.
 
-use crate::conversation::{Conversation, Role, Turn};
+use crate::conversation::{Role, Turn};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
@@ -18,11 +18,89 @@ use tokenizers::Tokenizer;
 /// Label of a token that is not learned, as in PyTorch and Transformers.
 pub const IGNORED: i64 = -100;
 
-/// `vicuna_v1.1` (also of v1.3 and v1.5), for tokenizers with `<s>` and `</s>`.
+/// The first Vicuna's: no control token ends a reply, "###" does.
+pub const VICUNA_V0: &str = "vicuna_v0";
+/// Also of v1.3 and v1.5, for tokenizers with `<s>` and `</s>`.
 pub const VICUNA_V1_1: &str = "vicuna_v1.1";
+pub const LLAMA_2: &str = "llama-2";
+pub const LLAMA_3: &str = "llama-3";
 /// ChatML without a default system prompt: who the model is must come from its training or from the
 /// caller, never from a prompt that was absent in one of the two.
 pub const CHATML: &str = "chatml";
+
+/// Names that [`Template::named`] knows.
+pub const NAMES: [&str; 5] = [VICUNA_V0, VICUNA_V1_1, LLAMA_2, LLAMA_3, CHATML];
+
+/// A template that has a name.
+struct Named {
+    name: &'static str,
+    jinja: &'static str,
+    bos_token: &'static str,
+    eos_token: &'static str,
+    /// Tokens without which it is another model's.
+    control_tokens: &'static [&'static str],
+    /// What ends a reply, where no control token does.
+    end: Option<&'static str>,
+}
+
+const NAMED: [Named; 5] = [
+    Named {
+        name: VICUNA_V0,
+        jinja: VICUNA_V0_JINJA,
+        bos_token: "<s>",
+        eos_token: "</s>",
+        control_tokens: &["<s>", "</s>"],
+        end: Some("\n###"),
+    },
+    Named {
+        name: VICUNA_V1_1,
+        jinja: VICUNA_V1_1_JINJA,
+        bos_token: "<s>",
+        eos_token: "</s>",
+        control_tokens: &["<s>", "</s>"],
+        end: None,
+    },
+    Named {
+        name: LLAMA_2,
+        jinja: LLAMA_2_JINJA,
+        bos_token: "<s>",
+        eos_token: "</s>",
+        control_tokens: &["<s>", "</s>"],
+        end: None,
+    },
+    Named {
+        name: LLAMA_3,
+        jinja: LLAMA_3_JINJA,
+        bos_token: "<|begin_of_text|>",
+        eos_token: "<|eot_id|>",
+        control_tokens: &["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        end: None,
+    },
+    Named {
+        name: CHATML,
+        jinja: CHATML_JINJA,
+        bos_token: "<|im_start|>",
+        eos_token: "<|im_end|>",
+        control_tokens: &["<|im_start|>", "<|im_end|>"],
+        end: None,
+    },
+];
+
+/// "###" ends every turn; the one after the last reply is learned and no turn follows it.
+const VICUNA_V0_JINJA: &str = concat!(
+    "{% if messages and messages[0]['role'] == 'system' %}",
+    "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}{% else %}",
+    "{% set system = 'A chat between a curious human and an artificial intelligence assistant. ",
+    "The assistant gives helpful, detailed, and polite answers to the human\\'s questions.' %}",
+    "{% set turns = messages %}{% endif %}",
+    "{{ '<s>' + system + '\n\n###' }}",
+    "{% for message in turns %}",
+    "{% if message['role'] == 'user' %}{{ ' Human: ' + message['content'] + '\n###' }}",
+    "{% elif message['role'] == 'assistant' %}{{ ' Assistant: ' + message['content'] + '\n###' }}",
+    "{% else %}{{ raise_exception('a system message must be the first') }}{% endif %}",
+    "{% endfor %}",
+    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}",
+);
 
 const VICUNA_V1_1_JINJA: &str = concat!(
     "{% if messages and messages[0]['role'] == 'system' %}",
@@ -39,6 +117,27 @@ const VICUNA_V1_1_JINJA: &str = concat!(
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
 );
 
+/// The system's text is inside of the first question; each pair begins with `<s>`.
+const LLAMA_2_JINJA: &str = concat!(
+    "{% if messages and messages[0]['role'] == 'system' %}",
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}",
+    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}",
+    "{% for message in turns %}",
+    "{% if message['role'] == 'user' %}",
+    "{{ '<s>[INST] ' + (system if loop.first else '') + message['content'] | trim + ' [/INST]' }}",
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' </s>' }}",
+    "{% else %}{{ raise_exception('a system message must be the first') }}{% endif %}",
+    "{% endfor %}",
+);
+
+const LLAMA_3_JINJA: &str = concat!(
+    "{{ '<|begin_of_text|>' }}",
+    "{% for message in messages %}",
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}",
+    "{% endfor %}",
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+);
+
 const CHATML_JINJA: &str = concat!(
     "{% for message in messages %}",
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}",
@@ -48,7 +147,7 @@ const CHATML_JINJA: &str = concat!(
 
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
-    #[error("there is no template {0:?}; use vicuna_v1.1 or chatml, or leave it out for the model's own")]
+    #[error("there is no template {0:?}; use one of {names}, or leave it out for the model's own", names = NAMES.join(", "))]
     Unknown(String),
     #[error("template {template} is not valid Jinja: {source:#}")]
     Syntax { template: String, source: minijinja::Error },
@@ -63,7 +162,8 @@ pub enum TemplateError {
     )]
     NoEnd { template: String, tokenizer: String },
     #[error(
-        "template {template} writes a reply differently once more is said, so it cannot be trained on; name vicuna_v1.1 or chatml"
+        "template {template} writes a reply differently once more is said, so it cannot be trained on; name one of {names}",
+        names = NAMES.join(", ")
     )]
     NotIncremental { template: String },
     #[error("the tokenizer failed: {0}")]
@@ -80,29 +180,17 @@ pub struct Template {
 }
 
 impl Template {
-    /// [`VICUNA_V1_1`] or [`CHATML`].
+    /// One of [`NAMES`].
     pub fn named(name: &str) -> Result<Self, TemplateError> {
-        let (jinja, bos_token, eos_token) = match name {
-            VICUNA_V1_1 => (VICUNA_V1_1_JINJA, "<s>", "</s>"),
-            CHATML => (CHATML_JINJA, "<|im_start|>", "<|im_end|>"),
-            _ => return Err(TemplateError::Unknown(name.to_owned())),
-        };
-        Ok(Self {
-            name: name.to_owned(),
-            jinja: jinja.to_owned(),
-            bos_token: bos_token.to_owned(),
-            eos_token: eos_token.to_owned(),
-        })
+        let known = NAMED.iter().find(|known| known.name == name);
+        known.map(Self::from).ok_or_else(|| TemplateError::Unknown(name.to_owned()))
     }
 
     /// A model's own `chat_template`. `bos_token` and `eos_token` are what the template may call by
     /// these names (`tokenizer_config.json`); empty where the model has none.
     pub fn from_jinja(source: &str, bos_token: &str, eos_token: &str) -> Result<Self, TemplateError> {
-        for name in [VICUNA_V1_1, CHATML] {
-            let named = Self::named(name)?;
-            if named.jinja == source {
-                return Ok(named);
-            }
+        if let Some(known) = NAMED.iter().find(|known| known.jinja == source) {
+            return Ok(Self::from(known));
         }
         let template = Self {
             name: format!("jinja-{}", &blake3::hash(source.as_bytes()).to_hex()[..12]),
@@ -142,11 +230,27 @@ impl Template {
         Ok(environment)
     }
 
-    fn control_tokens(&self) -> &[&'static str] {
-        match self.name.as_str() {
-            VICUNA_V1_1 => &["<s>", "</s>"],
-            CHATML => &["<|im_start|>", "<|im_end|>"],
-            _ => &[],
+    fn control_tokens(&self) -> &'static [&'static str] {
+        self.known().map_or(&[], |known| known.control_tokens)
+    }
+
+    /// What ends a reply, where no control token does.
+    fn end(&self) -> Option<&'static str> {
+        self.known().and_then(|known| known.end)
+    }
+
+    fn known(&self) -> Option<&'static Named> {
+        NAMED.iter().find(|known| known.name == self.name)
+    }
+}
+
+impl From<&Named> for Template {
+    fn from(known: &Named) -> Self {
+        Self {
+            name: known.name.to_owned(),
+            jinja: known.jinja.to_owned(),
+            bos_token: known.bos_token.to_owned(),
+            eos_token: known.eos_token.to_owned(),
         }
     }
 }
@@ -172,32 +276,6 @@ impl Example {
     pub fn trained_tokens(&self) -> usize {
         let learned = |label: &&i64| **label != IGNORED;
         self.labels.iter().skip(1).filter(learned).count()
-    }
-}
-
-/// What encoding did to a dataset.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Encoded {
-    pub examples: Vec<Example>,
-    /// Conversations cut at the length limit.
-    pub cut: usize,
-    /// Conversations left out because no token of a reply was left within the limit.
-    pub without_reply: usize,
-    pub tokens: u64,
-    pub trained_tokens: u64,
-}
-
-impl fmt::Display for Encoded {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            out,
-            "{} sequences, {} tokens, {} of them learned; {} cut at the length limit; {} left out because no reply fits in it",
-            self.examples.len(),
-            self.tokens,
-            self.trained_tokens,
-            self.cut,
-            self.without_reply
-        )
     }
 }
 
@@ -255,6 +333,7 @@ impl Encoder {
     pub fn prompt_ids(&self, turns: &[Turn]) -> Result<Vec<u32>, TemplateError> {
         let turns = self.guarded(turns);
         let text = self.render(&turns, true)?;
+        // A template that rewrites what was said may be asked, but not trained on.
         let replies = self.replies(&turns, &text).unwrap_or_default();
         Ok(self.encode_marked(&text, &replies)?.ids)
     }
@@ -272,26 +351,15 @@ impl Encoder {
         self.encode_marked(&text, &replies)
     }
 
-    /// A dataset, in order, with at most `max_length` tokens a sequence.
-    pub fn encode(&self, conversations: &[Conversation], max_length: usize) -> Result<Encoded, TemplateError> {
-        let mut encoded = Encoded::default();
-        for conversation in conversations {
-            let mut example = self.example(&conversation.turns)?;
-            encoded.cut += usize::from(example.truncate(max_length));
-            if example.trained_tokens() == 0 {
-                encoded.without_reply += 1;
-                continue;
-            }
-            encoded.tokens += example.ids.len() as u64;
-            encoded.trained_tokens += example.trained_tokens() as u64;
-            encoded.examples.push(example);
-        }
-        Ok(encoded)
+    fn guarded(&self, turns: &[Turn]) -> Vec<Turn> {
+        turns.iter().map(|turn| Turn::new(turn.role, self.guarded_text(&turn.content))).collect()
     }
 
-    fn guarded(&self, turns: &[Turn]) -> Vec<Turn> {
-        let guard = |turn: &Turn| Turn::new(turn.role, self.control.guard(&turn.content));
-        turns.iter().map(guard).collect()
+    fn guarded_text(&self, content: &str) -> String {
+        let guarded = self.control.guard(content);
+        let Some(end) = self.template.end() else { return guarded };
+        let first = end.chars().next().map_or(0, char::len_utf8);
+        guarded.replace(end, &format!("{}{GUARD}{}", &end[..first], &end[first..]))
     }
 
     fn render(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String, TemplateError> {
@@ -311,8 +379,8 @@ impl Encoder {
             .map_err(|source| TemplateError::Render { template: self.template.name.clone(), source })
     }
 
-    /// Where in the rendered `text` the replies are, each with the control token that ends it.
-    fn replies(&self, turns: &[Turn], text: &str) -> Result<Vec<Range<usize>>, TemplateError> {
+    /// Where in the rendered `text` the replies are.
+    fn replies(&self, turns: &[Turn], text: &str) -> Result<Vec<Reply>, TemplateError> {
         let mut replies = Vec::new();
         for (index, turn) in turns.iter().enumerate() {
             if turn.role == Role::Assistant {
@@ -325,34 +393,61 @@ impl Encoder {
         Ok(replies)
     }
 
-    fn reply(&self, before: &str, text: &str, content: &str) -> Option<Range<usize>> {
+    fn reply(&self, before: &str, text: &str, content: &str) -> Option<Reply> {
         let after = text.strip_prefix(before)?;
-        let (found, _) = self.control.first(after)?;
-        after[..found.start].contains(content.trim()).then_some(())?;
-        Some(before.len()..before.len() + found.end)
+        let end = self.end_in(after)?;
+        after[..end.start].contains(content.trim()).then_some(())?;
+        let start = before.len();
+        Some(Reply { content: start..start + end.start, end: start + end.start..start + end.end })
     }
 
+    /// Where the first end of a reply is.
+    fn end_in(&self, text: &str) -> Option<Range<usize>> {
+        match self.template.end() {
+            Some(end) => text.find(end).map(|at| at..at + end.len()),
+            None => self.control.first(text).map(|(found, _)| found),
+        }
+    }
+
+    /// The token by which a server knows that a reply is over. Where a text ends it, that is the first token of the
+    /// text after the line's end.
     fn find_end_token(&self) -> Result<u32, TemplateError> {
         let turns = [Turn::user("a"), Turn::assistant("b")];
         let text = self.render(&turns, false)?;
         let before = self.render(&turns[..1], true)?;
-        text.strip_prefix(before.as_str()).and_then(|reply| self.control.first(reply)).map(|(_, id)| id).ok_or_else(
-            || TemplateError::NoEnd { template: self.template.name.clone(), tokenizer: self.control.to_string() },
-        )
+        let ends = match (self.template.end(), text.strip_prefix(before.as_str())) {
+            (Some(end), Some(_)) => {
+                let line_end = self.joint.ids(&self.tokenizer, Before::Text, "\n")?;
+                self.joint.ids(&self.tokenizer, Before::Text, end)?.get(line_end.len()).copied()
+            }
+            (None, Some(reply)) => self.control.first(reply).map(|(_, id)| id),
+            (_, None) => None,
+        };
+        ends.ok_or_else(|| TemplateError::NoEnd {
+            template: self.template.name.clone(),
+            tokenizer: self.control.to_string(),
+        })
     }
 
-    /// `text` with `learned` parts, which are in order and apart.
-    fn encode_marked(&self, text: &str, learned: &[Range<usize>]) -> Result<Example, TemplateError> {
+    /// `text` with the replies in it, which are in order and apart.
+    fn encode_marked(&self, text: &str, replies: &[Reply]) -> Result<Example, TemplateError> {
         let mut pieces = Pieces::new(self);
         let mut at = 0;
-        for part in learned {
-            pieces.push(&text[at..part.start], false)?;
-            pieces.push(&text[part.clone()], true)?;
-            at = part.end;
+        for Reply { content, end } in replies {
+            pieces.push(&text[at..content.start], false)?;
+            pieces.push(&text[content.clone()], true)?;
+            pieces.push(&text[end.clone()], true)?;
+            at = end.end;
         }
         pieces.push(&text[at..], false)?;
         Ok(pieces.example)
     }
+}
+
+/// Where in a rendered conversation a reply is, and what ends it.
+struct Reply {
+    content: Range<usize>,
+    end: Range<usize>,
 }
 
 /// Ids and labels while they are put together.
@@ -551,4 +646,4 @@ fn failed(error: tokenizers::Error) -> TemplateError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

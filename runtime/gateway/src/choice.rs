@@ -5,29 +5,41 @@
 //! the driver (`drive.rs`) waits for the phase to change. Its size is bounded by the model's length.
 
 use crate::api::error::ApiError;
+use crate::routing::Route;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
-use vicuna_protocol::inference::{Delta, Done, Generate, Message, ModelOffer, Sampling};
+use vicuna_protocol::inference::{Delta, Done, Generate, ModelOffer, TokenLogprob};
 
-/// What is asked, shared by the choices of a request.
-#[derive(Clone, Debug)]
+/// What is asked, shared by the choices of a prompt.
+#[derive(Clone, Debug, Default)]
 pub struct Job {
+    /// As it goes to a worker, but for the choice and what is there of it.
+    pub generate: Generate,
+    /// Whose request it is, for fairness: the name of its API key.
+    pub key: String,
+    pub route: Route,
+    /// How long it may wait for its first worker.
+    pub patience: Duration,
+}
+
+impl Job {
     /// `chatcmpl-…` or `cmpl-…`
-    pub id: String,
-    pub model: String,
-    pub messages: Vec<Message>,
-    /// Instead of messages.
-    pub prompt: Option<String>,
-    pub sampling: Sampling,
+    pub fn id(&self) -> &str {
+        &self.generate.request
+    }
+
+    pub fn model(&self) -> &str {
+        &self.generate.model
+    }
 }
 
 /// What has to be equal where an answer continues.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Variant {
-    pub weights_digest: String,
+    pub weights_digest: Arc<str>,
     pub template: String,
     pub quantization: String,
 }
@@ -35,7 +47,7 @@ pub struct Variant {
 impl From<&ModelOffer> for Variant {
     fn from(offer: &ModelOffer) -> Self {
         Self {
-            weights_digest: offer.weights_digest.clone(),
+            weights_digest: offer.weights_digest.as_str().into(),
             template: offer.template.clone(),
             quantization: offer.quantization.clone(),
         }
@@ -46,7 +58,7 @@ impl From<&ModelOffer> for Variant {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
     pub id: u64,
-    pub name: String,
+    pub name: Arc<str>,
     pub variant: Variant,
     /// Prompt and completion together, in tokens.
     pub max_length: u32,
@@ -64,7 +76,7 @@ pub enum Phase {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
-    Done { finish_reason: String, prompt_tokens: u32, completion_tokens: u32 },
+    Done { finish_reason: String, prompt_tokens: u32, completion_tokens: u32, cached_tokens: u32 },
     Failed(ApiError),
 }
 
@@ -88,6 +100,22 @@ pub enum Broken {
     Endless { request: String },
 }
 
+/// What there is of an answer: enough to go on with it on another worker, for another client's
+/// connection, at another gateway.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Transcript {
+    pub tokens: Vec<u32>,
+    pub text: String,
+    /// One a token, where they were asked for.
+    pub logprobs: Vec<TokenLogprob>,
+    /// Of the prompt's tokens, where they were asked for.
+    pub prompt_scores: Vec<TokenLogprob>,
+    /// What its tokens are of; none as long as there are none.
+    pub variant: Option<Variant>,
+    /// Set once a worker has ended it.
+    pub done: Option<Outcome>,
+}
+
 #[derive(Debug)]
 pub struct Choice {
     pub job: Arc<Job>,
@@ -102,8 +130,7 @@ pub struct Choice {
 #[derive(Debug)]
 struct State {
     phase: Phase,
-    tokens: Vec<u32>,
-    text: String,
+    transcript: Transcript,
     server: Option<Server>,
     /// Failed on it, or had no room.
     avoid: Option<u64>,
@@ -114,17 +141,30 @@ struct State {
     moved: Instant,
     /// Since when no worker works on it; one that had no room does not count.
     waiting_since: Instant,
+    /// When this worker sent its first token of it, and how many there were then.
+    first_token: Option<(Instant, usize)>,
 }
 
 /// What is new for the client since it last looked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct News {
     pub text: String,
+    /// Of the tokens that the client has not heard of.
+    pub logprobs: Vec<TokenLogprob>,
     /// Tokens of the completion so far.
     pub position: usize,
     pub resumes: u32,
-    pub worker: Option<String>,
+    pub worker: Option<Arc<str>>,
+    /// The weights that the answer is of.
+    pub fingerprint: Option<Arc<str>>,
     pub phase: Phase,
+}
+
+/// How far the client is: bytes of text and tokens that it has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    pub bytes: usize,
+    pub tokens: usize,
 }
 
 /// What the driver sees.
@@ -136,14 +176,20 @@ pub struct Progress {
     pub resumes: u32,
     pub failures: u32,
     pub overloaded: bool,
+    /// Tokens so far.
+    pub position: usize,
 }
 
 impl Choice {
     pub fn new(job: Arc<Job>, index: u32, news: Arc<Notify>) -> Self {
+        Self::restored(job, index, news, Transcript::default())
+    }
+
+    /// One that goes on from what there is.
+    pub fn restored(job: Arc<Job>, index: u32, news: Arc<Notify>, transcript: Transcript) -> Self {
         let state = State {
-            phase: Phase::Queued,
-            tokens: Vec::new(),
-            text: String::new(),
+            phase: transcript.done.clone().map_or(Phase::Queued, Phase::Ended),
+            transcript,
             server: None,
             avoid: None,
             resumes: 0,
@@ -151,6 +197,7 @@ impl Choice {
             overloaded: false,
             moved: Instant::now(),
             waiting_since: Instant::now(),
+            first_token: None,
         };
         Self { job, index, state: Mutex::new(state), phase_changed: Notify::new(), news }
     }
@@ -158,8 +205,7 @@ impl Choice {
     /// What a worker must be to take it: once tokens are out, the same as the last one.
     pub fn variant(&self) -> Option<Variant> {
         let state = self.state.lock();
-        let begun = !state.tokens.is_empty() || !state.text.is_empty();
-        state.server.as_ref().filter(|_| begun).map(|server| server.variant.clone())
+        state.transcript.variant.clone().filter(|_| state.has_begun())
     }
 
     /// A worker that is better left out if there is another.
@@ -167,25 +213,24 @@ impl Choice {
         self.state.lock().avoid
     }
 
-    /// Gives it to a worker; what is returned is to be sent there.
-    pub fn begin(&self, server: Server) -> Generate {
+    /// Gives it to a worker, if it still waits for one; what is returned is to be sent there.
+    pub fn begin(&self, server: Server) -> Option<Generate> {
         let mut state = self.state.lock();
-        if !state.tokens.is_empty() {
+        if state.phase != Phase::Queued {
+            return None;
+        }
+        if !state.transcript.tokens.is_empty() {
             state.resumes += 1;
+        }
+        if !state.has_begun() {
+            state.transcript.variant = Some(server.variant.clone());
         }
         state.server = Some(server);
         state.overloaded = false;
-        let generated = state.tokens.clone();
+        state.first_token = None;
+        let generated = state.transcript.tokens.clone();
         self.enter(&mut state, Phase::Running);
-        Generate {
-            request: self.job.id.clone(),
-            choice: self.index,
-            model: self.job.model.clone(),
-            messages: self.job.messages.clone(),
-            sampling: Some(self.job.sampling.clone()),
-            generated,
-            prompt: self.job.prompt.clone(),
-        }
+        Some(Generate { choice: self.index, generated, ..self.job.generate.clone() })
     }
 
     /// Takes what worker `from` generated and tells how many tokens were new. A worker that it is no
@@ -195,40 +240,58 @@ impl Choice {
         if !state.is_with(from) {
             return Ok(0);
         }
-        let (have, position) = (state.tokens.len(), delta.position as usize);
+        let (have, position) = (state.transcript.tokens.len(), delta.position as usize);
         let end = position + delta.tokens.len();
         if end < have || (end == have && !delta.tokens.is_empty()) {
             return Ok(0);
         }
+        let request = || self.job.id().to_owned();
         if position != have {
-            return Err(Broken::Gap { request: self.job.id.clone(), expected: have, position: delta.position });
+            return Err(Broken::Gap { request: request(), expected: have, position: delta.position });
+        }
+        if self.job.generate.logprobs.is_some() && delta.logprobs.len() != delta.tokens.len() {
+            let error = ApiError::worker_failed("the worker sent no log probabilities");
+            self.enter(&mut state, Phase::Ended(Outcome::Failed(error)));
+            return Ok(0);
         }
         let new = delta.tokens.len();
-        state.tokens.extend(delta.tokens);
-        state.text.push_str(&delta.text);
-        state.moved = Instant::now();
+        state.extend(delta);
         let bounded = state.is_bounded();
         drop(state);
         self.news.notify_one();
         match bounded {
             true => Ok(new),
-            false => Err(Broken::Endless { request: self.job.id.clone() }),
+            false => Err(Broken::Endless { request: request() }),
         }
     }
 
-    /// The worker is through with it.
-    pub fn finish(&self, from: u64, done: Done) {
+    /// Takes the prompt's log probabilities.
+    pub fn score_prompt(&self, from: u64, scores: Vec<TokenLogprob>) {
         let mut state = self.state.lock();
-        if state.is_with(from) {
-            state.text.push_str(&done.text);
-            let completion_tokens = done.completion_tokens.max(state.tokens.len() as u32);
-            let outcome = Outcome::Done {
-                finish_reason: done.finish_reason,
-                prompt_tokens: done.prompt_tokens,
-                completion_tokens,
-            };
-            self.enter(&mut state, Phase::Ended(outcome));
+        let limit = state.server.as_ref().map_or(0, |server| server.max_length as usize);
+        if state.is_with(from) && scores.len() <= limit {
+            state.transcript.prompt_scores = scores;
+            state.moved = Instant::now();
         }
+    }
+
+    /// The worker is through with it. Tells at what speed it generated, in tokens per second.
+    pub fn finish(&self, from: u64, done: Done) -> Option<f64> {
+        let mut state = self.state.lock();
+        if !state.is_with(from) {
+            return None;
+        }
+        let speed = state.speed();
+        state.transcript.text.push_str(&done.text);
+        let outcome = Outcome::Done {
+            finish_reason: done.finish_reason,
+            prompt_tokens: done.prompt_tokens,
+            completion_tokens: done.completion_tokens.max(state.transcript.tokens.len() as u32),
+            cached_tokens: done.cached_tokens,
+        };
+        state.transcript.done = Some(outcome.clone());
+        self.enter(&mut state, Phase::Ended(outcome));
+        speed
     }
 
     /// The worker does not finish it, another may.
@@ -245,20 +308,22 @@ impl Choice {
         }
     }
 
-    /// Takes it from a worker that has sent nothing for `timeout`.
-    pub fn lose_if_stalled(&self, timeout: Duration) {
+    /// Takes it from a worker that has sent nothing for `timeout`, and tells which one that is.
+    pub fn lose_if_stalled(&self, timeout: Duration) -> Option<u64> {
         let stalled = self.state.lock().moved.elapsed() >= timeout;
-        if let Some(worker) = self.last_worker().filter(|_| stalled) {
-            self.lose(worker, Loss::Failed);
-        }
+        let worker = self.last_worker().filter(|_| stalled)?;
+        self.lose(worker, Loss::Failed);
+        Some(worker)
     }
 
-    /// Back to the queue after a loss.
-    pub fn requeue(&self) {
+    /// Back to the queue after a loss; tells whether that is where it goes.
+    pub fn requeue(&self) -> bool {
         let mut state = self.state.lock();
-        if state.phase == Phase::Lost {
+        let lost = state.phase == Phase::Lost;
+        if lost {
             self.enter(&mut state, Phase::Queued);
         }
+        lost
     }
 
     /// Nobody will finish it.
@@ -269,20 +334,26 @@ impl Choice {
         }
     }
 
+    /// No worker has taken it in time.
+    pub fn expire(&self, error: ApiError) {
+        let mut state = self.state.lock();
+        if state.phase == Phase::Queued {
+            self.enter(&mut state, Phase::Ended(Outcome::Failed(error)));
+        }
+    }
+
     /// A worker has ended it, and knows that.
     pub fn is_done(&self) -> bool {
-        matches!(self.state.lock().phase, Phase::Ended(Outcome::Done { .. }))
+        self.state.lock().transcript.done.is_some()
+    }
+
+    pub fn is_queued(&self) -> bool {
+        self.state.lock().phase == Phase::Queued
     }
 
     /// The worker that it was given to last.
     pub fn last_worker(&self) -> Option<u64> {
         self.state.lock().server.as_ref().map(|server| server.id)
-    }
-
-    /// The weights that the answer is of.
-    pub fn weights_digest(&self) -> Option<String> {
-        let state = self.state.lock();
-        state.server.as_ref().map(|server| server.variant.weights_digest.clone())
     }
 
     pub fn progress(&self) -> Progress {
@@ -294,6 +365,7 @@ impl Choice {
             resumes: state.resumes,
             failures: state.failures,
             overloaded: state.overloaded,
+            position: state.transcript.tokens.len(),
         }
     }
 
@@ -302,16 +374,23 @@ impl Choice {
         self.phase_changed.notified().await;
     }
 
-    /// Everything beyond the first `seen` bytes of text.
-    pub fn news(&self, seen: usize) -> News {
+    /// Everything that is beyond `seen`.
+    pub fn news(&self, seen: Seen) -> News {
         let state = self.state.lock();
+        let transcript = &state.transcript;
         News {
-            text: state.text.get(seen..).unwrap_or_default().to_owned(),
-            position: state.tokens.len(),
+            text: transcript.text.get(seen.bytes..).unwrap_or_default().to_owned(),
+            logprobs: transcript.logprobs.get(seen.tokens..).unwrap_or_default().to_vec(),
+            position: transcript.tokens.len(),
             resumes: state.resumes,
             worker: state.server.as_ref().map(|server| server.name.clone()),
+            fingerprint: transcript.variant.as_ref().map(|variant| variant.weights_digest.clone()),
             phase: state.phase.clone(),
         }
+    }
+
+    pub fn transcript(&self) -> Transcript {
+        self.state.lock().transcript.clone()
     }
 
     fn enter(&self, state: &mut State, phase: Phase) {
@@ -323,9 +402,31 @@ impl Choice {
 }
 
 impl State {
+    fn has_begun(&self) -> bool {
+        !self.transcript.tokens.is_empty() || !self.transcript.text.is_empty()
+    }
+
     fn is_with(&self, worker: u64) -> bool {
         let server = self.server.as_ref();
         self.phase == Phase::Running && server.is_some_and(|server| server.id == worker)
+    }
+
+    fn extend(&mut self, delta: Delta) {
+        let now = Instant::now();
+        self.transcript.tokens.extend(delta.tokens);
+        self.transcript.text.push_str(&delta.text);
+        self.transcript.logprobs.extend(delta.logprobs);
+        self.first_token.get_or_insert((now, self.transcript.tokens.len()));
+        self.moved = now;
+    }
+
+    /// Tokens per second of this worker, where there are enough to tell.
+    fn speed(&self) -> Option<f64> {
+        const ENOUGH: usize = 8;
+        let (since, before) = self.first_token?;
+        let count = self.transcript.tokens.len() - before;
+        let seconds = self.moved.duration_since(since).as_secs_f64();
+        (count >= ENOUGH && seconds > 0.0).then(|| count as f64 / seconds)
     }
 
     /// Whether a worker could have meant this: no more tokens than the model holds, and no more text
@@ -333,7 +434,7 @@ impl State {
     fn is_bounded(&self) -> bool {
         const LONGEST_TOKEN: usize = 1024;
         let limit = self.server.as_ref().map_or(0, |server| server.max_length as usize);
-        self.tokens.len() <= limit && self.text.len() <= (limit + 1) * LONGEST_TOKEN
+        self.transcript.tokens.len() <= limit && self.transcript.text.len() <= (limit + 1) * LONGEST_TOKEN
     }
 }
 
@@ -342,26 +443,28 @@ pub(crate) mod tests {
     use super::*;
 
     pub fn job() -> Arc<Job> {
-        Arc::new(Job {
-            id: "r".into(),
-            model: "ns/m".into(),
-            messages: Vec::new(),
-            prompt: None,
-            sampling: Sampling::default(),
-        })
+        let generate = Generate { request: "r".into(), model: "ns/m".into(), ..Generate::default() };
+        Arc::new(Job { generate, ..Job::default() })
     }
 
     fn server(id: u64) -> Server {
         Server {
             id,
-            name: format!("w{id}"),
+            name: format!("w{id}").into(),
             variant: Variant { weights_digest: "d".into(), template: "t".into(), quantization: "q".into() },
             max_length: 8,
         }
     }
 
     fn delta(position: u32, tokens: &[u32], text: &str) -> Delta {
-        Delta { request: "r".into(), choice: 0, position, tokens: tokens.to_vec(), text: text.into() }
+        Delta {
+            request: "r".into(),
+            choice: 0,
+            position,
+            tokens: tokens.to_vec(),
+            text: text.into(),
+            ..Delta::default()
+        }
     }
 
     fn running() -> Choice {
@@ -379,8 +482,8 @@ pub(crate) mod tests {
         assert!(matches!(choice.append(1, delta(3, &[4], "d")), Err(Broken::Gap { expected: 2, .. })));
         assert!(matches!(choice.append(1, delta(1, &[2, 3], "bc")), Err(Broken::Gap { .. })));
         assert_eq!(choice.append(1, delta(2, &[3], "c")), Ok(1));
-        assert_eq!(choice.news(0).text, "abc");
-        assert_eq!(choice.news(2).text, "c");
+        let text = |bytes| choice.news(Seen { bytes, tokens: 0 }).text;
+        assert_eq!((text(0), text(2)), ("abc".to_owned(), "c".to_owned()));
     }
 
     #[test]
@@ -388,14 +491,14 @@ pub(crate) mod tests {
         let choice = running();
         choice.append(1, delta(0, &[1], "a")).unwrap();
         choice.lose(1, Loss::Gone);
-        choice.requeue();
+        assert!(choice.requeue());
         assert_eq!(choice.variant(), Some(server(1).variant));
-        assert_eq!(choice.begin(server(2)).generated, [1]);
+        assert_eq!(choice.begin(server(2)).unwrap().generated, [1]);
         assert_eq!(choice.append(1, delta(1, &[9], "x")), Ok(0));
         choice.finish(1, Done::default());
         choice.lose(1, Loss::Gone);
         assert_eq!(choice.append(2, delta(1, &[2], "b")), Ok(1));
-        let news = choice.news(0);
+        let news = choice.news(Seen::default());
         assert_eq!((news.text.as_str(), news.resumes, news.phase), ("ab", 1, Phase::Running));
     }
 
@@ -410,9 +513,48 @@ pub(crate) mod tests {
     fn any_worker_may_begin_an_answer_of_which_nothing_is_out() {
         let choice = running();
         choice.lose(1, Loss::Failed);
+        assert!(choice.begin(server(2)).is_none(), "it is not in the queue yet");
+        choice.requeue();
         assert_eq!(choice.variant(), None);
         assert_eq!(choice.avoid(), Some(1));
-        assert_eq!(choice.begin(server(2)).generated, [0u32; 0]);
+        assert_eq!(choice.begin(server(2)).unwrap().generated, [0u32; 0]);
         assert_eq!(choice.progress().resumes, 0);
+    }
+
+    #[test]
+    fn an_answer_that_has_waited_too_long_is_not_begun() {
+        let choice = Choice::new(job(), 0, Arc::default());
+        choice.expire(ApiError::no_capacity("m"));
+        assert!(choice.begin(server(1)).is_none());
+        assert!(matches!(choice.progress().phase, Phase::Ended(Outcome::Failed(_))));
+    }
+
+    #[test]
+    fn log_probabilities_come_with_their_tokens_or_the_request_fails() {
+        let job = Arc::new(Job { generate: Generate { logprobs: Some(1), ..Generate::default() }, ..Job::default() });
+        let choice = Choice::new(job, 0, Arc::default());
+        choice.begin(server(1));
+        let scored = |token| TokenLogprob { token, ..TokenLogprob::default() };
+        let with = Delta { logprobs: vec![scored(1), scored(2)], ..delta(0, &[1, 2], "ab") };
+        assert_eq!(choice.append(1, with), Ok(2));
+        let news = choice.news(Seen { bytes: 1, tokens: 1 });
+        assert_eq!((news.text.as_str(), news.logprobs), ("b", vec![scored(2)]));
+        assert_eq!(choice.append(1, delta(2, &[3], "c")), Ok(0));
+        assert!(matches!(choice.progress().phase, Phase::Ended(Outcome::Failed(_))));
+    }
+
+    #[test]
+    fn a_restored_answer_goes_on_where_it_was_with_the_weights_that_it_had() {
+        let choice = running();
+        choice.append(1, delta(0, &[1, 2], "ab")).unwrap();
+        let restored = Choice::restored(job(), 0, Arc::default(), choice.transcript());
+        assert_eq!(restored.variant(), Some(server(1).variant));
+        assert!(restored.is_queued());
+        assert_eq!(restored.begin(server(2)).unwrap().generated, [1, 2]);
+        restored.append(2, delta(2, &[3], "c")).unwrap();
+        restored.finish(2, Done { completion_tokens: 3, ..Done::default() });
+        let ended = Choice::restored(job(), 0, Arc::default(), restored.transcript());
+        assert!(ended.is_done() && !ended.is_queued());
+        assert_eq!(ended.news(Seen::default()).text, "abc");
     }
 }

@@ -3,7 +3,8 @@
 use crate::api::error::ApiError;
 use crate::choice::{Choice, Phase, Progress};
 use crate::config::Limits;
-use crate::workers::Seat;
+use crate::workers::Registry;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -14,36 +15,38 @@ const MAX_FAILURES: u32 = 4;
 /// Before a worker that had no room is asked again.
 const OVERLOADED_PAUSE: Duration = Duration::from_millis(250);
 
-/// Returns once the choice has ended. Dropping the future gives it up: the worker is told.
-pub async fn drive(seat: Seat, limits: &Limits) {
-    let choice = seat.choice.clone();
+/// Returns once the choice has ended, with its worker free for another.
+pub async fn drive(registry: Arc<Registry>, choice: Arc<Choice>, limits: Limits) {
     loop {
         let progress = choice.progress();
         match &progress.phase {
-            Phase::Ended(_) => return,
-            Phase::Lost => move_on(&seat, &progress).await,
-            Phase::Queued => {
-                let timeout = match choice.variant() {
-                    Some(_) => limits.resume_timeout,
-                    None => limits.queue_timeout,
-                };
-                let deadline = progress.waiting_since + timeout;
-                if !changed_before(&choice, deadline).await {
-                    choice.fail(ApiError::no_capacity(&choice.job.model));
-                }
-            }
+            Phase::Ended(_) => return registry.leave(&choice, false),
+            Phase::Lost => move_on(&registry, &choice, &progress).await,
+            Phase::Queued => wait(&choice, &progress, &limits).await,
             Phase::Running => {
                 let deadline = progress.moved + limits.stall_timeout;
-                if !changed_before(&choice, deadline).await {
-                    choice.lose_if_stalled(limits.stall_timeout);
+                if !changed_before(&choice, deadline).await
+                    && let Some(worker) = choice.lose_if_stalled(limits.stall_timeout)
+                {
+                    tracing::warn!(request = choice.job.id(), worker, "a worker sends nothing");
+                    registry.failed(worker);
                 }
             }
         }
     }
 }
 
-async fn move_on(seat: &Seat, progress: &Progress) {
-    let choice = &seat.choice;
+async fn wait(choice: &Choice, progress: &Progress, limits: &Limits) {
+    let (timeout, error) = match choice.variant() {
+        Some(_) => (limits.resume_timeout, ApiError::not_resumed(choice.job.model(), progress.position)),
+        None => (choice.job.patience, ApiError::no_capacity(choice.job.model())),
+    };
+    if !changed_before(choice, progress.waiting_since + timeout).await {
+        choice.expire(error);
+    }
+}
+
+async fn move_on(registry: &Registry, choice: &Arc<Choice>, progress: &Progress) {
     if progress.failures >= MAX_FAILURES || progress.resumes >= MAX_RESUMES {
         let message = format!("{} attempts failed", progress.failures.max(progress.resumes));
         return choice.fail(ApiError::worker_failed(&message));
@@ -51,8 +54,8 @@ async fn move_on(seat: &Seat, progress: &Progress) {
     if progress.overloaded {
         sleep(OVERLOADED_PAUSE).await;
     }
-    tracing::info!(request = choice.job.id, choice = choice.index, "looking for another worker");
-    seat.readmit();
+    tracing::info!(request = choice.job.id(), choice = choice.index, "looking for another worker");
+    registry.readmit(choice);
 }
 
 async fn changed_before(choice: &Choice, deadline: Instant) -> bool {

@@ -2,36 +2,48 @@
 
 use crate::api::{self, error::ApiError};
 use crate::config::{Config, Limits};
+use crate::keys::{Client, Keys};
 use crate::loads::Loads;
 use crate::metrics::Metrics;
+use crate::parked::Parked;
 use crate::report::{Operator, Reporter};
-use crate::routing::least_loaded::LeastLoaded;
+use crate::serve::certificates::Certificates;
+use crate::serve::{self, Terms};
 use crate::workers::Registry;
 use crate::workers::registry::Model;
 use crate::workers::service::WorkerService;
 use crate::workers::trust::Trust;
 use anyhow::{Context, Result};
 use axum::Router;
-use axum::serve::ListenerExt;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic::service::Routes;
 use vicuna_protocol::auth::TokenFile;
 use vicuna_protocol::inference::workers_server::WorkersServer;
 
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Between two signs of life on a worker's connection, and on a client's.
+const WORKER_KEEP_ALIVE: Duration = Duration::from_secs(5);
+const CLIENT_KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// Between two looks at files that may have been replaced.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
+const MAX_WORKERS: usize = 4096;
+const MAX_OBSERVERS: usize = 64;
+/// Of a worker's message: log probabilities of a long prompt, or a transcript.
+const MAX_MESSAGE_BYTES: usize = 32 << 20;
 
 /// What the handlers share.
 pub struct Gateway {
     pub limits: Limits,
+    pub keys: Arc<Keys>,
     pub registry: Arc<Registry>,
     pub loads: Arc<Loads>,
+    pub parked: Parked,
     pub metrics: Metrics,
     /// No new requests.
     pub draining: CancellationToken,
@@ -40,12 +52,23 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// A model that is served here, or was until a moment ago.
-    pub fn model(&self, name: &str) -> Result<Model, ApiError> {
-        self.registry.model(name).ok_or_else(|| {
+    /// A model that is served here, or was until a moment ago, and that this client may use. For
+    /// others it does not exist.
+    pub fn model_for(&self, client: &Client, name: &str) -> Result<Model, ApiError> {
+        let model = self.registry.model(name).filter(|_| client.may_use(name));
+        model.ok_or_else(|| {
             let models = self.registry.models().into_iter().map(|model| model.name);
-            ApiError::model_not_found(name, &models.collect::<Vec<_>>())
+            let visible = models.filter(|model| client.may_use(model));
+            ApiError::model_not_found(name, &visible.collect::<Vec<_>>())
         })
+    }
+
+    /// Whether one more request is within the bounds of this gateway and of the client's key.
+    pub fn admit(&self, client: &Client) -> Result<(), ApiError> {
+        if self.loads.unfinished() >= self.limits.max_in_flight {
+            return Err(ApiError::too_many_requests());
+        }
+        client.admit().inspect_err(|_| self.metrics.over_quota.inc())
     }
 }
 
@@ -63,25 +86,46 @@ pub struct Running {
 
 /// Opens the listeners and begins to serve.
 pub async fn start(config: &Config) -> Result<Running> {
+    let gateway = Arc::new(gateway(config)?);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(gateway.keys.clone().watch(RELOAD_INTERVAL));
+
+    let (listener, workers) = listen(config.workers_listen).await?;
+    let tls = certificates(&config.tls_cert, &config.tls_key, &["h2"], &mut tasks)?;
+    let terms = terms(config, Some(tls), MAX_WORKERS, WORKER_KEEP_ALIVE);
+    tasks.spawn(serve::serve(listener, workers_router(config, &gateway), terms, CancellationToken::new()));
+
+    let (listener, metrics) = listen(config.metrics).await?;
+    let router = api::observation_router(gateway.clone());
+    let terms = self::terms(config, None, MAX_OBSERVERS, CLIENT_KEEP_ALIVE);
+    tasks.spawn(serve::serve(listener, router, terms, CancellationToken::new()));
+
+    let (listener, http) = listen(config.listen).await?;
+    let tls = match (&config.https_cert, &config.https_key) {
+        (Some(chain), Some(key)) => Some(certificates(chain, key, &["h2", "http/1.1"], &mut tasks)?),
+        _ => None,
+    };
+    let terms = self::terms(config, tls, config.limits.max_connections, CLIENT_KEEP_ALIVE);
+    let serving = serve::serve(listener, api::router(gateway.clone()), terms, gateway.draining.clone());
+
+    tasks.spawn(watch_workers(gateway.clone()));
+    report_load(config, &gateway, &mut tasks);
+    tracing::info!(%http, %workers, %metrics, routing = ?config.routing, "gateway listens");
+    Ok(Running { gateway, http, workers, metrics, http_task: tokio::spawn(serving), tasks })
+}
+
+fn gateway(config: &Config) -> Result<Gateway> {
     let metrics = Metrics::new()?;
-    let gateway = Arc::new(Gateway {
+    Ok(Gateway {
         limits: config.limits.clone(),
-        registry: Registry::new(Box::new(LeastLoaded), metrics.clone()),
+        keys: Keys::load(config.api_keys_file.as_deref())?,
+        registry: Registry::new(config.routing.policy(), metrics.clone()),
         loads: Loads::new(metrics.clone()),
+        parked: Parked::new(config.limits.return_timeout),
         metrics,
         draining: CancellationToken::new(),
         stopped: CancellationToken::new(),
-    });
-    let mut tasks = JoinSet::new();
-    let workers = serve_workers(config, &gateway, &mut tasks).await?;
-    let (metrics, observation) = serve_http(config.metrics, api::observation_router(gateway.clone()), None).await?;
-    tasks.spawn(observation);
-    let graceful = Some(gateway.draining.clone());
-    let (http, serving) = serve_http(config.listen, api::router(gateway.clone()), graceful).await?;
-    tasks.spawn(watch_workers(gateway.clone()));
-    report_load(config, &gateway, &mut tasks);
-    tracing::info!(%http, %workers, %metrics, "gateway listens");
-    Ok(Running { gateway, http, workers, metrics, http_task: tokio::spawn(serving), tasks })
+    })
 }
 
 impl Running {
@@ -101,59 +145,51 @@ impl Running {
     }
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
+    let failed = || format!("cannot listen on {address}");
+    let listener = TcpListener::bind(address).await.with_context(failed)?;
+    let address = listener.local_addr().with_context(failed)?;
+    Ok((listener, address))
 }
 
-async fn serve_http(
-    address: SocketAddr,
-    router: Router,
-    graceful: Option<CancellationToken>,
-) -> Result<(SocketAddr, impl Future<Output = ()>)> {
-    let listener = listen(address).await?;
-    let address = listener.local_addr()?;
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "cannot switch Nagle's algorithm off");
-        }
-    });
-    let graceful = graceful.unwrap_or_default();
-    let serving = async move {
-        let server = axum::serve(listener, router).with_graceful_shutdown(graceful.cancelled_owned());
-        if let Err(error) = server.await {
-            tracing::error!(%error, "the HTTP server ended");
-        }
-    };
-    Ok((address, serving))
+fn certificates(
+    chain: &Path,
+    key: &Path,
+    protocols: &[&str],
+    tasks: &mut JoinSet<()>,
+) -> Result<Arc<rustls::ServerConfig>> {
+    let failed = || format!("cannot use the key pair {}", chain.display());
+    let certificates = Certificates::load(chain, key).with_context(failed)?;
+    let server = certificates.server(protocols).with_context(failed)?;
+    tasks.spawn(certificates.watch(RELOAD_INTERVAL));
+    Ok(server)
 }
 
-async fn serve_workers(config: &Config, gateway: &Arc<Gateway>, tasks: &mut JoinSet<()>) -> Result<SocketAddr> {
-    let identity = Identity::from_pem(read(&config.tls_cert)?, read(&config.tls_key)?);
-    let listener = listen(config.workers_listen).await?;
-    let address = listener.local_addr()?;
+fn terms(
+    config: &Config,
+    tls: Option<Arc<rustls::ServerConfig>>,
+    max_connections: usize,
+    keep_alive: Duration,
+) -> Terms {
+    let limits = &config.limits;
+    Terms {
+        tls,
+        max_connections,
+        header_timeout: limits.header_timeout,
+        write_timeout: limits.write_timeout,
+        keep_alive,
+    }
+}
+
+fn workers_router(config: &Config, gateway: &Arc<Gateway>) -> Router {
     let service = WorkerService {
         gateway: config.name.clone(),
         registry: gateway.registry.clone(),
         trust: Trust::new(&config.trust_dir),
         metrics: gateway.metrics.clone(),
     };
-    let server = Server::builder()
-        .tls_config(ServerTlsConfig::new().identity(identity))
-        .with_context(|| format!("cannot use the key pair {}", config.tls_cert.display()))?
-        .http2_keepalive_interval(Some(KEEP_ALIVE))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .tcp_nodelay(true)
-        .add_service(WorkersServer::new(service));
-    tasks.spawn(async move {
-        if let Err(error) = server.serve_with_incoming(TcpListenerStream::new(listener)).await {
-            tracing::error!(%error, "the workers' server ended");
-        }
-    });
-    Ok(address)
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).with_context(|| format!("cannot read {}; is the certificate's Secret mounted?", path.display()))
+    let service = WorkersServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    Routes::new(service).prepare().into_axum_router()
 }
 
 async fn watch_workers(gateway: Arc<Gateway>) {
@@ -163,6 +199,7 @@ async fn watch_workers(gateway: Arc<Gateway>) {
     loop {
         ticks.tick().await;
         gateway.registry.detach_silent(timeout);
+        gateway.parked.forget_old(Instant::now());
     }
 }
 

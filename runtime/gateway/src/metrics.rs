@@ -1,7 +1,7 @@
 //! The gateway's metrics. `model` is always one that workers have offered.
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 #[derive(Clone, Debug)]
@@ -14,6 +14,13 @@ pub struct Metrics {
     pub resumes: IntCounterVec,
     pub time_to_first_token_seconds: Histogram,
     pub workers: IntGauge,
+    /// Choices, where requests count in `in_flight`.
+    pub queued: IntGaugeVec,
+    pub ejections: IntCounter,
+    /// Streams that a client came back for.
+    pub returns: IntCounter,
+    /// Requests refused for their key's quota.
+    pub over_quota: IntCounter,
 }
 
 impl Metrics {
@@ -38,6 +45,16 @@ impl Metrics {
             resumes: counters("vicuna_gateway_resumes_total", "Answers that another worker continued", &["model"])?,
             time_to_first_token_seconds: Histogram::with_opts(first_token.buckets(buckets))?,
             workers: IntGauge::new("vicuna_gateway_workers", "Workers attached")?,
+            queued: IntGaugeVec::new(Opts::new("vicuna_gateway_queued", "Answers that wait for a worker"), &["model"])?,
+            ejections: IntCounter::new(
+                "vicuna_gateway_ejections_total",
+                "Times that a worker was left out after failures in a row",
+            )?,
+            returns: IntCounter::new("vicuna_gateway_returns_total", "Streams continued with Last-Event-ID")?,
+            over_quota: IntCounter::new(
+                "vicuna_gateway_over_quota_total",
+                "Requests refused for the quota of their API key",
+            )?,
         };
         metrics.register()?;
         Ok(metrics)
@@ -49,6 +66,10 @@ impl Metrics {
         self.registry.register(Box::new(self.tokens.clone()))?;
         self.registry.register(Box::new(self.resumes.clone()))?;
         self.registry.register(Box::new(self.time_to_first_token_seconds.clone()))?;
+        self.registry.register(Box::new(self.queued.clone()))?;
+        self.registry.register(Box::new(self.ejections.clone()))?;
+        self.registry.register(Box::new(self.returns.clone()))?;
+        self.registry.register(Box::new(self.over_quota.clone()))?;
         self.registry.register(Box::new(self.workers.clone()))
     }
 

@@ -62,7 +62,9 @@ impl Reporter {
         let mut client = LoadReportsClient::new(channel);
         let exchange = async {
             let mut answers = client.report(request).await?.into_inner();
-            while answers.message().await?.is_some() {}
+            while let Some(ack) = answers.message().await? {
+                self.registry.expect(&ack.models);
+            }
             anyhow::Ok(())
         };
         tokio::select! {

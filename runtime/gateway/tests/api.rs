@@ -32,7 +32,10 @@ async fn choices_are_counted_together() {
     assert_eq!(body["object"], "chat.completion");
     assert_eq!(body["choices"][0]["message"]["content"], text(0..2));
     assert_eq!(body["choices"][1]["message"]["content"], text(0..3));
-    assert_eq!(body["usage"], json!({ "prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12 }));
+    let details = json!({ "cached_tokens": 0 });
+    let usage =
+        json!({ "prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "prompt_tokens_details": details });
+    assert_eq!(body["usage"], usage);
 }
 
 #[tokio::test]
@@ -46,7 +49,9 @@ async fn completions_send_the_text_as_it_is() {
     assert!(generate.messages.is_empty());
     worker.speak(&generate, 0..3).await;
     worker.done(&generate, 3).await;
-    let body: Value = serde_json::from_str(&in_time(answer).await.unwrap().text().await.unwrap()).unwrap();
+    let answer = in_time(answer).await.unwrap();
+    assert_eq!(answer.headers()["x-request-id"], generate.request.as_str());
+    let body: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
     assert_eq!(body["object"], "text_completion");
     assert_eq!(body["choices"][0]["text"], text(0..3));
 }
@@ -67,11 +72,13 @@ async fn errors_have_openai_s_shape_and_say_what_to_do() {
     assert!(error["message"].as_str().unwrap().contains(MODEL), "{error}");
     let (code, error) = status(path, chat(json!({ "temperature": "hot" }))).await;
     assert_eq!((code, &error["param"]), (400, &json!("temperature")));
-    let (code, error) = status(path, chat(json!({ "tools": [{}] }))).await;
+    let tool = json!({ "type": "function", "function": { "name": "f" } });
+    let (code, error) = status(path, chat(json!({ "tools": [tool] }))).await;
     assert_eq!((code, &error["code"]), (400, &json!("unsupported_parameter")));
     let (code, error) = status(path, chat(json!({ "user": "x".repeat(3000) }))).await;
     assert_eq!((code, &error["code"]), (413, &json!("request_too_large")));
-    assert_eq!(status("/v1/embeddings", json!({})).await.0, 404);
+    assert_eq!(status("/v1/embeddings", json!({ "model": MODEL, "input": "x" })).await.0, 400);
+    assert_eq!(status("/v1/edits", json!({})).await.0, 404);
     assert_eq!(gateway.get(path).await.0, 405);
 }
 
@@ -136,7 +143,10 @@ async fn a_worker_without_a_fitting_token_is_refused() {
     assert_eq!(gateway.get("/v1/models").await.1["data"], json!([]));
 }
 
+/// Hears reports, and says which models there are.
 struct Operator(mpsc::Sender<LoadReport>);
+
+const AT_ZERO: &str = "team/asleep";
 
 #[tonic::async_trait]
 impl LoadReports for Operator {
@@ -149,7 +159,7 @@ impl LoadReports for Operator {
         tokio::spawn(async move {
             while let Ok(Some(report)) = inbound.message().await {
                 let heard = reports.send(report).await.is_ok();
-                if !heard || acks.send(Ok(LoadAck {})).await.is_err() {
+                if !heard || acks.send(Ok(LoadAck { models: vec![AT_ZERO.into()] })).await.is_err() {
                     return;
                 }
             }
@@ -199,6 +209,16 @@ async fn the_operator_hears_of_each_request_once() {
     for answer in both {
         assert_eq!(in_time(answer).await.unwrap().0, 200);
     }
-    let load = until(&|load| load.unfinished == 0).await;
+    let load = until(&|load| load.model == MODEL && load.unfinished == 0).await;
     assert_eq!(load.queued, 0);
+
+    // A model that never had a worker: a request waits, the operator hears of it and starts one.
+    until(&|load| load.model == AT_ZERO).await;
+    let asleep = tokio::spawn(gateway.post("/v1/chat/completions", chat(json!({ "model": AT_ZERO }))));
+    let load = until(&|load| load.model == AT_ZERO && load.unfinished == 1).await;
+    assert_eq!((load.queued, load.workers.len()), (1, 0));
+    let mut woken = gateway.worker_with("w-2", |hello| hello.models[0].name = AT_ZERO.into()).await;
+    let generate = woken.generate().await;
+    woken.done(&generate, 0).await;
+    assert_eq!(in_time(asleep).await.unwrap().status(), 200);
 }

@@ -29,15 +29,15 @@ async fn a_stream_goes_on_elsewhere_when_its_worker_dies() {
     assert_eq!((&resumed.request, &resumed.sampling), (&begun.request, &begun.sampling));
     second.speak(&resumed, 3..6).await;
     second.done(&resumed, 6).await;
-    stream.to_end().await;
+    stream.read_to_end().await;
 
     assert_eq!(stream.text(), text(0..6));
     assert!(stream.raw.contains(": resumed on w-2"), "{}", stream.raw);
     assert!(stream.raw.ends_with("data: [DONE]\n\n"));
-    assert!(stream.raw.contains(&format!("id: {}:3\n", begun.request)), "{}", stream.raw);
+    assert!(stream.raw.contains(&format!("id: {}:3.9\n", begun.request)), "{}", stream.raw);
     let events = stream.events();
     let usage = events.last().unwrap();
-    assert_eq!(usage["usage"], json!({ "prompt_tokens": 7, "completion_tokens": 6, "total_tokens": 13 }));
+    assert_eq!(usage["usage"]["total_tokens"], 13);
     assert_eq!(usage["vicuna"]["resumes"], 1);
     assert_eq!(events[events.len() - 2]["choices"][0]["finish_reason"], "stop");
     let metrics = gateway.metrics().await;
@@ -56,7 +56,7 @@ async fn a_token_reaches_the_client_once() {
     }
     worker.done(&generate, 4).await;
     let mut stream = stream.await.unwrap();
-    stream.to_end().await;
+    stream.read_to_end().await;
     assert_eq!(stream.text(), text(0..4));
 }
 
@@ -77,7 +77,7 @@ async fn a_gap_is_a_lost_worker() {
     second.speak(&resumed, 2..4).await;
     second.done(&resumed, 4).await;
     let mut stream = stream.await.unwrap();
-    stream.to_end().await;
+    stream.read_to_end().await;
     assert_eq!(stream.text(), text(0..4));
 }
 
@@ -92,9 +92,11 @@ async fn other_weights_do_not_continue_an_answer() {
     stream.until(&text(0..2)).await;
     let mut other = gateway.worker_with("w-2", |hello| hello.models[0].weights_digest = "digest-b".into()).await;
     drop(first);
-    stream.to_end().await;
+    stream.read_to_end().await;
     let events = stream.events();
-    assert_eq!(events.last().unwrap()["error"]["code"], "no_capacity");
+    let error = &events.last().unwrap()["error"];
+    assert_eq!(error["code"], "not_resumed");
+    assert!(error["message"].as_str().unwrap().contains("after 2 tokens"), "{error}");
     assert!(!stream.raw.contains("[DONE]"));
     // The other worker is there for new requests only: the first that it hears of is this one.
     let answer = gateway.ask(json!({}));
@@ -222,7 +224,123 @@ async fn streams_end_before_the_gateway_does() {
     assert_eq!(ready.status(), 503);
     worker.speak(&generate, 1..3).await;
     worker.done(&generate, 3).await;
-    stream.to_end().await;
+    stream.read_to_end().await;
     assert_eq!(stream.text(), text(0..3));
     in_time(stopping).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_does_not_end_in_time_is_told_so_and_can_go_on_elsewhere() {
+    let gateway = gateway(&["--drain-seconds", "0.2"]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let stream = gateway.stream(json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..1).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..1)).await;
+    let stopping = tokio::spawn(gateway.running.stop());
+    stream.read_to_end().await;
+    assert_eq!(stream.events().last().unwrap()["error"]["code"], "shutting_down");
+    let FromGateway::Cancel(cancel) = worker.next().await.unwrap() else {
+        panic!("expected a cancel");
+    };
+    assert!(cancel.keep, "the worker remembers it for another gateway");
+    in_time(stopping).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_that_reports_but_sends_no_token_loses_the_stream() {
+    let gateway = gateway(&["--stall-timeout-seconds", "0.4"]).await;
+    let mut first = gateway.worker("w-1").await;
+    let answer = gateway.ask(json!({}));
+    let generate = first.generate().await;
+    first.speak(&generate, 0..1).await;
+    let mut second = gateway.worker("w-2").await;
+    let resumed = second.generate().await;
+    assert_eq!(resumed.generated, tokens(0..1));
+    assert!(matches!(first.next().await.unwrap(), FromGateway::Cancel(_)));
+    second.speak(&resumed, 1..2).await;
+    second.done(&resumed, 2).await;
+    let (status, body) = in_time(answer).await.unwrap();
+    assert_eq!((status, &body["choices"][0]["message"]["content"]), (200, &json!(text(0..2))));
+}
+
+#[tokio::test]
+async fn every_choice_moves_with_what_there_is_of_it() {
+    let gateway = gateway(&[]).await;
+    let mut first = gateway.worker("w-1").await;
+    let answer = gateway.ask(json!({ "n": 2, "stop": ["never"] }));
+    let begun = [first.generate().await, first.generate().await];
+    for generate in &begun {
+        first.speak(generate, 0..1 + generate.choice as usize).await;
+    }
+    let moved = |count: usize| format!("tokens_total{{model=\"team/chat\"}} {count}");
+    in_time(async {
+        while !gateway.metrics().await.contains(&moved(3)) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    drop(first);
+    let mut second = gateway.worker("w-2").await;
+    for _ in 0..2 {
+        let resumed = second.generate().await;
+        let have = 1 + resumed.choice as usize;
+        assert_eq!(resumed.generated, tokens(0..have));
+        assert_eq!(resumed.sampling, begun[resumed.choice as usize].sampling);
+        second.speak(&resumed, have..3).await;
+        second.done(&resumed, 3).await;
+    }
+    let (_, body) = in_time(answer).await.unwrap();
+    for choice in 0..2 {
+        assert_eq!(body["choices"][choice]["message"]["content"], text(0..3));
+    }
+}
+
+#[tokio::test]
+async fn a_stream_waits_for_a_model_that_has_no_worker_and_hears_of_it() {
+    let gateway = gateway(&["--queue-timeout-seconds", "0.2"]).await;
+    drop(gateway.worker("w-1").await);
+    let registry = gateway.running.gateway.registry.clone();
+    in_time(async {
+        while !registry.model(MODEL).unwrap().workers.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let (status, body) = in_time(gateway.ask(json!({}))).await.unwrap();
+    assert_eq!((status, &body["error"]["code"]), (503, &json!("no_capacity")));
+    let mut stream = in_time(gateway.stream(json!({}))).await.unwrap();
+    while !stream.raw.contains(": waiting for a worker\n") {
+        stream.more().await;
+    }
+    let mut worker = gateway.worker("w-2").await;
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..2).await;
+    worker.done(&generate, 2).await;
+    stream.read_to_end().await;
+    assert_eq!(stream.text(), text(0..2));
+}
+
+#[tokio::test]
+async fn a_worker_that_fails_again_and_again_is_left_out() {
+    let gateway = gateway(&[]).await;
+    let mut first = gateway.worker("w-1").await;
+    let mut second = gateway.worker("w-2").await;
+    for _ in 0..3 {
+        let answer = gateway.ask(json!({}));
+        let generate = first.generate().await;
+        let failure =
+            Failure { request: generate.request.clone(), code: failure::Code::Internal.into(), ..Failure::default() };
+        first.send(FromWorker::Failure(failure)).await;
+        assert!(matches!(first.next().await.unwrap(), FromGateway::Cancel(_)));
+        let again = second.generate().await;
+        second.done(&again, 0).await;
+        assert_eq!(in_time(answer).await.unwrap().0, 200);
+    }
+    let answer = gateway.ask(json!({}));
+    let generate = second.generate().await;
+    second.done(&generate, 0).await;
+    assert_eq!(in_time(answer).await.unwrap().0, 200);
+    assert!(gateway.metrics().await.contains("vicuna_gateway_ejections_total 1"));
 }

@@ -1,101 +1,112 @@
-// Chat with one of the served models. An answer that loses its worker goes on by itself; the page
-// only shows that it did.
-const $ = (id) => document.getElementById(id);
-let messages = [];
-let running = null;
+// The page: one conversation, or two with different models side by side. It knows nothing but the
+// OpenAI API; conversations stay in this browser.
+import { Pane } from "/ui/pane.js";
 
-async function loadModels() {
-  const chosen = $("model").value;
-  try {
-    const { data } = await (await fetch("/v1/models")).json();
-    $("model").replaceChildren(...data.map(({ id }) => new Option(id, id, false, id === chosen)));
-    $("send").disabled = data.length === 0;
-    if (!running) say(data.length ? "" : "No model is served yet; this list renews itself.");
-  } catch {
-    say("The gateway cannot be reached; trying again.");
-  }
-}
+const $ = (id) => document.getElementById(id);
+const NUMBERS = { temperature: "temperature", "top-p": "top_p", "min-p": "min_p", "max-tokens": "max_tokens", seed: "seed" };
+const KEPT = ["system", ...Object.keys(NUMBERS)];
+const panes = [new Pane($("chat"), $("model")), new Pane($("chat2"), $("model2"))];
+const active = () => ($("compare").checked ? panes : panes.slice(0, 1));
+const isRunning = () => panes.some((pane) => pane.running);
 
 function say(text) {
   if ($("status").textContent !== text) $("status").textContent = text;
 }
 
-function element(name, text, className = "") {
-  return Object.assign(document.createElement(name), { textContent: text, className });
-}
-
-function show(role, text) {
-  const article = element("article", "", role);
-  article.append(element("h2", role === "user" ? "You" : $("model").value), element("p", text));
-  $("chat").append(article);
-  article.scrollIntoView({ block: "end" });
-  return article;
-}
-
-// Calls `on` with each line of a stream of server-sent events.
-async function lines(body, on) {
-  let rest = "";
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n");
-    rest = parts.pop();
-    parts.forEach(on);
+async function loadModels() {
+  const key = $("key").value;
+  try {
+    const response = await fetch("/v1/models", { headers: key ? { authorization: `Bearer ${key}` } : {} });
+    const list = await response.json();
+    if (!response.ok) {
+      if (response.status === 401) $("settings").open = true;
+      return say(list.error.message);
+    }
+    const models = list.data;
+    panes.forEach(({ select }, index) => fill(select, models, index));
+    $("send").disabled = models.length === 0;
+    if (!isRunning()) say(models.length ? $("status").dataset.last ?? "" : "No model is served yet; this list renews itself.");
+  } catch {
+    say("The gateway cannot be reached; trying again.");
   }
+}
+
+function fill(select, models, index) {
+  const names = models.map(({ id }) => id);
+  if (names.join() === [...select.options].map(({ value }) => value).join()) return;
+  const chosen = select.value || names[Math.min(index, names.length - 1)];
+  select.replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+}
+
+function options() {
+  const sampling = {};
+  for (const [id, name] of Object.entries(NUMBERS)) {
+    if ($(id).value !== "" && $(id).checkValidity()) sampling[name] = Number($(id).value);
+  }
+  return { system: $("system").value.trim(), sampling };
 }
 
 async function ask() {
-  const answer = show("assistant", "");
-  const text = answer.querySelector("p");
-  const reply = { role: "assistant", content: "" };
-  const started = performance.now();
-  let usage = null;
-  running = new AbortController();
   busy(true);
-  try {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify({ model: $("model").value, messages, stream: true, stream_options: { include_usage: true } }),
-      signal: running.signal,
-    });
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    await lines(response.body, (line) => {
-      if (line.startsWith(": resumed")) answer.append(element("p", `↻ Worker lost; ${line.slice(2)}`, "note"));
-      else if (line.startsWith(": waiting")) say("Waiting for a worker …");
-      if (!line.startsWith("data: {")) return;
-      const event = JSON.parse(line.slice(6));
-      if (event.error) throw new Error(event.error.message);
-      usage = event.usage ? event : usage;
-      reply.content += event.choices[0]?.delta.content ?? "";
-      text.textContent = reply.content;
-      answer.scrollIntoView({ block: "end" });
-    });
-    const seconds = (performance.now() - started) / 1000;
-    const { completion_tokens: tokens } = usage.usage;
-    say(`${tokens} tokens, ${(tokens / seconds).toFixed(1)} a second, ${usage.vicuna.resumes} resumes`);
-  } catch (error) {
-    say(error.name === "AbortError" ? "Stopped." : error.message);
-  }
-  if (reply.content) messages.push(reply);
-  running = null;
+  $("status").dataset.last = "";
+  say("Asking …");
+  const asked = active();
+  const results = await Promise.all(asked.map((pane) => pane.ask(options(), $("key").value)));
+  const told = results.map(({ problem, summary }, index) => {
+    const who = asked.length > 1 ? `${asked[index].select.value}: ` : "";
+    return who + (problem === "stopped" ? "Stopped." : problem || summary);
+  });
+  $("status").dataset.last = told.join(" · ");
+  say($("status").dataset.last);
   busy(false);
+  keep();
 }
 
 function busy(yes) {
   $("send").hidden = yes;
   $("stop").hidden = !yes;
+  $("regenerate").hidden = yes || panes[0].messages.length === 0;
   if (!yes) $("text").focus();
+}
+
+// Settings and conversations stay here; the key only as long as the tab.
+function keep() {
+  const settings = Object.fromEntries(KEPT.map((id) => [id, $(id).value]));
+  try {
+    localStorage.setItem("vicuna", JSON.stringify({ settings, messages: panes.map(({ messages }) => messages) }));
+    sessionStorage.setItem("vicuna-key", $("key").value);
+  } catch {
+    // No room, or not allowed: the page works without.
+  }
+}
+
+function restore() {
+  try {
+    $("key").value = sessionStorage.getItem("vicuna-key") ?? "";
+    const { settings = {}, messages = [] } = JSON.parse(localStorage.getItem("vicuna") ?? "{}");
+    KEPT.forEach((id) => ($(id).value = settings[id] ?? ""));
+    panes.forEach((pane, index) => {
+      pane.messages = (messages[index] ?? []).filter(({ role, content }) => typeof role === "string" && typeof content === "string");
+      pane.messages.forEach(({ role, content }) => pane.show(role, content));
+    });
+  } catch {
+    say("What was kept of the last chat cannot be read.");
+  }
+}
+
+function compare() {
+  const both = $("compare").checked;
+  $("model2").disabled = !both;
+  $("chat2").hidden = !both;
+  $("panes").classList.toggle("both", both);
 }
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   const content = $("text").value.trim();
-  if (!content || running) return;
+  if (!content || isRunning()) return;
   $("text").value = "";
-  messages.push({ role: "user", content });
-  show("user", content);
+  active().forEach((pane) => pane.say(content));
   ask();
 });
 
@@ -105,13 +116,42 @@ $("text").addEventListener("keydown", (event) => {
   $("form").requestSubmit();
 });
 
-$("stop").addEventListener("click", () => running?.abort());
-$("clear").addEventListener("click", () => {
-  running?.abort();
-  messages = [];
-  $("chat").replaceChildren();
-  say("");
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") panes.forEach((pane) => pane.stop());
 });
 
+$("stop").addEventListener("click", () => panes.forEach((pane) => pane.stop()));
+$("regenerate").addEventListener("click", () => {
+  if (isRunning()) return;
+  active().forEach((pane) => pane.forgetAnswer());
+  ask();
+});
+$("clear").addEventListener("click", () => {
+  panes.forEach((pane) => pane.clear());
+  $("status").dataset.last = "";
+  say("");
+  keep();
+  busy(false);
+});
+$("export").addEventListener("click", () => {
+  const chats = active().map(({ select, messages }) => ({ model: select.value, messages }));
+  const text = chats.map((chat) => JSON.stringify(chat)).join("\n");
+  const link = Object.assign(document.createElement("a"), {
+    href: URL.createObjectURL(new Blob([text + "\n"], { type: "application/x-ndjson" })),
+    download: "chat.jsonl",
+  });
+  link.click();
+  URL.revokeObjectURL(link.href);
+});
+$("compare").addEventListener("change", compare);
+$("key").addEventListener("change", () => {
+  keep();
+  loadModels();
+});
+$("settings").addEventListener("change", keep);
+
+restore();
+compare();
+busy(false);
 loadModels();
 setInterval(loadModels, 5000);

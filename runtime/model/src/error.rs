@@ -34,6 +34,12 @@ pub enum ModelError {
     UnknownToken { id: u32, vocabulary: usize },
     #[error("{tokens} tokens do not fit the model's maximum length of {max_length}")]
     TooLong { tokens: usize, max_length: usize },
+    #[error("{tokens} tokens do not fit in {blocks} blocks of the cache")]
+    Blocks { tokens: usize, blocks: usize },
+    #[error("int8 and int4 weights run on the CPU only; use bf16 on a GPU")]
+    QuantizedOnGpu,
+    #[error("cannot start the engine's threads: {0}")]
+    NoThreads(std::io::Error),
     #[error("device {0:?} is not known; use cpu or cuda")]
     UnknownDevice(String),
     #[error("no CUDA device: {0}")]

@@ -31,7 +31,7 @@ pub(crate) fn load(directory: &Path) -> Result<Pretrained, ModelError> {
     let path = directory.join("tokenizer.json");
     let tokenizer =
         Tokenizer::from_file(&path).map_err(|error| ModelError::Tokenizer(format!("{}: {error}", path.display())))?;
-    Ok(Pretrained { config, tensors, tokenizer, chat_template: chat_template(directory)? })
+    Ok(Pretrained { config, tensors, packed: BTreeMap::new(), tokenizer, chat_template: chat_template(directory)? })
 }
 
 /// Chat models often name more end tokens in `generation_config.json` than in `config.json`.

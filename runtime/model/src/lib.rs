@@ -2,7 +2,7 @@
 //!
 //! A model is a [`Config`] and a map from Hugging Face's tensor names to fp32 tensors. Training
 //! runs layer by layer with the free functions of [`layers`] and [`gradients`]; inference holds the
-//! weights in an [`inference::Engine`] with one key-value cache per sequence.
+//! weights and the key-value cache in an [`inference::Engine`].
 //!
 //! Shapes and names are checked when a checkpoint is read. The forward functions rely on it: what
 //! can still fail inside them is running out of memory, and then they panic as `tch` does.
@@ -11,6 +11,7 @@ pub mod config;
 pub mod device;
 mod digest;
 mod error;
+mod forward;
 pub mod gguf;
 pub mod gradients;
 mod hugging_face;
@@ -23,6 +24,7 @@ pub mod tiny;
 pub use config::Config;
 pub use digest::weights_digest;
 pub use error::ModelError;
+pub use forward::logits;
 pub use hugging_face::save;
 pub use parameters::{layer_parameter_names, parameter_names, parameter_shape};
 pub use pretrained::{Pretrained, load};

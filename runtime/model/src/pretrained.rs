@@ -1,5 +1,6 @@
 //! A model read from disk, whatever its format.
 
+use crate::gguf::packed::Packed;
 use crate::{Config, ModelError, gguf, hugging_face};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,6 +15,8 @@ pub struct Pretrained {
     /// fp32, on the CPU, by Hugging Face's names, complete and of the right shapes. A tied output
     /// projection is absent.
     pub tensors: BTreeMap<String, Tensor>,
+    /// Those of them that the file holds quantised, as they are there.
+    pub(crate) packed: BTreeMap<String, Packed>,
     pub tokenizer: Tokenizer,
     /// Jinja source of the model's own chat template.
     pub chat_template: Option<String>,

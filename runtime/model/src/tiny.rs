@@ -4,6 +4,7 @@
 use crate::gguf::added_token;
 use crate::{Config, Pretrained, parameter_names, parameter_shape};
 use serde_json::json;
+use std::collections::BTreeMap;
 use tch::Tensor;
 use tokenizers::Tokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -51,7 +52,13 @@ pub fn tiny(seed: u64) -> Pretrained {
             (name, tensor)
         })
         .collect();
-    Pretrained { config, tensors, tokenizer: tokenizer(), chat_template: Some(CHATML.to_owned()) }
+    Pretrained {
+        config,
+        tensors,
+        packed: BTreeMap::new(),
+        tokenizer: tokenizer(),
+        chat_template: Some(CHATML.to_owned()),
+    }
 }
 
 /// Norms near one; small embeddings, so that what the layers compute decides the next token.

@@ -24,7 +24,7 @@ pub struct TrainingJob {
 pub struct ModelSource {
     /// `s3://…`, `file://…`: a Hugging Face directory or a GGUF file.
     pub from: String,
-    /// `vicuna_v1.1`, `chatml`; absent: the model's own.
+    /// `vicuna_v0`, `vicuna_v1.1`, `llama-2`, `llama-3`, `chatml`; absent: the model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
 }
@@ -40,6 +40,18 @@ pub struct DatasetSource {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Prepare {
+    /// All published steps of cleaning; else only those without which nothing can be trained.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub clean: bool,
+    /// ISO 639-1 code of the only language.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub language: Option<String>,
+    /// Tokens above which conversations are cut between pairs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split_at: Option<u32>,
+    /// Share of the conversations that is kept for evaluation, 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold_out: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<Identity>,
 }

@@ -59,9 +59,9 @@ struct RankArguments {
     /// Where /metrics, /healthz and /readyz are served.
     #[arg(long, env = "VICUNA_METRICS", default_value = "0.0.0.0:9090")]
     metrics: SocketAddr,
-    /// cpu or cuda.
-    #[arg(long, env = "VICUNA_DEVICE", default_value = "cpu")]
-    device: String,
+    /// cpu or cuda; VICUNA_DEVICE if it is not given, and then cpu.
+    #[arg(long)]
+    device: Option<String>,
     /// Seconds from SIGTERM to SIGKILL, the pod's terminationGracePeriodSeconds.
     #[arg(long, env = "VICUNA_GRACE_SECONDS", default_value_t = 30)]
     grace_seconds: u64,
@@ -113,7 +113,7 @@ fn start_log() {
 }
 
 async fn run(arguments: RankArguments) -> Result<Exit> {
-    let device = vicuna_model::device::open(Some(&arguments.device))?;
+    let device = vicuna_model::device::open(arguments.device.as_deref())?;
     let network = Network::listen(&arguments.listen.to_string())
         .with_context(|| format!("cannot listen on {}", arguments.listen))?;
     let status = Status { metrics: Metrics::new()?, ready: Arc::default() };

@@ -30,13 +30,13 @@ pub struct Arguments {
     /// Go on from the newest checkpoint there.
     #[arg(long)]
     resume: bool,
-    /// cpu or cuda.
-    #[arg(long, env = "VICUNA_DEVICE", default_value = "cpu")]
-    device: String,
+    /// cpu or cuda; VICUNA_DEVICE if it is not given, and then cpu.
+    #[arg(long)]
+    device: Option<String>,
 }
 
 pub async fn run(arguments: Arguments) -> Result<()> {
-    let device = vicuna_model::device::open(Some(&arguments.device))?;
+    let device = vicuna_model::device::open(arguments.device.as_deref())?;
     let text =
         std::fs::read(&arguments.job).with_context(|| format!("cannot read the job {}", arguments.job.display()))?;
     let mut job: TrainingJob =

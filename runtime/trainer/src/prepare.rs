@@ -13,7 +13,8 @@ use tch::Device;
 use tokio::runtime::Handle;
 use vicuna_checkpoint::manifest::{digest, list_manifests};
 use vicuna_checkpoint::{ManifestRef, Store, StoreError, fetch};
-use vicuna_data::{Conversation, Example, Length, Mixture, Order, Template, identity, load_conversations};
+use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
+use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
 use vicuna_model::{Config, ModelError, Pretrained};
 use vicuna_protocol::coordinator::Cause;
 use vicuna_protocol::job::{RunLength, TrainingJob};
@@ -22,8 +23,8 @@ use vicuna_protocol::job::{RunLength, TrainingJob};
 pub const MANIFESTS: usize = 16;
 /// How often each identity question is put, with different answers.
 const IDENTITY_ROUNDS: usize = 4;
-/// Files in one dataset, at most.
-const FILES: usize = 10_000;
+/// Where the report of the preparation lies below the checkpoint URI.
+pub const DATA_REPORT: &str = "data-report.json";
 
 /// Why the rank cannot go on, in words for the person who wrote the job.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -47,6 +48,10 @@ pub struct Session {
     pub config: Config,
     pub table: Arc<BlockTable>,
     pub data: Dataset,
+    /// Sequences that are not trained on (`prepare.holdOut`); empty where none was asked for.
+    pub held_out: Vec<Example>,
+    /// What preparing did to the data.
+    pub data_report: Report,
     /// The tokenizer for the result, and the base weights until they are needed for the last time.
     pub model: Mutex<Pretrained>,
     model_path: PathBuf,
@@ -78,10 +83,14 @@ pub async fn prepare(job: TrainingJob, place: Place) -> Result<Session, Trouble>
     let runtime = Handle::current();
     let assemble = move || assemble(job, store, model_path, &files, place, runtime);
     let assembled = tokio::task::spawn_blocking(assemble).await;
-    assembled.unwrap_or_else(|error| {
+    let session = assembled.unwrap_or_else(|error| {
         let message = format!("preparing failed unexpectedly ({error}); is there enough memory?");
         Err(Trouble::new(Cause::Application, message))
-    })
+    })?;
+    // Every rank writes the same.
+    let report = serde_json::to_vec_pretty(&session.data_report).unwrap_or_default();
+    session.store.put(DATA_REPORT, report.into()).await.map_err(store_trouble)?;
+    Ok(session)
 }
 
 /// What the API server does not check.
@@ -140,39 +149,12 @@ async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<Vec<Path
         drop(tokio::fs::remove_dir_all(&folder).await);
         let fetched = fetch(&source.from, &folder, |_, _| ()).await;
         let path = fetched.map_err(|error| source_trouble(Cause::Data, "the dataset", &error))?;
-        let files = files(&path).map_err(|error| {
-            Trouble::new(Cause::Data, format!("the dataset {} in {}: {error}", source.from, path.display()))
-        })?;
+        let files = read::files(&path);
+        let files =
+            files.map_err(|error| Trouble::new(Cause::Data, format!("the dataset {}: {error}", source.from)))?;
         all.push(files);
     }
     Ok(all)
-}
-
-/// A file, or every JSON file below a folder by name.
-fn files(path: &Path) -> std::io::Result<Vec<PathBuf>> {
-    if path.is_file() {
-        return Ok(vec![path.to_owned()]);
-    }
-    let mut found = Vec::new();
-    let mut folders = vec![path.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder)? {
-            let path = entry?.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|end| end == "json" || end == "jsonl") {
-                found.push(path);
-            }
-            if found.len() > FILES {
-                return Err(std::io::Error::other(format!("more than {FILES} files")));
-            }
-        }
-    }
-    found.sort();
-    if found.is_empty() {
-        return Err(std::io::Error::other("no .json or .jsonl file there"));
-    }
-    Ok(found)
 }
 
 fn assemble(
@@ -186,12 +168,15 @@ fn assemble(
     tch::set_num_threads(place.threads);
     let model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
     let template = template(&job, &model)?;
-    let data = dataset(&job, files, &model, &template)?;
+    let prepared = data(&job, files, &model, &template)?;
+    let data = ordered(&job, prepared.examples, &prepared.mixtures)?;
     Ok(Session {
         store,
         config: model.config.clone(),
         table: Arc::new(BlockTable::new(&model.config)),
         data,
+        held_out: prepared.held_out,
+        data_report: prepared.report,
         model: Mutex::new(model),
         model_path,
         chat_template: template.jinja().to_owned(),
@@ -229,61 +214,66 @@ fn template(job: &TrainingJob, model: &Pretrained) -> Result<Template, Trouble> 
     }
 }
 
-fn dataset(
+fn data(
     job: &TrainingJob,
     files: &[Vec<PathBuf>],
     model: &Pretrained,
     template: &Template,
-) -> Result<Dataset, Trouble> {
+) -> Result<Prepared, Trouble> {
     let bound = template.bind(&model.tokenizer);
     let encoder = bound.map_err(|error| Trouble::new(Cause::Model, error.to_string()))?;
-    let mut examples: Vec<Example> = Vec::new();
-    let mut mixtures = Vec::new();
-    for (source, conversations, weight) in conversations(job, files)? {
-        let encoded = encoder
-            .encode(&conversations, job.recipe.max_length as usize)
-            .map_err(|error| Trouble::new(Cause::Data, format!("the dataset {source}: {error}")))?;
-        tracing::info!(source, %encoded, "data encoded");
-        mixtures.push(Mixture { sequences: encoded.examples.len() as u32, weight });
-        examples.extend(encoded.examples);
+    let sources = job.dataset.iter().zip(files).map(|(set, files)| Source {
+        name: set.from.clone(),
+        files: files.clone(),
+        weight: set.weight,
+    });
+    let sources: Vec<Source> = sources.collect();
+    let prepared = vicuna_data::prepare::prepare(&sources, &who(job), &settings(job)?, &encoder);
+    let prepared = prepared.map_err(|error: PrepareError| Trouble::new(Cause::Data, error.to_string()))?;
+    tracing::info!(summary = prepared.report.summary(), "data prepared");
+    if let Some(encoded) = &prepared.report.encoded {
+        tracing::info!(%encoded, "data encoded");
     }
+    if job.prepare.hold_out.is_some() && prepared.held_out.is_empty() {
+        tracing::warn!("prepare.holdOut put no conversation aside: the data are too few for so small a share");
+    }
+    Ok(prepared)
+}
+
+fn settings(job: &TrainingJob) -> Result<Settings, Trouble> {
+    let prepare = &job.prepare;
+    let language = prepare.language.as_deref().map(|code| {
+        Language::parse(code).ok_or_else(|| {
+            let known = Language::codes().join(" ");
+            let message = format!("prepare.language {code:?} is not among those that can be told apart: {known}");
+            Trouble::new(Cause::Data, message)
+        })
+    });
+    Ok(Settings {
+        clean: prepare.clean,
+        language: language.transpose()?,
+        split_at: prepare.split_at.map(|tokens| tokens as usize),
+        hold_out: prepare.hold_out.unwrap_or(0.0),
+        max_length: job.recipe.max_length as usize,
+    })
+}
+
+/// Conversations that teach the model who it is.
+fn who(job: &TrainingJob) -> Vec<Conversation> {
+    let count = identity::questions() * IDENTITY_ROUNDS;
+    let identity = job.prepare.identity.as_ref();
+    identity.map_or_else(Vec::new, |who| identity::conversations(&who.name, &who.organization, job.recipe.seed, count))
+}
+
+fn ordered(job: &TrainingJob, examples: Vec<Example>, mixtures: &[Mixture]) -> Result<Dataset, Trouble> {
     let recipe = &job.recipe;
     let length = match recipe.length {
         RunLength::Epochs(epochs) => Length::Epochs(epochs),
         RunLength::Steps(steps) => Length::Steps(steps),
     };
-    let order = Order::new(recipe.seed, recipe.global_batch, length, &mixtures)
+    let order = Order::new(recipe.seed, recipe.global_batch, length, mixtures)
         .map_err(|error| Trouble::new(Cause::Data, error.to_string()))?;
     Ok(Dataset::new(examples, order, recipe.micro_batch as usize))
-}
-
-/// Name, conversations and weight of each dataset; who the model is comes last.
-fn conversations(job: &TrainingJob, files: &[Vec<PathBuf>]) -> Result<Vec<(String, Vec<Conversation>, f64)>, Trouble> {
-    let mut sets = Vec::new();
-    for (source, files) in job.dataset.iter().zip(files) {
-        let mut all = Vec::new();
-        for file in files {
-            all.extend(read(&source.from, file)?);
-        }
-        sets.push((source.from.clone(), all, source.weight));
-    }
-    if let Some(who) = &job.prepare.identity {
-        let count = identity::questions() * IDENTITY_ROUNDS;
-        let set = identity::conversations(&who.name, &who.organization, job.recipe.seed, count);
-        sets.push(("prepare.identity".to_owned(), set, 1.0));
-    }
-    Ok(sets)
-}
-
-fn read(source: &str, file: &Path) -> Result<Vec<Conversation>, Trouble> {
-    let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let failed = |error: &dyn std::fmt::Display| {
-        Trouble::new(Cause::Data, format!("the dataset {source}, file {name}: {error}"))
-    };
-    let bytes = std::fs::read(file).map_err(|error| failed(&error))?;
-    let (conversations, report) = load_conversations(&bytes).map_err(|error| failed(&error))?;
-    tracing::info!(source, file = %name, %report, "data read");
-    Ok(conversations)
 }
 
 /// Model, data, preparation and recipe, as the job writes them.

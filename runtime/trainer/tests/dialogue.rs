@@ -240,7 +240,6 @@ impl Play {
 #[derive(Clone)]
 enum Base {
     Model,
-    Manifest(wire::ManifestRef),
     Memory(u64, wire::MemoryBase),
 }
 
@@ -256,7 +255,6 @@ impl Base {
     fn form(&self) -> wire::Form {
         match self.clone() {
             Self::Model => wire::Form::default(),
-            Self::Manifest(base) => wire::Form { base_step: base.step, base: Some(base), ..Default::default() },
             Self::Memory(step, memory) => wire::Form { base_step: step, memory: Some(memory), ..Default::default() },
         }
     }

@@ -2,9 +2,10 @@
 //! seconds and keeps one stream to each address.
 
 use crate::completion::{Completion, Vocabulary};
+use crate::embedding::Embedder;
 use crate::health::{Health, explain};
-use crate::prompt::prompt_ids;
-use crate::scheduler::{Command, Connection, Handle, Job, Occupancy, Replies, failure};
+use crate::prompt::{prompt_ids, text_ids};
+use crate::scheduler::{Command, Connection, Handle, Job, Occupancy, Replies, Task, failure};
 use anyhow::{Context, Result, anyhow, bail};
 use rand::Rng;
 use std::collections::HashMap;
@@ -13,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -24,7 +25,10 @@ use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body;
 use vicuna_protocol::inference::workers_client::WorkersClient;
-use vicuna_protocol::inference::{Draining, GatewayMessage, Generate, Load, WorkerHello};
+use vicuna_protocol::inference::{
+    Cancel, CountTokens, Draining, Embed, EmbedInput, GatewayMessage, Generate, Load, TokenCount, Transcript,
+    WorkerHello,
+};
 
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
 const LOAD_EVERY: Duration = Duration::from_secs(1);
@@ -52,9 +56,8 @@ pub struct Gateways {
 pub struct Shared {
     pub gateways: Gateways,
     pub hello: WorkerHello,
-    pub encoder: Encoder,
-    pub vocabulary: Vocabulary,
-    pub scheduler: Handle,
+    /// By public name.
+    pub models: HashMap<String, Lane>,
     pub health: Arc<Health>,
     /// Tokens generated since the start.
     pub tokens: prometheus::IntCounter,
@@ -62,6 +65,26 @@ pub struct Shared {
     pub draining: watch::Receiver<Option<u64>>,
     /// Cancelled when the last messages should leave.
     pub closing: CancellationToken,
+}
+
+/// One model and what runs it.
+pub struct Lane {
+    pub encoder: Encoder,
+    pub vocabulary: Vocabulary,
+    pub scheduler: Handle,
+}
+
+impl Shared {
+    fn lane(&self, model: &str) -> Result<&Lane, String> {
+        self.models.get(model).ok_or_else(|| format!("this worker does not serve {model:?}"))
+    }
+
+    /// To the schedulers of all models.
+    async fn tell_all(&self, command: impl Fn() -> Command) {
+        for lane in self.models.values() {
+            lane.scheduler.send(command()).await;
+        }
+    }
 }
 
 /// Keeps a stream to every gateway until `closing`, then waits for the streams to end.
@@ -193,7 +216,8 @@ impl<'a> Stream<'a> {
     /// Until the gateway ends the stream, or stops reading, or the worker closes.
     async fn serve(mut self, mut incoming: Streaming<GatewayMessage>, broken: CancellationToken) -> Result<()> {
         let result = self.exchange(&mut incoming, broken).await;
-        self.shared.scheduler.send(Command::Disconnected(self.connection)).await;
+        let connection = self.connection;
+        self.shared.tell_all(|| Command::Disconnected(connection)).await;
         if self.shared.closing.is_cancelled() {
             drop(self);
             // With our half closed the gateway reads what is left and closes its own.
@@ -224,11 +248,10 @@ impl<'a> Stream<'a> {
         match message.body {
             Some(FromGateway::Welcome(welcome)) => self.welcome(&welcome.gateway),
             Some(FromGateway::Generate(generate)) => self.submit(generate).await,
-            Some(FromGateway::Cancel(cancel)) => {
-                let connection = self.connection;
-                let (request, choice) = (cancel.request, cancel.choice);
-                self.shared.scheduler.send(Command::Cancel { connection, request, choice }).await;
-            }
+            Some(FromGateway::Cancel(cancel)) => self.cancel(cancel).await,
+            Some(FromGateway::Embed(embed)) => self.embed(embed).await,
+            Some(FromGateway::TranscriptOf(of)) => self.tell_transcript(of.request).await,
+            Some(FromGateway::CountTokens(count)) => self.count_tokens(&count),
             None => tracing::debug!("the gateway sent a message of a newer version"),
         }
     }
@@ -241,22 +264,84 @@ impl<'a> Stream<'a> {
     }
 
     async fn submit(&self, generate: Generate) {
-        match self.prepare(&generate) {
-            Ok(job) => self.shared.scheduler.send(Command::Submit(Box::new(job))).await,
-            Err(reason) => {
-                self.replies.send(failure(&generate.request, generate.choice, Code::Invalid, reason));
-            }
+        let (request, choice) = (generate.request.clone(), generate.choice);
+        match self.prepare(generate) {
+            Ok((scheduler, job)) => scheduler.send(Command::Submit(Box::new(job))).await,
+            Err(reason) => self.refuse(&request, choice, reason),
         }
     }
 
-    fn prepare(&self, generate: &Generate) -> Result<Job, String> {
-        let offered = self.shared.hello.models.iter().any(|offer| offer.name == generate.model);
-        if !offered {
-            return Err(format!("this worker does not serve {:?}", generate.model));
+    fn prepare(&self, generate: Generate) -> Result<(&Handle, Job), String> {
+        let lane = self.shared.lane(&generate.model)?;
+        let prompt = prompt_ids(&lane.encoder, &generate)?;
+        let completion = Completion::new(&generate, &prompt, &lane.vocabulary)?;
+        let priority = generate.priority;
+        let task = Task::Complete { prompt, completion, generate: Box::new(generate) };
+        Ok((&lane.scheduler, self.job(priority, task)))
+    }
+
+    async fn embed(&self, embed: Embed) {
+        let request = embed.request.clone();
+        match self.prepare_embedding(embed) {
+            Ok((scheduler, job)) => scheduler.send(Command::Submit(Box::new(job))).await,
+            Err(reason) => self.refuse(&request, 0, reason),
         }
-        let prompt = prompt_ids(&self.shared.encoder, generate)?;
-        let completion = Completion::new(generate, prompt.len(), &self.shared.vocabulary)?;
-        Ok(Job { connection: self.connection, prompt, completion, replies: self.replies.clone() })
+    }
+
+    fn prepare_embedding(&self, embed: Embed) -> Result<(&Handle, Job), String> {
+        let lane = self.shared.lane(&embed.model)?;
+        let ids = |input: EmbedInput| match input.tokens.is_empty() {
+            true => text_ids(&lane.encoder, &[], Some(&input.text)),
+            false => Ok(input.tokens),
+        };
+        let inputs = embed.inputs.into_iter().map(ids).collect::<Result<Vec<_>, _>>()?;
+        let (size, max_length) = (lane.vocabulary.size, lane.vocabulary.max_length);
+        let embedder = Embedder::new(embed.request, inputs, size, max_length)?;
+        Ok((&lane.scheduler, self.job(0, Task::Embed(embedder))))
+    }
+
+    fn job(&self, priority: i32, task: Task) -> Job {
+        Job { connection: self.connection, priority, task, replies: self.replies.clone() }
+    }
+
+    fn refuse(&self, request: &str, choice: u32, reason: String) {
+        self.replies.send(failure(request, choice, Code::Invalid, reason));
+    }
+
+    async fn cancel(&self, cancel: Cancel) {
+        let connection = self.connection;
+        let Cancel { request, choice, keep } = cancel;
+        self.shared.tell_all(|| Command::Cancel { connection, request: request.clone(), choice, keep }).await;
+    }
+
+    /// One answer from all models' schedulers, which may be amid a step.
+    async fn tell_transcript(&self, request: String) {
+        let mut answers = Vec::new();
+        for lane in self.shared.models.values() {
+            let (answer, answered) = oneshot::channel();
+            lane.scheduler.send(Command::TranscriptOf { request: request.clone(), answer }).await;
+            answers.push(answered);
+        }
+        let replies = self.replies.clone();
+        tokio::spawn(async move {
+            let found = futures::future::join_all(answers).await;
+            let choices = found.into_iter().flatten().flatten().collect();
+            replies.send(Body::Transcript(Transcript { request, choices }));
+        });
+    }
+
+    fn count_tokens(&self, count: &CountTokens) {
+        let counted = self.shared.lane(&count.model).and_then(|lane| {
+            let ids = text_ids(&lane.encoder, &count.messages, count.prompt.as_deref())?;
+            Ok((ids.len() as u32, lane.vocabulary.max_length as u32))
+        });
+        match counted {
+            Ok((tokens, max_length)) => {
+                let request = count.request.clone();
+                self.replies.send(Body::TokenCount(TokenCount { request, tokens, max_length }));
+            }
+            Err(reason) => self.refuse(&count.request, 0, reason),
+        }
     }
 
     fn tell_draining(&self, deadline_ms: Option<u64>) {
@@ -266,14 +351,26 @@ impl<'a> Stream<'a> {
     }
 
     fn send_load(&mut self) {
-        let Occupancy { running, waiting } = *self.shared.scheduler.occupancy().borrow();
+        let now = occupancy(self.shared.models.values().map(|lane| &lane.scheduler));
         self.replies.send(Body::Load(Load {
-            running: running as u32,
-            waiting: waiting as u32,
+            running: now.running as u32,
+            waiting: now.waiting as u32,
             slots: self.shared.hello.slots,
             tokens_per_second: self.meter.rate(self.shared.tokens.get()),
+            kv_tokens_free: now.free_tokens as u64,
+            kv_tokens: now.total_tokens as u64,
         }));
     }
+}
+
+/// Of several schedulers together.
+pub fn occupancy<'a>(schedulers: impl Iterator<Item = &'a Handle>) -> Occupancy {
+    schedulers.map(|scheduler| *scheduler.occupancy().borrow()).fold(Occupancy::default(), |sum, one| Occupancy {
+        running: sum.running + one.running,
+        waiting: sum.waiting + one.waiting,
+        free_tokens: sum.free_tokens + one.free_tokens,
+        total_tokens: sum.total_tokens + one.total_tokens,
+    })
 }
 
 /// Tokens per second between two readings of a counter.

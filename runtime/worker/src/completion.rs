@@ -2,17 +2,19 @@
 //! batches; a completion that begins with tokens of another worker is in the state it had there.
 
 use crate::detokenize::{Detokenizer, TokenBytes};
-use crate::sampling::Sampler;
+use crate::grammar::{Grammar, Grammars};
+use crate::logprobs::{MAX_ALTERNATIVES, scored, unscored};
+use crate::sampling::{History, Sampler};
 use crate::stop::StopStrings;
-use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use vicuna_protocol::inference::worker_message::Body;
-use vicuna_protocol::inference::{Delta, Done, Generate};
+use vicuna_protocol::inference::{Delta, Done, Generate, PromptScores, Sampling, TokenLogprob, TranscriptChoice};
 
 /// OpenAI allows 4; a few more do no harm.
 const MAX_STOP_STRINGS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
+const MAX_STOP_TOKENS: usize = 64;
 
 /// What completions of one model have in common.
 #[derive(Clone, Debug)]
@@ -23,6 +25,8 @@ pub struct Vocabulary {
     pub size: usize,
     /// Prompt and completion together.
     pub max_length: usize,
+    /// `None`: this vocabulary cannot be held to a grammar.
+    pub grammars: Option<Grammars>,
 }
 
 #[derive(Debug)]
@@ -31,26 +35,51 @@ pub struct Completion {
     choice: u32,
     sampler: Sampler,
     end_tokens: Arc<[u32]>,
+    bytes: Arc<TokenBytes>,
     detokenizer: Detokenizer,
     stops: StopStrings,
+    grammar: Option<Grammar>,
     prompt_tokens: usize,
+    cached_tokens: Option<usize>,
     max_tokens: usize,
     tokens: Vec<u32>,
-    counts: HashMap<u32, u32>,
+    history: History,
+    /// What is shown so far.
+    text: String,
+    /// Alternatives to tell of each token.
+    alternatives: Option<u32>,
+    logprobs: Vec<TokenLogprob>,
+    prompt_scores: Option<Scores>,
     finished: Option<Finish>,
+}
+
+/// Log probabilities of the prompt's tokens, as they become known.
+#[derive(Debug)]
+struct Scores {
+    alternatives: u32,
+    tokens: Vec<TokenLogprob>,
+}
+
+/// A token that is to follow.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chosen {
+    pub token: u32,
+    logprob: Option<TokenLogprob>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Finish {
     EndToken,
     StopString,
+    /// Its grammar allows nothing more.
+    Complete,
     Length,
 }
 
 impl Finish {
     fn reason(self) -> &'static str {
         match self {
-            Self::EndToken | Self::StopString => "stop",
+            Self::EndToken | Self::StopString | Self::Complete => "stop",
             Self::Length => "length",
         }
     }
@@ -58,30 +87,43 @@ impl Finish {
 
 impl Completion {
     /// Takes over the tokens that the client already has. The error is for the client.
-    pub fn new(generate: &Generate, prompt_tokens: usize, vocabulary: &Vocabulary) -> Result<Self, String> {
+    pub fn new(generate: &Generate, prompt: &[u32], vocabulary: &Vocabulary) -> Result<Self, String> {
         let sampling = generate.sampling.clone().unwrap_or_default();
-        check_stops(&sampling.stop)?;
-        if let Some(id) = generate.generated.iter().find(|id| **id as usize >= vocabulary.size) {
+        check_stops(&sampling)?;
+        check_alternatives(generate)?;
+        if let Some(id) = prompt.iter().chain(&generate.generated).find(|id| **id as usize >= vocabulary.size) {
             return Err(format!("token {id} is not in the model's vocabulary of {}", vocabulary.size));
         }
-        let room = room_for_completion(prompt_tokens, vocabulary.max_length)?;
+        let room = room_for_completion(prompt.len(), vocabulary.max_length)?;
         let wanted = if sampling.max_tokens == 0 { room } else { sampling.max_tokens as usize };
+        let sampler = Sampler::new(&sampling, generate.choice)?;
+        let mut history = History::default();
+        if sampler.looks_at_the_prompt() {
+            history.prompt.extend(prompt);
+        }
         let mut completion = Self {
             request: generate.request.clone(),
             choice: generate.choice,
-            sampler: Sampler::new(&sampling, generate.choice)?,
-            end_tokens: vocabulary.end_tokens.clone(),
+            sampler,
+            end_tokens: end_tokens(vocabulary, &sampling),
+            bytes: vocabulary.bytes.clone(),
             detokenizer: Detokenizer::new(vocabulary.bytes.clone()),
             stops: StopStrings::new(&sampling.stop),
-            prompt_tokens,
+            grammar: grammar(generate, vocabulary)?,
+            prompt_tokens: prompt.len(),
+            cached_tokens: None,
             max_tokens: wanted.min(room),
             tokens: Vec::new(),
-            counts: HashMap::new(),
+            history,
+            text: String::new(),
+            alternatives: generate.logprobs,
+            logprobs: Vec::new(),
+            prompt_scores: scores(generate, prompt, &vocabulary.bytes),
             finished: None,
         };
         for id in &generate.generated {
             if completion.finished.is_none() {
-                completion.take(*id);
+                completion.take(*id)?;
             }
         }
         Ok(completion)
@@ -100,58 +142,131 @@ impl Completion {
         &self.tokens
     }
 
-    /// The next token by these logits `[V]`; `None` if they are not numbers.
-    pub fn choose(&self, logits: &mut [f32]) -> Option<u32> {
-        self.sampler.choose(logits, &self.counts, self.tokens.len() as u32)
+    /// Whether the logits of the prompt's own tokens are wanted.
+    pub fn scores_prompt(&self) -> bool {
+        self.prompt_scores.is_some()
+    }
+
+    /// Tells how much of the prompt did not have to be computed. Only the first word counts: what is
+    /// reused after a preemption was computed for it.
+    pub fn reused(&mut self, tokens: usize) {
+        self.cached_tokens.get_or_insert(tokens.min(self.prompt_tokens));
+    }
+
+    /// The prompt will be computed again.
+    pub fn restart(&mut self) {
+        if let Some(scores) = &mut self.prompt_scores {
+            scores.tokens.truncate(1);
+        }
+    }
+
+    /// The logits `[V]` of what follows the prompt up to `token`, which comes next in it.
+    pub fn score_prompt(&mut self, logits: &[f32], token: u32) {
+        if let Some(scores) = &mut self.prompt_scores {
+            scores.tokens.push(scored(logits, token, scores.alternatives, &self.bytes));
+        }
+    }
+
+    /// The scores of the whole prompt, once they are wanted and known.
+    pub fn take_prompt_scores(&mut self) -> Option<Body> {
+        let scores = self.prompt_scores.take_if(|scores| scores.tokens.len() >= self.prompt_tokens)?;
+        Some(Body::PromptScores(PromptScores {
+            request: self.request.clone(),
+            choice: self.choice,
+            tokens: scores.tokens,
+        }))
+    }
+
+    /// The next token by these logits `[V]`, which are changed. The error is why there is none.
+    pub fn choose(&mut self, logits: &mut [f32]) -> Result<Chosen, String> {
+        let plain = self.alternatives.map(|_| logits.to_vec());
+        if let Some(grammar) = &mut self.grammar {
+            grammar.restrict(logits, &self.end_tokens)?;
+        }
+        let position = self.tokens.len() as u32;
+        let token = self
+            .sampler
+            .choose(logits, &self.history, position)
+            .ok_or("the model produced no numbers; are its weights whole?")?;
+        let logprob = plain.map(|plain| scored(&plain, token, self.alternatives.unwrap_or(0), &self.bytes));
+        Ok(Chosen { token, logprob })
     }
 
     /// Takes the next token; returns what the gateway is to be told of it.
-    pub fn accept(&mut self, id: u32) -> Option<Body> {
+    pub fn accept(&mut self, chosen: Chosen) -> Result<Option<Body>, String> {
         let position = self.tokens.len() as u32;
-        let text = self.take(id)?;
-        Some(Body::Delta(Delta {
+        let Some(text) = self.take(chosen.token)? else {
+            return Ok(None);
+        };
+        self.logprobs.extend(chosen.logprob.clone());
+        Ok(Some(Body::Delta(Delta {
             request: self.request.clone(),
             choice: self.choice,
             position,
-            tokens: vec![id],
+            tokens: vec![chosen.token],
             text,
-        }))
+            logprobs: chosen.logprob.into_iter().collect(),
+        })))
     }
 
     /// If the completion has ended: its last message.
     pub fn done(&mut self) -> Option<Body> {
         let finish = self.finished?;
+        let text = if finish == Finish::StopString { String::new() } else { self.held_back() };
+        self.text.push_str(&text);
         Some(Body::Done(Done {
             request: self.request.clone(),
             choice: self.choice,
             finish_reason: finish.reason().to_owned(),
             prompt_tokens: self.prompt_tokens as u32,
             completion_tokens: self.tokens.len() as u32,
-            text: if finish == Finish::StopString { String::new() } else { self.held_back() },
+            text,
+            cached_tokens: self.cached_tokens.unwrap_or(0) as u32,
         }))
     }
 
+    /// All of it so far, to be continued anywhere.
+    pub fn transcript(self, generate: Generate) -> TranscriptChoice {
+        TranscriptChoice {
+            generate: Some(generate),
+            tokens: self.tokens,
+            text: self.text,
+            finish_reason: self.finished.map(|finish| finish.reason().to_owned()).unwrap_or_default(),
+            logprobs: self.logprobs,
+        }
+    }
+
     /// Adds a token and returns the text that it makes printable; `None` for an end token.
-    fn take(&mut self, id: u32) -> Option<String> {
+    fn take(&mut self, id: u32) -> Result<Option<String>, String> {
         if self.end_tokens.contains(&id) {
             self.finished = Some(Finish::EndToken);
-            return None;
+            return Ok(None);
+        }
+        if let Some(grammar) = &mut self.grammar {
+            grammar.take(id)?;
         }
         self.tokens.push(id);
-        *self.counts.entry(id).or_default() += 1;
+        *self.history.counts.entry(id).or_default() += 1;
         let text = self.detokenizer.push(id);
-        match self.stops.push(&text) {
+        let text = match self.stops.push(&text) {
             ControlFlow::Break(text) => {
                 self.finished = Some(Finish::StopString);
-                Some(text)
+                text
             }
             ControlFlow::Continue(text) => {
-                if self.tokens.len() >= self.max_tokens {
-                    self.finished = Some(Finish::Length);
-                }
-                Some(text)
+                self.finished = self.reached_end();
+                text
             }
+        };
+        self.text.push_str(&text);
+        Ok(Some(text))
+    }
+
+    fn reached_end(&self) -> Option<Finish> {
+        if self.grammar.as_ref().is_some_and(Grammar::is_complete) {
+            return Some(Finish::Complete);
         }
+        (self.tokens.len() >= self.max_tokens).then_some(Finish::Length)
     }
 
     fn held_back(&mut self) -> String {
@@ -163,9 +278,43 @@ impl Completion {
     }
 }
 
-fn check_stops(stops: &[String]) -> Result<(), String> {
+/// The vocabulary's and the request's own.
+fn end_tokens(vocabulary: &Vocabulary, sampling: &Sampling) -> Arc<[u32]> {
+    if sampling.stop_tokens.is_empty() {
+        return vocabulary.end_tokens.clone();
+    }
+    vocabulary.end_tokens.iter().chain(&sampling.stop_tokens).copied().collect()
+}
+
+fn grammar(generate: &Generate, vocabulary: &Vocabulary) -> Result<Option<Grammar>, String> {
+    match (&generate.format, &vocabulary.grammars) {
+        (None, _) => Ok(None),
+        (Some(format), Some(grammars)) => grammars.of(format),
+        (Some(_), None) => Err("this model cannot hold a completion to a format".to_owned()),
+    }
+}
+
+fn scores(generate: &Generate, prompt: &[u32], bytes: &TokenBytes) -> Option<Scores> {
+    let alternatives = generate.prompt_logprobs?;
+    Some(Scores { alternatives, tokens: prompt.first().map(|id| unscored(*id, bytes)).into_iter().collect() })
+}
+
+fn check_stops(sampling: &Sampling) -> Result<(), String> {
+    let stops = &sampling.stop;
     if stops.len() > MAX_STOP_STRINGS || stops.iter().any(|stop| stop.len() > MAX_STOP_BYTES) {
         return Err(format!("stop takes at most {MAX_STOP_STRINGS} strings of {MAX_STOP_BYTES} bytes"));
+    }
+    if sampling.stop_tokens.len() > MAX_STOP_TOKENS {
+        return Err(format!("stop takes at most {MAX_STOP_TOKENS} token ids"));
+    }
+    Ok(())
+}
+
+fn check_alternatives(generate: &Generate) -> Result<(), String> {
+    for (name, count) in [("logprobs", generate.logprobs), ("prompt_logprobs", generate.prompt_logprobs)] {
+        if let Some(count) = count.filter(|count| *count > MAX_ALTERNATIVES) {
+            return Err(format!("{name} asks for {count} alternatives; at most {MAX_ALTERNATIVES} are told"));
+        }
     }
     Ok(())
 }
@@ -185,7 +334,7 @@ fn room_for_completion(prompt_tokens: usize, max_length: usize) -> Result<usize,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vicuna_protocol::inference::Sampling;
+    use vicuna_protocol::inference::generate::Format;
 
     fn vocabulary() -> Vocabulary {
         Vocabulary {
@@ -193,6 +342,12 @@ mod tests {
             end_tokens: [2].into(),
             size: vicuna_model::tiny::config().vocab,
             max_length: 20,
+            grammars: Grammars::new(
+                &TokenBytes::of(&vicuna_model::tiny::tokenizer()),
+                vicuna_model::tiny::config().vocab,
+                2,
+            )
+            .ok(),
         }
     }
 
@@ -202,7 +357,15 @@ mod tests {
 
     fn completion(sampling: Sampling, generated: Vec<u32>) -> Result<Completion, String> {
         let generate = Generate { request: "r".into(), sampling: Some(sampling), generated, ..Generate::default() };
-        Completion::new(&generate, 10, &vocabulary())
+        Completion::new(&generate, &[5; 10], &vocabulary())
+    }
+
+    fn chosen(token: u32) -> Chosen {
+        Chosen { token, logprob: None }
+    }
+
+    fn accept(completion: &mut Completion, token: u32) -> Option<Body> {
+        completion.accept(chosen(token)).unwrap()
     }
 
     fn text(body: &Option<Body>) -> &str {
@@ -223,9 +386,9 @@ mod tests {
     #[test]
     fn an_end_token_ends_it_and_is_not_part_of_it() {
         let mut completion = completion(Sampling::default(), vec![]).unwrap();
-        assert_eq!(text(&completion.accept(ids("a")[0])), "a");
+        assert_eq!(text(&accept(&mut completion, ids("a")[0])), "a");
         assert!(completion.done().is_none());
-        assert!(completion.accept(2).is_none());
+        assert!(accept(&mut completion, 2).is_none());
         assert_eq!(reason(completion.done()), "stop");
         assert_eq!(completion.tokens().len(), 1);
     }
@@ -236,7 +399,7 @@ mod tests {
             let mut completion = completion(Sampling { max_tokens, ..Sampling::default() }, vec![]).unwrap();
             let mut count = 0;
             while completion.done().is_none() {
-                completion.accept(ids("a")[0]);
+                accept(&mut completion, ids("a")[0]);
                 count += 1;
             }
             assert_eq!(count, expected);
@@ -248,11 +411,11 @@ mod tests {
     fn what_was_held_back_comes_at_the_end_but_no_stop_string() {
         let stop = Sampling { stop: vec!["xyz".into()], max_tokens: 3, ..Sampling::default() };
         let mut held = completion(stop.clone(), vec![]).unwrap();
-        let texts: Vec<Option<Body>> = ["a", "x", "y"].iter().map(|part| held.accept(ids(part)[0])).collect();
+        let texts: Vec<Option<Body>> = ["a", "x", "y"].iter().map(|part| accept(&mut held, ids(part)[0])).collect();
         assert_eq!(texts.iter().map(text).collect::<Vec<_>>(), ["a", "", ""]);
         assert_eq!(text(&held.done()), "xy");
         let mut stopped = completion(stop, ids("xy")).unwrap();
-        assert_eq!(text(&stopped.accept(ids("z")[0])), "");
+        assert_eq!(text(&accept(&mut stopped, ids("z")[0])), "");
         let done = stopped.done();
         assert_eq!((text(&done), reason(done.clone())), ("", "stop".to_owned()));
     }
@@ -270,7 +433,86 @@ mod tests {
         assert!(refused(Sampling { top_p: 2.0, ..Sampling::default() }, vec![]).contains("top_p"));
         assert!(refused(Sampling { stop: vec!["s".into(); 17], ..Sampling::default() }, vec![]).contains("stop"));
         let generate = Generate::default();
-        assert!(Completion::new(&generate, 20, &vocabulary()).unwrap_err().contains("20 tokens"));
-        assert!(Completion::new(&generate, 0, &vocabulary()).unwrap_err().contains("empty"));
+        assert!(Completion::new(&generate, &[5; 20], &vocabulary()).unwrap_err().contains("20 tokens"));
+        assert!(Completion::new(&generate, &[], &vocabulary()).unwrap_err().contains("empty"));
+    }
+
+    #[test]
+    fn a_stop_token_of_the_request_ends_it_too() {
+        let stop = Sampling { stop_tokens: vec![ids("b")[0]], ..Sampling::default() };
+        let mut completion = completion(stop, vec![]).unwrap();
+        assert!(accept(&mut completion, ids("b")[0]).is_none());
+        assert_eq!(reason(completion.done()), "stop");
+    }
+
+    fn with(change: impl FnOnce(&mut Generate)) -> Result<Completion, String> {
+        let mut generate = Generate { sampling: Some(Sampling::default()), ..Generate::default() };
+        change(&mut generate);
+        Completion::new(&generate, &[5, 6, 7], &vocabulary())
+    }
+
+    #[test]
+    fn log_probabilities_are_those_before_the_sampler_changed_anything() {
+        let mut biased = with(|generate| {
+            generate.logprobs = Some(2);
+            generate.sampling = Some(Sampling { logit_bias: [(9, 50.0)].into(), ..Sampling::default() });
+        })
+        .unwrap();
+        let mut logits = vec![0.0; vocabulary().size];
+        logits[11] = 10.0;
+        let chosen = biased.choose(&mut logits).unwrap();
+        assert_eq!(chosen.token, 9);
+        let told = chosen.logprob.clone().unwrap();
+        assert!(told.logprob < -9.0, "{told:?}");
+        assert_eq!((told.top[0].token, told.top.len()), (11, 2));
+        match biased.accept(chosen).unwrap() {
+            Some(Body::Delta(delta)) => assert_eq!(delta.logprobs, [told]),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_prompts_scores_are_told_once_all_are_known() {
+        let mut completion = with(|generate| generate.prompt_logprobs = Some(1)).unwrap();
+        let logits = vec![0.5; vocabulary().size];
+        completion.score_prompt(&logits, 6);
+        assert!(completion.take_prompt_scores().is_none());
+        completion.score_prompt(&logits, 7);
+        let Some(Body::PromptScores(scores)) = completion.take_prompt_scores() else { panic!("no scores") };
+        assert_eq!(scores.tokens.iter().map(|entry| entry.token).collect::<Vec<_>>(), [5, 6, 7]);
+        assert_eq!((scores.tokens[0].logprob, scores.tokens[0].top.len()), (0.0, 0));
+        assert!(scores.tokens[1].logprob < -1.0 && scores.tokens[2].top.len() == 1);
+        assert!(completion.take_prompt_scores().is_none());
+    }
+
+    #[test]
+    fn a_grammar_decides_what_may_come_also_after_a_resume() {
+        let schema = Some(Format::JsonSchema(r#"{"enum": ["yes"]}"#.to_owned()));
+        let generated = ids("\"ye");
+        let mut resumed = with(|generate| {
+            generate.format = schema;
+            generate.generated = generated;
+        })
+        .unwrap();
+        for expected in ["s", "\""] {
+            assert!(resumed.done().is_none());
+            let chosen = resumed.choose(&mut vec![0.0; vocabulary().size]).unwrap();
+            assert_eq!(chosen.token, ids(expected)[0]);
+            resumed.accept(chosen).unwrap();
+        }
+        if resumed.done().is_none() {
+            let end = resumed.choose(&mut vec![0.0; vocabulary().size]).unwrap();
+            assert_eq!(end.token, 2);
+        }
+    }
+
+    #[test]
+    fn a_transcript_holds_what_was_shown() {
+        let mut completion = with(|_| {}).unwrap();
+        accept(&mut completion, ids("a")[0]);
+        accept(&mut completion, ids("b")[0]);
+        let transcript = completion.transcript(Generate { request: "r".into(), ..Generate::default() });
+        assert_eq!((transcript.text.as_str(), transcript.tokens.len()), ("ab", 2));
+        assert_eq!((transcript.generate.unwrap().request.as_str(), transcript.finish_reason.as_str()), ("r", ""));
     }
 }

@@ -32,7 +32,8 @@ impl TokenBytes {
         Self { bytes: (0..size).map(piece).collect(), drop_first_space: !byte_level }
     }
 
-    fn get(&self, id: u32) -> &[u8] {
+    /// Empty for control tokens and unknown ids.
+    pub fn get(&self, id: u32) -> &[u8] {
         self.bytes.get(id as usize).map_or(&[], |bytes| bytes)
     }
 }

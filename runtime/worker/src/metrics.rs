@@ -11,24 +11,39 @@ pub struct Metrics {
     pub running: IntGauge,
     pub waiting: IntGauge,
     pub tokens: IntCounter,
+    pub prompt_tokens: IntCounter,
+    pub cached_tokens: IntCounter,
+    pub preemptions: IntCounter,
+    pub free_tokens: IntGauge,
     pub decode_seconds: Histogram,
 }
 
 impl Metrics {
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
-        let decode = HistogramOpts::new("vicuna_worker_decode_seconds", "Time of one batched decoding step.")
+        let decode = HistogramOpts::new("vicuna_worker_decode_seconds", "Time of one step in which answers grew.")
             .buckets(DECODE_BUCKETS.to_vec());
         let metrics = Self {
             running: IntGauge::new("vicuna_worker_running", "Sequences in the batch.")?,
             waiting: IntGauge::new("vicuna_worker_waiting", "Requests that wait for a slot.")?,
             tokens: IntCounter::new("vicuna_worker_tokens_total", "Tokens generated.")?,
+            prompt_tokens: IntCounter::new("vicuna_worker_prompt_tokens_total", "Prompt tokens computed.")?,
+            cached_tokens: IntCounter::new("vicuna_worker_cached_tokens_total", "Prompt tokens reused.")?,
+            preemptions: IntCounter::new(
+                "vicuna_worker_preemptions_total",
+                "Sequences that gave their blocks back because the cache was full.",
+            )?,
+            free_tokens: IntGauge::new("vicuna_worker_kv_free_tokens", "Room for keys and values.")?,
             decode_seconds: Histogram::with_opts(decode)?,
             registry,
         };
-        metrics.registry.register(Box::new(metrics.running.clone()))?;
-        metrics.registry.register(Box::new(metrics.waiting.clone()))?;
-        metrics.registry.register(Box::new(metrics.tokens.clone()))?;
+        let counters = [&metrics.tokens, &metrics.prompt_tokens, &metrics.cached_tokens, &metrics.preemptions];
+        for counter in counters {
+            metrics.registry.register(Box::new(counter.clone()))?;
+        }
+        for gauge in [&metrics.running, &metrics.waiting, &metrics.free_tokens] {
+            metrics.registry.register(Box::new(gauge.clone()))?;
+        }
         metrics.registry.register(Box::new(metrics.decode_seconds.clone()))?;
         Ok(metrics)
     }

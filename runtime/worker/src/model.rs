@@ -1,18 +1,19 @@
-//! Getting the model: from the object store to weights on the device. An unavailable model is asked
+//! Getting the models: from the object store to weights on the device. An unavailable model is asked
 //! for again and again, and why it is unavailable is said where people look.
 
 use crate::completion::Vocabulary;
 use crate::detokenize::TokenBytes;
+use crate::grammar::Grammars;
 use crate::health::{Health, explain};
 use crate::options::Options;
 use anyhow::{Context, Result, anyhow};
 use rand::Rng;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Device;
 use vicuna_data::template::{Encoder, Template};
-use vicuna_model::inference::Engine;
+use vicuna_model::inference::{Engine, EngineOptions};
 use vicuna_model::{Config, Pretrained};
 use vicuna_protocol::inference::ModelOffer;
 
@@ -27,17 +28,35 @@ pub struct Served {
     pub offer: ModelOffer,
 }
 
-/// Fetches and loads the model, trying again for `model_patience` while it cannot be had. The error
+/// Which model, and where its files go.
+#[derive(Clone, Debug)]
+struct Source {
+    name: String,
+    uri: String,
+    folder: PathBuf,
+}
+
+/// Fetches and loads all models, trying again for `model_patience` while one cannot be had. The error
 /// is then the last reason.
-pub async fn obtain(options: &Options, device: Device, health: &Health) -> Result<Served> {
+pub async fn obtain(options: &Options, device: Device, health: &Health) -> Result<Vec<Served>> {
+    let mut served = Vec::new();
+    for (index, (name, uri)) in options.models().into_iter().enumerate() {
+        let folder = if index == 0 { "model".to_owned() } else { format!("model-{index}") };
+        let source = Source { name, uri, folder: options.scratch.join(folder) };
+        served.push(obtain_one(&source, options, device, health).await?);
+    }
+    Ok(served)
+}
+
+async fn obtain_one(source: &Source, options: &Options, device: Device, health: &Health) -> Result<Served> {
     let started = Instant::now();
     let mut pause = FIRST_RETRY;
     loop {
-        let error = match attempt(options, device, health).await {
+        let error = match attempt(source, options, device, health).await {
             Ok(served) => return Ok(served),
             Err(error) => error,
         };
-        report(options, health, &error);
+        report(source, health, &error);
         if started.elapsed() + pause > options.model_patience {
             return Err(error);
         }
@@ -46,30 +65,29 @@ pub async fn obtain(options: &Options, device: Device, health: &Health) -> Resul
     }
 }
 
-fn report(options: &Options, health: &Health, error: &anyhow::Error) {
+fn report(source: &Source, health: &Health, error: &anyhow::Error) {
     let reason = explain(error);
-    tracing::warn!(uri = options.model_uri, reason, "the model is unavailable");
+    tracing::warn!(uri = source.uri, reason, "the model is unavailable");
     println!(
         "{}",
-        serde_json::json!({ "event": "modelUnavailable", "model": options.model_name, "uri": options.model_uri, "reason": reason })
+        serde_json::json!({ "event": "modelUnavailable", "model": source.name, "uri": source.uri, "reason": reason })
     );
     health.model_unavailable(&reason);
 }
 
-async fn attempt(options: &Options, device: Device, health: &Health) -> Result<Served> {
-    let folder = options.scratch.join("model");
-    let path = vicuna_checkpoint::fetch(&options.model_uri, &folder, |done, total| {
-        health.loading(format!("fetched {done} of {total} bytes of the model"));
+async fn attempt(source: &Source, options: &Options, device: Device, health: &Health) -> Result<Served> {
+    let path = vicuna_checkpoint::fetch(&source.uri, &source.folder, |done, total| {
+        health.loading(format!("fetched {done} of {total} bytes of {}", source.name));
     })
     .await?;
-    health.loading("the model is being loaded".to_owned());
-    let settings = options.clone();
-    let loading = tokio::task::spawn_blocking(move || load(&path, &settings, device));
+    health.loading(format!("the model {} is being loaded", source.name));
+    let (name, settings) = (source.name.clone(), options.clone());
+    let loading = tokio::task::spawn_blocking(move || load(&name, &path, &settings, device));
     let loaded = loading.await.context("loading the model was interrupted")?;
     if loaded.is_err() {
-        forget(&folder).await;
+        forget(&source.folder).await;
     }
-    loaded.with_context(|| format!("the model {} cannot be used", options.model_uri))
+    loaded.with_context(|| format!("the model {} cannot be used", source.uri))
 }
 
 /// Files of the right size are not fetched again; those of a model that does not load must be.
@@ -80,25 +98,45 @@ async fn forget(folder: &Path) {
 }
 
 /// Loads, checks and names a model on disk.
-pub fn load(path: &Path, options: &Options, device: Device) -> Result<Served> {
+pub fn load(name: &str, path: &Path, options: &Options, device: Device) -> Result<Served> {
     let model = vicuna_model::load(path)?;
     let encoder = template(&model, options.template.as_deref())?.bind(&model.tokenizer)?;
-    let max_length = options.max_length.map(|length| length as usize);
-    let engine = Engine::new(&model.config, &model.tensors, device, options.dtype.kind(), max_length)?;
+    let engine = Engine::new(&model, &engine_options(options, device))?;
+    let bytes = Arc::new(TokenBytes::of(&model.tokenizer));
+    let end_tokens = end_tokens(&model.config, &encoder);
     let vocabulary = Vocabulary {
-        bytes: Arc::new(TokenBytes::of(&model.tokenizer)),
-        end_tokens: end_tokens(&model.config, &encoder),
+        grammars: grammars(&bytes, model.config.vocab, &end_tokens),
+        bytes,
+        end_tokens,
         size: model.config.vocab,
         max_length: engine.max_length(),
     };
     let offer = ModelOffer {
-        name: options.model_name.clone(),
+        name: name.to_owned(),
         weights_digest: vicuna_model::weights_digest(&model.tensors)?,
         template: encoder.template().name().to_owned(),
-        quantization: options.dtype.name().to_owned(),
+        quantization: engine.precision().to_owned(),
         max_length: engine.max_length() as u32,
+        tools: false,
+        embedding_dimensions: model.config.hidden as u32,
+        json_schema: vocabulary.grammars.is_some(),
     };
     Ok(Served { engine, encoder, vocabulary, offer })
+}
+
+fn engine_options(options: &Options, device: Device) -> EngineOptions {
+    EngineOptions {
+        device,
+        precision: options.precision(),
+        max_length: options.max_length.map(|length| length as usize),
+        cache_bytes: options.kv_memory_mib as usize * (1 << 20),
+        threads: options.threads(),
+    }
+}
+
+fn grammars(bytes: &TokenBytes, size: usize, end_tokens: &[u32]) -> Option<Grammars> {
+    let made = Grammars::new(bytes, size, *end_tokens.first()?);
+    made.inspect_err(|reason| tracing::warn!(reason, "completions of this model cannot be held to JSON")).ok()
 }
 
 /// The named template, else the model's own.

@@ -4,9 +4,12 @@ use clap::{Parser, ValueEnum};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
-use tch::Kind;
+use vicuna_model::inference::Precision;
 
-/// Serves one model to every gateway that it can reach.
+/// More threads than this rarely help one step, and cost on a node that others share.
+const MOST_THREADS: usize = 16;
+
+/// Serves models to every gateway that it can reach.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Options {
@@ -16,12 +19,26 @@ pub struct Options {
     /// Hugging Face directory or GGUF file: s3://…, file://…
     #[arg(long, env = "VICUNA_MODEL_URI")]
     pub model_uri: String,
+    /// Another model, NAME=URI; may be given several times, or separated by commas in the variable.
+    /// Template, types and limits are the same for all.
+    #[arg(long, env = "VICUNA_ALSO_SERVE", value_delimiter = ',', value_parser = named_uri)]
+    pub also_serve: Vec<(String, String)>,
     /// Chat template, vicuna_v1.1 or chatml; the model's own if absent.
     #[arg(long, env = "VICUNA_TEMPLATE")]
     pub template: Option<String>,
-    /// Type of weights and key-value cache.
+    /// Type of weights that are not quantised.
     #[arg(long, env = "VICUNA_DTYPE", value_enum, default_value = "fp32")]
     pub dtype: Dtype,
+    /// What weights are held as: quantised tensors of a GGUF file as they are (file), or all as dtype
+    /// says (none), or rounded on loading (int8, int4). All but none are for the CPU.
+    #[arg(long, env = "VICUNA_QUANTIZATION", value_enum, default_value = "file")]
+    pub quantization: Quantization,
+    /// Memory for keys and values, in MiB; one sequence of the greatest length fits in any case.
+    #[arg(long, env = "VICUNA_KV_MEMORY_MIB", default_value_t = 1024)]
+    pub kv_memory_mib: u32,
+    /// Threads of a step on the CPU; as many as the process may use, but at most 16, if absent.
+    #[arg(long, env = "VICUNA_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
     /// Tokens in a sequence at most, prompt and completion together; the model's limit if absent.
     #[arg(long, env = "VICUNA_MAX_LENGTH", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_length: Option<u32>,
@@ -72,19 +89,35 @@ pub enum Dtype {
     Bf16,
 }
 
-impl Dtype {
-    pub fn kind(self) -> Kind {
-        match self {
-            Self::Fp32 => Kind::Float,
-            Self::Bf16 => Kind::BFloat16,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Quantization {
+    File,
+    None,
+    Int8,
+    Int4,
+}
+
+impl Options {
+    pub fn precision(&self) -> Precision {
+        match (self.quantization, self.dtype) {
+            (Quantization::Int8, _) => Precision::Int8,
+            (Quantization::Int4, _) => Precision::Int4,
+            (_, Dtype::Bf16) => Precision::Bf16,
+            (Quantization::File, Dtype::Fp32) => Precision::File,
+            (Quantization::None, Dtype::Fp32) => Precision::Fp32,
         }
     }
 
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Fp32 => "fp32",
-            Self::Bf16 => "bf16",
-        }
+    pub fn threads(&self) -> usize {
+        let usable = || std::thread::available_parallelism().map_or(1, |threads| threads.get().min(MOST_THREADS));
+        self.threads.map_or_else(usable, |threads| threads as usize)
+    }
+
+    /// Name and URI of every model.
+    pub fn models(&self) -> Vec<(String, String)> {
+        let mut models = vec![(self.model_name.clone(), self.model_uri.clone())];
+        models.extend(self.also_serve.iter().cloned());
+        models
     }
 }
 
@@ -111,4 +144,42 @@ impl Capacity {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: u32 = text.parse().map_err(|_| format!("{text:?} is not a whole number of seconds"))?;
     Ok(Duration::from_secs(seconds.into()))
+}
+
+fn named_uri(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, uri)) if !name.is_empty() && !uri.is_empty() => Ok((name.to_owned(), uri.to_owned())),
+        _ => Err(format!("{text:?} is not NAME=URI")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(more: &[&str]) -> Options {
+        let given = ["worker", "--model-name", "a/b", "--model-uri", "file:///m", "--gateway", "http://g:1"];
+        Options::parse_from(given.iter().chain(more))
+    }
+
+    #[test]
+    fn quantization_and_dtype_name_one_precision() {
+        for (arguments, expected) in [
+            (&[][..], Precision::File),
+            (&["--quantization", "none"], Precision::Fp32),
+            (&["--dtype", "bf16"], Precision::Bf16),
+            (&["--quantization", "int8", "--dtype", "bf16"], Precision::Int8),
+            (&["--quantization", "int4"], Precision::Int4),
+        ] {
+            assert_eq!(options(arguments).precision(), expected, "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn several_models_are_named_with_their_uris() {
+        let several = options(&["--also-serve", "a/c=file:///n", "--also-serve", "a/d=s3://x?y=z"]).models();
+        assert_eq!(several.len(), 3);
+        assert_eq!(several[2], ("a/d".to_owned(), "s3://x?y=z".to_owned()));
+        assert!(named_uri("nothing").is_err());
+    }
 }

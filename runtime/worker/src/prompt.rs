@@ -6,13 +6,25 @@ use vicuna_protocol::inference::{Generate, Message};
 
 /// The ids that the completion follows. The error is for the client.
 pub fn prompt_ids(encoder: &Encoder, generate: &Generate) -> Result<Vec<u32>, String> {
-    let ids = match &generate.prompt {
-        Some(_) if !generate.messages.is_empty() => {
-            return Err("a request has messages or a prompt, not both".to_owned());
-        }
+    let given = [!generate.messages.is_empty(), generate.prompt.is_some(), !generate.prompt_tokens.is_empty()];
+    if given.into_iter().filter(|given| *given).count() > 1 {
+        return Err("a request has messages or a prompt, not both".to_owned());
+    }
+    if !generate.tools_json.is_empty() {
+        return Err("this model's template has no tools; leave tools out".to_owned());
+    }
+    if !generate.prompt_tokens.is_empty() {
+        return Ok(generate.prompt_tokens.clone());
+    }
+    text_ids(encoder, &generate.messages, generate.prompt.as_deref())
+}
+
+/// The ids of messages, or of a text as it is.
+pub fn text_ids(encoder: &Encoder, messages: &[Message], prompt: Option<&str>) -> Result<Vec<u32>, String> {
+    let ids = match prompt {
         Some(prompt) => encoder.raw_ids(prompt),
-        None if generate.messages.is_empty() => return Err("messages is empty".to_owned()),
-        None => encoder.prompt_ids(&turns(&generate.messages)?),
+        None if messages.is_empty() => return Err("messages is empty".to_owned()),
+        None => encoder.prompt_ids(&turns(messages)?),
     };
     ids.map_err(|error| error.to_string())
 }

@@ -1,6 +1,6 @@
 //! From the command line to the end of the process.
 
-use crate::attach::{self, Gateways, Shared};
+use crate::attach::{self, Gateways, Lane, Shared};
 use crate::health::{Health, explain};
 use crate::http;
 use crate::metrics::Metrics;
@@ -8,12 +8,14 @@ use crate::model::{Served, obtain};
 use crate::options::Options;
 use crate::scheduler::{Command, Handle, Scheduler};
 use anyhow::{Context, Result, anyhow};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use vicuna_model::inference::Engine;
 use vicuna_protocol::auth::TokenFile;
 use vicuna_protocol::inference::WorkerHello;
 
@@ -98,11 +100,14 @@ impl Stop {
     }
 }
 
-/// A worker with its model.
+/// Before the deadline of a drain, what still runs is handed back.
+const HAND_BACK: Duration = Duration::from_secs(2);
+
+/// A worker with its models.
 struct Worker {
-    scheduler: Handle,
-    /// Ends when the scheduler's thread does, by panic too.
-    scheduler_ended: oneshot::Receiver<()>,
+    schedulers: Vec<Handle>,
+    /// Told when a scheduler's thread ends, by panic too.
+    scheduler_ended: mpsc::Receiver<()>,
     attachments: tokio::task::JoinHandle<()>,
     health: Arc<Health>,
     draining: watch::Sender<Option<u64>>,
@@ -110,47 +115,50 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(options: &Options, served: Served, health: Arc<Health>, metrics: Metrics) -> Result<Self> {
-        let tokens = metrics.tokens.clone();
-        let (scheduler, handle) = Scheduler::new(served.engine, options.slots as usize, metrics);
-        let (ended, scheduler_ended) = oneshot::channel();
-        std::thread::Builder::new()
-            .name("scheduler".to_owned())
-            .spawn(move || {
-                let _ended = ended;
-                scheduler.run();
-            })
-            .context("starting the scheduler")?;
+    fn start(options: &Options, served: Vec<Served>, health: Arc<Health>, metrics: Metrics) -> Result<Self> {
+        let (ended, scheduler_ended) = mpsc::channel(1);
+        let mut models = HashMap::new();
+        let mut offers = Vec::new();
+        for model in served {
+            tracing::info!(
+                model = model.offer.name,
+                digest = model.offer.weights_digest,
+                quantization = model.offer.quantization,
+                "the model is loaded"
+            );
+            let scheduler = start_scheduler(model.engine, options.slots as usize, metrics.clone(), ended.clone())?;
+            let lane = Lane { encoder: model.encoder, vocabulary: model.vocabulary, scheduler };
+            models.insert(model.offer.name.clone(), lane);
+            offers.push(model.offer);
+        }
+        let schedulers = models.values().map(|lane| lane.scheduler.clone()).collect();
         let (draining, drain_deadline) = watch::channel(None);
         let closing = CancellationToken::new();
-        tracing::info!(model = served.offer.name, digest = served.offer.weights_digest, "the model is loaded");
         let shared = Shared {
             gateways: gateways(options),
             hello: WorkerHello {
                 worker: options.worker_name.clone(),
                 node: options.node_name.clone(),
                 capacity: options.capacity.name().to_owned(),
-                models: vec![served.offer],
-                slots: options.slots,
+                slots: options.slots * offers.len() as u32,
+                models: offers,
             },
-            encoder: served.encoder,
-            vocabulary: served.vocabulary,
-            scheduler: handle.clone(),
+            models,
             health: health.clone(),
-            tokens,
+            tokens: metrics.tokens,
             draining: drain_deadline,
             closing: closing.clone(),
         };
         health.serving();
         let attachments = tokio::spawn(attach::run(Arc::new(shared)));
-        Ok(Self { scheduler: handle, scheduler_ended, attachments, health, draining, closing })
+        Ok(Self { schedulers, scheduler_ended, attachments, health, draining, closing })
     }
 
     /// Serves until `stop`, then drains.
     async fn until(mut self, mut stop: Stop, drain_timeout: Duration) -> Result<()> {
         tokio::select! {
             () = stop.wait() => {}
-            _ = &mut self.scheduler_ended => {
+            _ = self.scheduler_ended.recv() => {
                 return Err(anyhow!("the scheduler ended unexpectedly; its log line says why (out of memory?)"));
             }
         }
@@ -158,20 +166,62 @@ impl Worker {
         Ok(())
     }
 
+    /// Lets running requests finish, hands back what has not finished in time, and leaves.
     async fn drain(self, timeout: Duration) {
         tracing::info!(timeout_seconds = timeout.as_secs(), "draining");
         self.health.draining();
         self.draining.send_replace(Some(unix_time_ms() + timeout.as_millis() as u64));
-        self.scheduler.send(Command::Drain).await;
-        let mut occupancy = self.scheduler.occupancy();
-        let idle = occupancy.wait_for(|now| now.running + now.waiting == 0);
-        if tokio::time::timeout(timeout, idle).await.is_err() {
-            tracing::warn!("requests are still running at the deadline; their gateways resume them elsewhere");
+        self.tell_all(|| Command::Drain).await;
+        if tokio::time::timeout(timeout.saturating_sub(HAND_BACK), self.idle()).await.is_err() {
+            tracing::warn!("requests are still running at the deadline; their gateways continue them elsewhere");
+            self.tell_all(|| Command::HandBack).await;
+            if tokio::time::timeout(HAND_BACK, self.idle()).await.is_err() {
+                tracing::warn!("a step did not end in time to hand its requests back");
+            }
         }
         self.closing.cancel();
         if let Err(error) = self.attachments.await {
             tracing::warn!(%error, "the attachments did not end well");
         }
+    }
+
+    async fn tell_all(&self, command: impl Fn() -> Command) {
+        for scheduler in &self.schedulers {
+            scheduler.send(command()).await;
+        }
+    }
+
+    /// Until nothing runs or waits.
+    async fn idle(&self) {
+        for scheduler in &self.schedulers {
+            let mut occupancy = scheduler.occupancy();
+            if occupancy.wait_for(|now| now.running + now.waiting == 0).await.is_err() {
+                tracing::debug!("a scheduler has ended");
+            }
+        }
+    }
+}
+
+/// Runs a model's batch on a thread of its own. `ended` is told when that ends.
+fn start_scheduler(engine: Engine, slots: usize, metrics: Metrics, ended: mpsc::Sender<()>) -> Result<Handle> {
+    let (scheduler, handle) = Scheduler::new(engine, slots, metrics);
+    std::thread::Builder::new()
+        .name("scheduler".to_owned())
+        .spawn(move || {
+            let _announce = Announce(ended);
+            scheduler.run();
+        })
+        .context("starting the scheduler")?;
+    Ok(handle)
+}
+
+/// Says that its thread has ended, however it did.
+struct Announce(mpsc::Sender<()>);
+
+impl Drop for Announce {
+    fn drop(&mut self) {
+        // A full channel has said it already.
+        let _ = self.0.try_send(());
     }
 }
 

@@ -1,20 +1,30 @@
-//! Continuous batching (Yu et al. 2022, "Orca"): requests join and leave the running batch between
-//! steps. One thread owns the engine and every sequence; the rest of the process sends it
-//! [`Command`]s. A step prefills a piece of one new request, then decodes one token of every other,
-//! so that a long prompt delays running streams by one piece only.
+//! Continuous batching (Yu et al. 2022, "Orca") over a paged cache: requests join and leave between
+//! steps. One thread owns the engine, the blocks and every sequence; the rest of the process sends it
+//! [`Command`]s. A step computes one token of every sequence that is being answered and, with the
+//! tokens that are left of its budget, pieces of prompts (Agrawal et al. 2024, "Sarathi"), so that a
+//! long prompt delays running streams by one piece only.
+//!
+//! Where the cache is full, the youngest sequence of the lowest priority gives its blocks back and is
+//! computed again later.
 
+mod sequence;
+
+use crate::blocks::BlockPool;
 use crate::completion::Completion;
+use crate::embedding::Embedder;
 use crate::metrics::Metrics;
+use crate::transcripts::Transcripts;
+use sequence::Running;
 use std::collections::VecDeque;
-use tokio::sync::{mpsc, watch};
+use std::time::Instant;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use vicuna_model::ModelError;
-use vicuna_model::inference::{Engine, Sequence};
+use vicuna_model::inference::{Engine, Outputs, Piece};
 use vicuna_protocol::inference::worker_message::Body;
-use vicuna_protocol::inference::{Failure, WorkerMessage, failure::Code};
+use vicuna_protocol::inference::{Failure, Generate, TranscriptChoice, WorkerMessage, failure::Code};
 
-/// Prompt tokens that a step prefills.
-const PREFILL_TOKENS: usize = 256;
+/// Tokens that a step computes, unless more sequences than that are being answered.
+const STEP_TOKENS: usize = 256;
 /// Requests that may wait for each slot; more are refused, for another worker.
 const WAITING_PER_SLOT: usize = 4;
 /// Commands on their way to the thread.
@@ -30,20 +40,42 @@ pub enum Command {
         connection: Connection,
         request: String,
         choice: u32,
+        /// The client may come back for the rest.
+        keep: bool,
     },
-    /// The gateway is gone; it asks elsewhere for what was running.
+    /// The gateway is gone; it, or another one, asks elsewhere for what was running.
     Disconnected(Connection),
+    /// What is known of a request.
+    TranscriptOf {
+        request: String,
+        answer: oneshot::Sender<Vec<TranscriptChoice>>,
+    },
     /// Take nothing new, give back what waits, finish what runs.
     Drain,
+    /// Give back what runs, too.
+    HandBack,
 }
 
 /// A request, ready to run.
 #[derive(Debug)]
 pub struct Job {
     pub connection: Connection,
-    pub prompt: Vec<u32>,
-    pub completion: Completion,
+    /// Higher ones go first.
+    pub priority: i32,
+    pub task: Task,
     pub replies: Replies,
+}
+
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "it lies in a boxed job")]
+pub enum Task {
+    Complete {
+        prompt: Vec<u32>,
+        completion: Completion,
+        /// As it came in, for its transcript.
+        generate: Box<Generate>,
+    },
+    Embed(Embedder),
 }
 
 /// Messages to one gateway. Never waits: a gateway that does not read loses its connection, and the
@@ -66,11 +98,13 @@ impl Replies {
     }
 }
 
-/// Requests in the batch and before it.
+/// Requests in the batch and before it, and room in the cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Occupancy {
     pub running: usize,
     pub waiting: usize,
+    pub free_tokens: usize,
+    pub total_tokens: usize,
 }
 
 /// The scheduler's other end, for any thread.
@@ -96,36 +130,36 @@ impl Handle {
 #[derive(Debug)]
 pub struct Scheduler {
     engine: Engine,
+    outputs: Outputs,
+    pool: BlockPool,
     slots: usize,
     metrics: Metrics,
+    /// Higher priorities first, then first come, first served.
     waiting: VecDeque<Box<Job>>,
+    /// In the order in which they were admitted.
     running: Vec<Running>,
+    transcripts: Transcripts,
     draining: bool,
     occupancy: watch::Sender<Occupancy>,
     commands: mpsc::Receiver<Command>,
 }
 
-/// A sequence in the batch.
-#[derive(Debug)]
-struct Running {
-    job: Box<Job>,
-    sequence: Sequence,
-    /// What is still to be prefilled; empty while decoding.
-    context: VecDeque<u32>,
-    /// Chosen but not yet in the cache.
-    next: Option<u32>,
-}
-
 impl Scheduler {
     pub fn new(engine: Engine, slots: usize, metrics: Metrics) -> (Self, Handle) {
         let (sender, commands) = mpsc::channel(COMMANDS);
-        let (occupancy, watched) = watch::channel(Occupancy::default());
+        let pool = BlockPool::new(engine.blocks());
+        let empty =
+            Occupancy { free_tokens: pool.free_tokens(), total_tokens: pool.total_tokens(), ..Occupancy::default() };
+        let (occupancy, watched) = watch::channel(empty);
         let scheduler = Self {
             engine,
+            outputs: Outputs::default(),
+            pool,
             slots,
             metrics,
             waiting: VecDeque::new(),
             running: Vec::new(),
+            transcripts: Transcripts::default(),
             draining: false,
             occupancy,
             commands,
@@ -133,43 +167,56 @@ impl Scheduler {
         (scheduler, Handle { commands: sender, occupancy: watched })
     }
 
-    /// Works until every handle is gone. Blocks the thread.
+    /// Until the last [`Handle`] is gone.
     pub fn run(mut self) {
-        loop {
-            let idle = self.running.is_empty() && self.waiting.is_empty();
-            let command = if idle { self.commands.blocking_recv() } else { self.commands.try_recv().ok() };
-            match command {
+        while self.wait_for_work() {
+            while let Ok(command) = self.commands.try_recv() {
+                self.apply(command);
+            }
+            self.step();
+        }
+    }
+
+    /// Sleeps while there is nothing to do; `false` at the end.
+    fn wait_for_work(&mut self) -> bool {
+        while self.running.is_empty() && self.waiting.is_empty() {
+            match self.commands.blocking_recv() {
                 Some(command) => self.apply(command),
-                None if idle => return,
-                None => self.step(),
+                None => return false,
             }
         }
+        true
     }
 
     pub fn apply(&mut self, command: Command) {
         match command {
             Command::Submit(job) => self.submit(job),
-            Command::Cancel { connection, request, choice } => self.remove(|job| {
-                job.connection == connection && job.completion.request() == request && job.completion.choice() == choice
-            }),
-            Command::Disconnected(connection) => self.remove(|job| job.connection == connection),
+            Command::Cancel { connection, request, choice, keep } => {
+                let is_it = |job: &Job| job.connection == connection && job.is(&request, choice);
+                self.remove(is_it, keep);
+            }
+            Command::Disconnected(connection) => self.remove(|job| job.connection == connection, true),
+            Command::TranscriptOf { request, answer } => self.tell_transcript(&request, answer),
             Command::Drain => self.drain(),
+            Command::HandBack => self.hand_back(),
         }
         self.publish_occupancy();
     }
 
-    /// Admits what there is room for, prefills a piece, decodes a token each.
+    /// Admits what there is room for and computes a piece of everything.
     pub fn step(&mut self) {
         self.admit();
-        self.prefill_one();
-        self.decode_all();
-        self.running.retain(|running| running.next.is_some() || !running.context.is_empty());
-        self.remove(|job| job.replies.broken.is_cancelled());
+        let batch = self.plan();
+        if !batch.is_empty() {
+            self.compute(&batch);
+        }
+        self.retire();
+        self.remove(|job| job.replies.broken.is_cancelled(), true);
         self.publish_occupancy();
     }
 
     fn submit(&mut self, mut job: Box<Job>) {
-        if let Some(done) = job.completion.done() {
+        if let Some(done) = job.done() {
             return job.replies.send(done);
         }
         if self.draining {
@@ -179,7 +226,8 @@ impl Scheduler {
         if self.waiting.len() >= room {
             return job.fail(Code::Overloaded, format!("{} requests are waiting already", self.waiting.len()));
         }
-        self.waiting.push_back(job);
+        let behind = self.waiting.iter().position(|other| other.priority < job.priority);
+        self.waiting.insert(behind.unwrap_or(self.waiting.len()), job);
     }
 
     fn drain(&mut self) {
@@ -189,89 +237,220 @@ impl Scheduler {
         }
     }
 
-    fn remove(&mut self, gone: impl Fn(&Job) -> bool) {
-        self.waiting.retain(|job| !gone(job));
-        self.running.retain(|running| !gone(&running.job));
+    /// Their gateways have all tokens and continue them elsewhere.
+    fn hand_back(&mut self) {
+        self.drain();
+        for mut running in self.running.drain(..) {
+            running.release(&mut self.pool);
+            running.job.fail(Code::Overloaded, "this worker leaves".to_owned());
+        }
     }
 
+    /// Takes requests out; with `keep` their transcripts stay for a while.
+    fn remove(&mut self, gone: impl Fn(&Job) -> bool, keep: bool) {
+        if !self.running.iter().map(|running| &running.job).chain(&self.waiting).any(|job| gone(job)) {
+            return;
+        }
+        let (waiting, staying): (VecDeque<_>, _) = self.waiting.drain(..).partition(|job| gone(job));
+        self.waiting = staying;
+        let running: Vec<Running> = self.running.extract_if(.., |running| gone(&running.job)).collect();
+        let running = running.into_iter().map(|mut running| {
+            running.release(&mut self.pool);
+            running.job
+        });
+        let now = Instant::now();
+        for job in waiting.into_iter().chain(running).filter(|_| keep) {
+            if let Task::Complete { completion, generate, .. } = job.task {
+                self.transcripts.keep(completion.transcript(*generate), now);
+            }
+        }
+    }
+
+    fn tell_transcript(&mut self, request: &str, answer: oneshot::Sender<Vec<TranscriptChoice>>) {
+        if answer.send(self.transcripts.of(request, Instant::now())).is_err() {
+            tracing::debug!(request, "nobody waits for the transcript any more");
+        }
+    }
+
+    /// As many as have a slot, and room for what they hold so far.
     fn admit(&mut self) {
+        let promised: usize = self.running.iter().map(Running::missing_blocks).sum();
+        let mut room = self.pool.available().saturating_sub(promised);
         while self.running.len() < self.slots
             && let Some(job) = self.waiting.pop_front()
         {
-            let context = job.prompt.iter().chain(job.completion.tokens()).copied().collect();
-            self.running.push(Running { job, sequence: self.engine.sequence(), context, next: None });
-        }
-    }
-
-    /// First come, first served.
-    fn prefill_one(&mut self) {
-        let Some(running) = self.running.iter_mut().find(|running| !running.context.is_empty()) else {
-            return;
-        };
-        let length = running.context.len().min(PREFILL_TOKENS);
-        let piece: Vec<u32> = running.context.drain(..length).collect();
-        match self.engine.prefill(&mut running.sequence, &piece) {
-            Ok(logits) if running.context.is_empty() => running.advance(&logits, &self.metrics),
-            Ok(_) => {}
-            Err(error) => running.fail(&error),
-        }
-    }
-
-    fn decode_all(&mut self) {
-        let mut batch: Vec<&mut Running> = self.running.iter_mut().filter(|running| running.next.is_some()).collect();
-        if batch.is_empty() {
-            return;
-        }
-        let timer = self.metrics.decode_seconds.start_timer();
-        let tokens: Vec<u32> = batch.iter_mut().filter_map(|running| running.next.take()).collect();
-        let mut sequences: Vec<&mut Sequence> = batch.iter_mut().map(|running| &mut running.sequence).collect();
-        match self.engine.decode(&mut sequences, &tokens) {
-            Ok(logits) => {
-                for (row, running) in batch.into_iter().enumerate() {
-                    running.advance(&logits.get(row as i64), &self.metrics);
-                }
+            let running = Running::new(job);
+            let needed = running.missing_blocks();
+            if needed > room && !self.running.is_empty() {
+                return self.waiting.push_front(running.job);
             }
-            Err(error) => batch.into_iter().for_each(|running| running.fail(&error)),
+            room = room.saturating_sub(needed);
+            self.running.push(running);
         }
-        timer.observe_duration();
+    }
+
+    /// Which sequences compute how many tokens: those that are being answered one each, then prompts
+    /// in the order of their admission. All have the blocks that they need for it.
+    fn plan(&mut self) -> Vec<Share> {
+        let mut shares = Vec::with_capacity(self.running.len());
+        let mut budget = STEP_TOKENS;
+        for answered in [true, false] {
+            let mut index = 0;
+            while index < self.running.len() {
+                let tokens = match self.running[index].is_answered() {
+                    is if is != answered => 0,
+                    true => 1,
+                    false => self.prompt_tokens(index, budget, &shares),
+                };
+                if tokens > 0 {
+                    let Some(at) = self.make_room(index, tokens, &mut shares) else {
+                        // Itself was the youngest, and waits again.
+                        continue;
+                    };
+                    index = at;
+                    budget = budget.saturating_sub(tokens);
+                    shares.push(Share { sequence: at, tokens });
+                }
+                index += 1;
+            }
+        }
+        shares
+    }
+
+    /// How much of its prompt a sequence computes with this budget; none if it gains more by letting
+    /// one of `shares` go first.
+    fn prompt_tokens(&mut self, index: usize, budget: usize, shares: &[Share]) -> usize {
+        let gained = self.running[index].reuse(&mut self.pool);
+        self.metrics.cached_tokens.inc_by(gained as u64);
+        let running = &self.running[index];
+        let waits = |share: &Share| running.gains_by_waiting(&self.running[share.sequence], share.tokens);
+        if shares.iter().any(waits) { 0 } else { running.pending().min(budget) }
+    }
+
+    /// Takes blocks for the next `tokens` of a sequence, from the youngest ones if there are none left.
+    /// Returns where the sequence is afterwards, or `None` if it had to give up its own.
+    fn make_room(&mut self, mut index: usize, tokens: usize, shares: &mut Vec<Share>) -> Option<usize> {
+        while !self.running[index].take_blocks(tokens, &mut self.pool) {
+            let victim = self.youngest()?;
+            self.preempt(victim, shares);
+            match victim.cmp(&index) {
+                std::cmp::Ordering::Less => index -= 1,
+                std::cmp::Ordering::Equal => return None,
+                std::cmp::Ordering::Greater => {}
+            }
+        }
+        Some(index)
+    }
+
+    /// Of the lowest priority, the one admitted last.
+    fn youngest(&self) -> Option<usize> {
+        let priority = |index: &usize| self.running[*index].job.priority;
+        (0..self.running.len()).rev().min_by_key(priority)
+    }
+
+    /// Back to the queue; what it has said stays said.
+    fn preempt(&mut self, victim: usize, shares: &mut Vec<Share>) {
+        let mut running = self.running.remove(victim);
+        running.release(&mut self.pool);
+        self.metrics.preemptions.inc();
+        shares.retain(|share| share.sequence != victim);
+        shares.iter_mut().filter(|share| share.sequence > victim).for_each(|share| share.sequence -= 1);
+        let mut job = running.job;
+        job.restart();
+        let before = self.waiting.iter().position(|other| other.priority <= job.priority);
+        self.waiting.insert(before.unwrap_or(self.waiting.len()), job);
+    }
+
+    fn compute(&mut self, shares: &[Share]) {
+        let started = Instant::now();
+        let pieces: Vec<Piece<'_>> =
+            shares.iter().map(|share| self.running[share.sequence].piece(share.tokens)).collect();
+        let outcome = self.engine.step(&pieces, &mut self.outputs);
+        let answered = pieces.iter().any(|piece| piece.past > 0 && piece.tokens.len() == 1);
+        drop(pieces);
+        for (piece, share) in shares.iter().enumerate() {
+            let running = &mut self.running[share.sequence];
+            match &outcome {
+                Ok(()) => running.advance(share.tokens, piece, &mut self.outputs, &mut self.pool, &self.metrics),
+                Err(error) => running.fail(error.to_string()),
+            }
+        }
+        if answered {
+            self.metrics.decode_seconds.observe(started.elapsed().as_secs_f64());
+        }
+    }
+
+    /// Lets go of what has ended. A gateway that was lost before it read the end may be asked for it.
+    fn retire(&mut self) {
+        let now = Instant::now();
+        let ended: Vec<Running> = self.running.extract_if(.., |running| running.ended).collect();
+        for mut running in ended {
+            running.release(&mut self.pool);
+            if let Task::Complete { completion, generate, .. } = running.job.task {
+                self.transcripts.keep(completion.transcript(*generate), now);
+            }
+        }
     }
 
     fn publish_occupancy(&self) {
-        let now = Occupancy { running: self.running.len(), waiting: self.waiting.len() };
+        let now = Occupancy {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            free_tokens: self.pool.free_tokens(),
+            total_tokens: self.pool.total_tokens(),
+        };
         self.metrics.running.set(now.running as i64);
         self.metrics.waiting.set(now.waiting as i64);
+        self.metrics.free_tokens.set(now.free_tokens as i64);
         self.occupancy.send_if_modified(|before| std::mem::replace(before, now) != now);
     }
 }
 
-impl Running {
-    /// Chooses the token that follows from `logits [V]`, tells the gateway, and goes on unless that
-    /// was the end.
-    fn advance(&mut self, logits: &tch::Tensor, metrics: &Metrics) {
-        let values: Result<Vec<f32>, _> = logits.to_device(tch::Device::Cpu).try_into();
-        let chosen = values.ok().and_then(|mut values| self.job.completion.choose(&mut values));
-        let Some(token) = chosen else {
-            return self.job.fail(Code::Internal, "the model produced no numbers; are its weights whole?".to_owned());
-        };
-        metrics.tokens.inc();
-        if let Some(delta) = self.job.completion.accept(token) {
-            self.job.replies.send(delta);
-        }
-        match self.job.completion.done() {
-            Some(done) => self.job.replies.send(done),
-            None => self.next = Some(token),
-        }
-    }
-
-    fn fail(&mut self, error: &ModelError) {
-        self.context.clear();
-        self.job.fail(Code::Internal, error.to_string());
-    }
+/// What a sequence computes in a step.
+#[derive(Clone, Copy, Debug)]
+struct Share {
+    /// Its place among those that run.
+    sequence: usize,
+    tokens: usize,
 }
 
 impl Job {
+    fn is(&self, request: &str, choice: u32) -> bool {
+        self.request() == request && self.choice() == choice
+    }
+
+    fn request(&self) -> &str {
+        match &self.task {
+            Task::Complete { completion, .. } => completion.request(),
+            Task::Embed(embedder) => embedder.request(),
+        }
+    }
+
+    fn choice(&self) -> u32 {
+        match &self.task {
+            Task::Complete { completion, .. } => completion.choice(),
+            Task::Embed(_) => 0,
+        }
+    }
+
+    /// Its last message, if it has ended.
+    fn done(&mut self) -> Option<Body> {
+        match &mut self.task {
+            Task::Complete { completion, .. } => completion.done(),
+            Task::Embed(embedder) => embedder.done(),
+        }
+    }
+
+    /// Its tokens will be computed again.
+    fn restart(&mut self) {
+        match &mut self.task {
+            Task::Complete { completion, .. } => completion.restart(),
+            Task::Embed(embedder) => embedder.restart(),
+        }
+    }
+
     fn fail(&self, code: Code, message: String) {
-        self.replies.send(failure(self.completion.request(), self.completion.choice(), code, message));
+        self.replies.send(failure(self.request(), self.choice(), code, message));
     }
 }
 

@@ -1,5 +1,7 @@
 //! The worker as a process: what it says and how it ends.
 
+#![allow(clippy::unwrap_used, reason = "a test stops where what it relies on is not there")]
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;

@@ -1,11 +1,20 @@
 //! Files into and out of the cluster's bucket, by curl with the S3 signature.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::cluster::S3;
+
+/// The small real model, below the cache and below `models/` of the samples' bucket.
+pub const SMOLLM2: &str = "smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf";
+
+/// Where `tests/tools/model.sh` has put it.
+pub fn smollm2() -> Result<PathBuf> {
+    let cache = std::env::var_os("VICUNA_CACHE").context("VICUNA_CACHE is not set: source tests/tools/env.sh")?;
+    Ok(PathBuf::from(cache).join(SMOLLM2))
+}
 
 /// A bucket as seen from the host.
 #[derive(Debug, Clone)]

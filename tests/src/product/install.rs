@@ -61,11 +61,13 @@ pub fn install(cluster: &Cluster, images: &Images) -> Result<()> {
     cluster.load_image(&images.runtime.archive, None)?;
     let charts = repository().join("charts");
     helm(cluster, "vicuna-operator-crds", &charts.join("vicuna-operator-crds"), &[])?;
-    let values = [
-        format!("image.operator={}", images.operator.reference),
-        format!("image.runtime={}", images.runtime.reference),
-    ];
-    helm(cluster, "vicuna-operator", &charts.join("vicuna-operator"), &values)
+    install_operator(cluster, &images.operator.reference, &images.runtime.reference)
+}
+
+/// Installs operator and gateway, or upgrades them to these images.
+pub fn install_operator(cluster: &Cluster, operator: &str, runtime: &str) -> Result<()> {
+    let values = [format!("image.operator={operator}"), format!("image.runtime={runtime}")];
+    helm(cluster, "vicuna-operator", &repository().join("charts/vicuna-operator"), &values)
 }
 
 fn helm(cluster: &Cluster, release: &str, chart: &Path, values: &[String]) -> Result<()> {
@@ -82,13 +84,16 @@ fn helm(cluster: &Cluster, release: &str, chart: &Path, values: &[String]) -> Re
     Ok(())
 }
 
-/// The Secret `vicuna-storage` that the samples name.
-pub fn storage_secret(cluster: &Cluster, namespace: &str) -> Result<()> {
+/// The Secret that the samples name.
+pub const STORAGE_SECRET: &str = "vicuna-storage";
+
+/// A Secret with what reaches the cluster's bucket.
+pub fn storage_secret(cluster: &Cluster, namespace: &str, name: &str) -> Result<()> {
     let s3 = cluster.s3()?;
     let secret = json!({
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": {"name": "vicuna-storage", "namespace": namespace},
+        "metadata": {"name": name, "namespace": namespace},
         "stringData": {
             "AWS_ACCESS_KEY_ID": s3.access_key,
             "AWS_SECRET_ACCESS_KEY": s3.secret_key,

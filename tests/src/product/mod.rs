@@ -7,10 +7,10 @@ mod install;
 mod objects;
 mod prometheus;
 
-pub use bucket::Bucket;
+pub use bucket::{Bucket, SMOLLM2, smollm2};
 pub use chat::{Answer, Chat, Stream, StreamEvent};
 pub use faults::kill_workers;
-pub use install::{Images, SYSTEM_NAMESPACE, gateway, install, storage_secret};
+pub use install::{Images, STORAGE_SECRET, SYSTEM_NAMESPACE, gateway, install, install_operator, storage_secret};
 pub use objects::{Objects, field};
 pub use prometheus::Prometheus;
 

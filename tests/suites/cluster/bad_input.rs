@@ -1,13 +1,13 @@
 //! Bad input ends in a sentence that says what, where and what to do, and recovers when the cause is gone.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vicuna_tests::cluster::repository;
-use vicuna_tests::product::Objects;
+use vicuna_tests::product::{self, Images, Objects};
 
-use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED, training};
+use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED, put_folder, serving, tiny_model, training};
 
 pub fn an_impossible_spec_is_rejected_with_a_sentence(fixture: &Fixture) -> Result<()> {
     let edits: [(&str, Value, &str); 4] = [
@@ -79,6 +79,105 @@ pub fn a_pod_that_fits_nowhere_is_told(fixture: &Fixture) -> Result<()> {
     ensure!(told.contains("moon"), "the message does not name the pool: {told}");
     fixture.wait_for_event("nowhere", "Unschedulable")?;
     fixture.delete("vicunatraining", "nowhere")
+}
+
+pub fn a_missing_secret_is_told_and_recovers(fixture: &Fixture) -> Result<()> {
+    let mut train = training("no-secret", 5);
+    set(&mut train, "/spec/checkpoint/credentials/name", json!("late"))?;
+    let mut serve = serving("no-secret", "s3://vicuna/models/tiny");
+    set(&mut serve, "/spec/model/credentials/name", json!("late"))?;
+    fixture.apply(&train)?;
+    fixture.apply(&serve)?;
+    let told = blocked_by(fixture, "no-secret", "PodMisconfigured")?;
+    ensure!(told.contains("late"), "the message does not name the Secret: {told}");
+    let told = unready(fixture, "no-secret", "SecretMissing")?;
+    ensure!(told.contains("late"), "the message does not name the Secret: {told}");
+    product::storage_secret(&fixture.cluster, NAMESPACE, "late")?;
+    serves(fixture, "no-secret")?;
+    finish(fixture, "no-secret")
+}
+
+/// The administrator has mistyped the runtime image, and corrects it.
+pub fn an_image_that_cannot_be_pulled_is_told_and_recovers(fixture: &Fixture) -> Result<()> {
+    let Images { operator, runtime } = &fixture.images;
+    let absent = "127.0.0.1:1/runtime:absent";
+    product::install_operator(&fixture.cluster, &operator.reference, absent)?;
+    let told = without_an_image(fixture, absent);
+    // Whatever came of it: the other cases need the image.
+    product::install_operator(&fixture.cluster, &operator.reference, &runtime.reference)?;
+    told?;
+    serves(fixture, "no-image")?;
+    finish(fixture, "no-image")
+}
+
+fn without_an_image(fixture: &Fixture, absent: &str) -> Result<()> {
+    fixture.apply(&training("no-image", 5))?;
+    fixture.apply(&serving("no-image", "s3://vicuna/models/tiny"))?;
+    let told = blocked_by(fixture, "no-image", "ImagePullFailed")?;
+    ensure!(told.contains(absent), "the message does not name the image: {told}");
+    let told = unready(fixture, "no-image", "ImagePullFailed")?;
+    ensure!(told.contains(absent), "the message does not name the image: {told}");
+    Ok(())
+}
+
+/// Torn safetensors are trained, a torn GGUF is served.
+pub fn an_unreadable_model_is_told_and_recovers(fixture: &Fixture) -> Result<()> {
+    let whole = [tiny_model().join("model.safetensors"), product::smollm2()?];
+    let keys = ["models/torn/model.safetensors", "models/torn.gguf"];
+    put_folder(&fixture.bucket, &tiny_model(), "models/torn")?;
+    for (file, key) in whole.iter().zip(keys) {
+        fixture.bucket.put(key, &torn(file)?)?;
+    }
+    let mut train = training("torn-model", 5);
+    set(&mut train, "/spec/model/from", json!("s3://vicuna/models/torn"))?;
+    fixture.apply(&train)?;
+    fixture.apply(&serving("torn-model", "s3://vicuna/models/torn.gguf"))?;
+    let told = blocked_by(fixture, "torn-model", "ModelUnreadable")?;
+    ensure!(told.contains("models/torn"), "the message does not name the model: {told}");
+    let told = unready(fixture, "torn-model", "WorkerNotReady")?;
+    ensure!(told.contains("models/torn.gguf"), "the message does not name the model: {told}");
+    for (file, key) in whole.iter().zip(keys) {
+        fixture.bucket.put(key, file)?;
+    }
+    serves(fixture, "torn-model")?;
+    finish(fixture, "torn-model")
+}
+
+/// A file without its second half, as an upload that broke off leaves it.
+fn torn(file: &Path) -> Result<PathBuf> {
+    let whole = std::fs::read(file)?;
+    let torn = repository().join("target/torn");
+    std::fs::write(&torn, &whole[..whole.len() / 2])?;
+    Ok(torn)
+}
+
+/// A serving's condition Ready is False for that reason; gives its message, which an Event repeats.
+fn unready(fixture: &Fixture, name: &str, reason: &str) -> Result<String> {
+    let told = |vs: &Value| {
+        let ready = Objects::condition_of(vs, "Ready").filter(|ready| ready["status"] == "False")?;
+        (ready["reason"] == reason).then(|| ready["message"].as_str().unwrap_or_default().to_owned())
+    };
+    let object = fixture.objects.wait("vicunaserving", name, SOON, |vs| told(vs).is_some())?;
+    fixture.wait_for_event(name, reason)?;
+    told(&object).context("the condition is gone")
+}
+
+/// The serving's worker answers; then the serving goes.
+fn serves(fixture: &Fixture, name: &str) -> Result<()> {
+    fixture.objects.wait("vicunaserving", name, SOON, |vs| Objects::condition(vs, "Ready", "True"))?;
+    fixture.delete("vicunaserving", name)
+}
+
+/// As [`blocked`], for this reason.
+fn blocked_by(fixture: &Fixture, name: &str, reason: &str) -> Result<String> {
+    let told = |vt: &Value| {
+        let condition = not_running(vt).filter(|condition| condition["reason"] == reason)?;
+        let is_blocked = vt["status"]["state"] == "Blocked";
+        is_blocked.then(|| condition["message"].as_str().unwrap_or_default().to_owned())
+    };
+    let object = fixture.objects.wait("vicunatraining", name, SOON, |vt| told(vt).is_some())?;
+    fixture.wait_for_event(name, reason)?;
+    told(&object).context("the condition is gone")
 }
 
 /// Waits for the state Blocked and gives the message of the condition that says why; an Event says the same.

@@ -18,6 +18,7 @@ pub const TRAINED: Duration = Duration::from_secs(420);
 
 pub struct Fixture {
     pub cluster: Cluster,
+    pub images: Images,
     pub objects: Objects,
     pub bucket: Bucket,
     pub gateway: SocketAddr,
@@ -29,13 +30,13 @@ impl Fixture {
         let images = Images::build()?;
         let cluster = Cluster::up(&ClusterOptions { prometheus: false, ..ClusterOptions::named(NAME) })?;
         product::install(&cluster, &images)?;
-        product::storage_secret(&cluster, NAMESPACE)?;
+        product::storage_secret(&cluster, NAMESPACE, product::STORAGE_SECRET)?;
         let bucket = Bucket::new(cluster.s3()?);
         upload_model(&bucket)?;
         bucket.put("datasets/conversations.json", &repository().join("manifests/samples/data/conversations.json"))?;
         let gateway = product::gateway(&cluster)?;
         let objects = Objects::new(cluster.kubectl(), NAMESPACE);
-        Ok(Self { cluster, objects, bucket, gateway })
+        Ok(Self { cluster, images, objects, bucket, gateway })
     }
 
     pub fn down(self, failed: bool) {
@@ -94,22 +95,27 @@ impl Fixture {
     }
 }
 
+/// Where [`upload_model`] leaves the tiny model on the host.
+pub fn tiny_model() -> PathBuf {
+    repository().join("target/tiny-model")
+}
+
 fn upload_model(bucket: &Bucket) -> Result<()> {
-    let folder = repository().join("target/tiny-model");
+    let folder = tiny_model();
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
     let status = Command::new(target.join("release/vicuna-tiny-model")).arg("--out").arg(&folder).status();
     if !status.context("cannot start vicuna-tiny-model: cargo build --release --workspace --bins")?.success() {
         bail!("tiny-model failed");
     }
-    for file in std::fs::read_dir(&folder)?.flatten() {
-        put(bucket, &file.path())?;
-    }
-    Ok(())
+    put_folder(bucket, &folder, "models/tiny")
 }
 
-fn put(bucket: &Bucket, file: &Path) -> Result<()> {
-    let name = file.file_name().context("a file without a name")?.to_string_lossy();
-    bucket.put(&format!("models/tiny/{name}"), file)
+/// Every file of a folder under a prefix of the bucket.
+pub fn put_folder(bucket: &Bucket, folder: &Path, prefix: &str) -> Result<()> {
+    for file in std::fs::read_dir(folder)?.flatten() {
+        bucket.put(&format!("{prefix}/{}", file.file_name().to_string_lossy()), &file.path())?;
+    }
+    Ok(())
 }
 
 /// A training of the tiny model that lasts about a minute on one busy core.
@@ -135,6 +141,20 @@ pub fn training(name: &str, steps: u64) -> Value {
                 "interval": "20s",
                 "keep": 3,
             },
+        },
+    })
+}
+
+/// A serving of one worker of the model below `from`.
+pub fn serving(name: &str, from: &str) -> Value {
+    json!({
+        "apiVersion": "vicuna.dev/v1alpha1",
+        "kind": "VicunaServing",
+        "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {
+            "model": {"from": {"uri": from}, "credentials": {"name": product::STORAGE_SECRET}},
+            "replicas": 1,
+            "worker": {"slots": 2, "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}}},
         },
     })
 }

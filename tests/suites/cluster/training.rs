@@ -38,6 +38,29 @@ pub fn a_reclaimed_run_has_the_weights_of_an_undisturbed_one(fixture: &Fixture) 
     fixture.delete("vicunatraining", "undisturbed")
 }
 
+/// The node's cable is pulled: nothing is closed, nobody is told.
+pub fn a_rank_that_is_cut_off_takes_no_step_with_it(fixture: &Fixture) -> Result<()> {
+    fixture.apply(&training("cut-off", STEPS))?;
+    fixture.objects.wait("vicunatraining", "cut-off", SOON, |vt| step(vt) > 0 && ready(vt) == 2)?;
+    let victim = node_of_a_rank(fixture, "cut-off")?;
+    fixture.cluster.cut(&victim)?;
+    let done = finished(fixture, "cut-off");
+    fixture.cluster.heal(&victim)?;
+    let done = done?;
+    let disruptions = &done["status"]["disruptions"];
+    ensure!(disruptions["lostSteps"].as_u64().unwrap_or(0) == 0, "a completed step was lost: {disruptions:#}");
+    ensure!(disruptions["lastRecovery"].is_string(), "it was never disturbed: {:#}", done["status"]);
+    let reference = fixture.objects.get("vicunatraining", "reclaimed")?;
+    let digests = [&done, &reference].map(|vt| field(vt, "status.result.digest").clone());
+    ensure!(digests[0] == digests[1], "weights differ from the other run's: {digests:?}");
+    println!("  recovery {}", disruptions["lastRecovery"]);
+    vicuna_tests::cluster::wait_for("the node's return", SOON, || {
+        let node = fixture.objects.get("node", &victim)?;
+        Ok(Objects::condition(&node, "Ready", "True").then_some(()))
+    })?;
+    fixture.delete("vicunatraining", "cut-off")
+}
+
 pub fn a_suspended_training_gives_its_pods_back_and_goes_on(fixture: &Fixture) -> Result<()> {
     fixture.apply(&training("paused", STEPS))?;
     fixture.objects.wait("vicunatraining", "paused", SOON, |vt| step(vt) > 0)?;

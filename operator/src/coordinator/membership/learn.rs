@@ -296,7 +296,8 @@ impl Membership {
 
     fn recovery_phases(&mut self, now: Millis) -> RecoveryPhases {
         let Stages { detected, agreed, restored } = std::mem::take(&mut self.recovery);
-        let detected = detected.unwrap_or(now);
+        // Steps that were made after we noticed are none of the recovery's.
+        let detected = detected.unwrap_or(now).max(self.last_step_at);
         let agreed = agreed.unwrap_or(now).max(detected);
         let restored = restored.unwrap_or(now).max(agreed);
         RecoveryPhases {

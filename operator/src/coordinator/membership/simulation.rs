@@ -550,7 +550,7 @@ impl World {
         if stopping && !saves {
             self.evacuate(&pods);
         }
-        if saves || step % 5 == 0 {
+        if saves || step.is_multiple_of(5) {
             let manifest = Manifest {
                 step,
                 generation: record.generation,

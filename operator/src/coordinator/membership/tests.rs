@@ -111,7 +111,7 @@ impl Fixture {
             Effect::Form(formation) => Some(formation),
             _ => None,
         });
-        formed.last().expect("a generation is formed")
+        formed.fold(None, |_, formation| Some(formation)).expect("a generation is formed")
     }
 
     fn sync(&mut self) -> &mut Self {
@@ -162,7 +162,7 @@ fn record_of(effects: &[Effect]) -> Record {
         Effect::WriteRecord(record) => Some(record.clone()),
         _ => None,
     });
-    records.last().expect("a record is written")
+    records.fold(None, |_, record| Some(record)).expect("a record is written")
 }
 
 fn stops(effects: &[Effect]) -> Vec<(String, bool, Millis)> {

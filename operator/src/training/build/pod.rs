@@ -2,12 +2,12 @@
 //! kubelet reads.
 
 use super::{labels, owner, service_account};
-use crate::config::{Config, METRICS_PORT, POOL_LABEL, TRAINING_LABEL};
+use crate::config::{Config, METRICS_PORT, POOL_LABEL, REPLACES_ANNOTATION, TRAINING_LABEL};
 use crate::spot::notices::NOTICE_ANNOTATION;
 use k8s_openapi::api::core::v1::{Pod, ResourceRequirements};
 use kube::ResourceExt;
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use vicuna_crds::{Pool, VicunaTraining};
 use vicuna_protocol::COORDINATOR_AUDIENCE;
@@ -25,28 +25,28 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// How long a pod stays bound to a node that does not answer.
 const UNREACHABLE_SECONDS: i64 = 30;
 
-/// The pod `name` for a rank in `pool`, not on `avoided` nodes.
-pub fn pod(
-    training: &VicunaTraining,
-    config: &Config,
-    pool: &Pool,
-    name: &str,
-    avoided: &BTreeSet<String>,
-) -> Result<Pod, serde_json::Error> {
-    let mut labels = labels(training);
-    labels.insert(POOL_LABEL.to_owned(), pool.name.clone());
+/// Where a pod is to be, and for whom.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    pub pool: &'a Pool,
+    pub name: &'a str,
+    /// UID of the pod from which it is to take over.
+    pub replaces: Option<&'a str>,
+    /// Nodes to which it must not go.
+    pub avoided: &'a BTreeSet<String>,
+    /// Nodes to which it should not go if there are others.
+    pub suspect: &'a BTreeSet<String>,
+}
+
+/// A rank's pod.
+pub fn pod(training: &VicunaTraining, config: &Config, place: &Place) -> Result<Pod, serde_json::Error> {
+    let pool = place.pool;
     serde_json::from_value(json!({
         "metadata": {
-            "name": name,
+            "name": place.name,
             "namespace": training.namespace(),
-            "labels": labels,
-            "annotations": {
-                "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
-                "karpenter.sh/do-not-disrupt": "true",
-                "prometheus.io/scrape": "true",
-                "prometheus.io/port": METRICS_PORT.to_string(),
-                NOTICE_ANNOTATION: pool.notice().as_secs().to_string(),
-            },
+            "labels": pod_labels(training, pool),
+            "annotations": annotations(training, place),
             "ownerReferences": owner(training).map(|owner| vec![owner]),
         },
         "spec": {
@@ -56,9 +56,10 @@ pub fn pod(
             // A rank that ended is replaced, by us and where there is room, not restarted in its place.
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": grace_seconds(pool),
+            "priorityClassName": training.spec.workers.priority_class_name,
             "nodeSelector": pool.node_selector,
             "tolerations": tolerations(pool),
-            "affinity": affinity(training, avoided),
+            "affinity": affinity(training, place),
             "securityContext": {
                 "runAsNonRoot": true,
                 "runAsUser": USER,
@@ -70,6 +71,32 @@ pub fn pod(
             "volumes": volumes(training, config),
         },
     }))
+}
+
+/// The user's first, so that ours hold.
+fn pod_labels(training: &VicunaTraining, pool: &Pool) -> BTreeMap<String, String> {
+    let template = training.spec.workers.template.as_ref();
+    let mut all = template.map(|template| template.metadata.labels.clone()).unwrap_or_default();
+    all.extend(labels(training));
+    all.insert(POOL_LABEL.to_owned(), pool.name.clone());
+    all
+}
+
+fn annotations(training: &VicunaTraining, place: &Place) -> BTreeMap<String, String> {
+    let template = training.spec.workers.template.as_ref();
+    let mut all = template.map(|template| template.metadata.annotations.clone()).unwrap_or_default();
+    all.extend(
+        [
+            ("cluster-autoscaler.kubernetes.io/safe-to-evict", "false".to_owned()),
+            ("karpenter.sh/do-not-disrupt", "true".to_owned()),
+            ("prometheus.io/scrape", "true".to_owned()),
+            ("prometheus.io/port", METRICS_PORT.to_string()),
+            (NOTICE_ANNOTATION, place.pool.notice().as_secs().to_string()),
+        ]
+        .map(|(key, value)| (key.to_owned(), value)),
+    );
+    all.extend(place.replaces.map(|uid| (REPLACES_ANNOTATION.to_owned(), uid.to_owned())));
+    all
 }
 
 /// The pod's time to leave, within what its pool's notice gives.
@@ -90,7 +117,7 @@ fn tolerations(pool: &Pool) -> Vec<Value> {
     own.chain(gone).collect()
 }
 
-fn affinity(training: &VicunaTraining, avoided: &BTreeSet<String>) -> Value {
+fn affinity(training: &VicunaTraining, place: &Place) -> Value {
     let spread = json!({
         "preferredDuringSchedulingIgnoredDuringExecution": [{
             "weight": 100,
@@ -100,20 +127,22 @@ fn affinity(training: &VicunaTraining, avoided: &BTreeSet<String>) -> Value {
             },
         }],
     });
-    if avoided.is_empty() {
-        return json!({"podAntiAffinity": spread});
+    let mut nodes = json!({});
+    if !place.avoided.is_empty() {
+        nodes["requiredDuringSchedulingIgnoredDuringExecution"] =
+            json!({"nodeSelectorTerms": [{"matchFields": elsewhere(place.avoided)}]});
     }
-    // Matching by field takes one name each; all expressions of a term must hold.
-    let elsewhere: Vec<Value> =
-        avoided.iter().map(|node| json!({"key": "metadata.name", "operator": "NotIn", "values": [node]})).collect();
-    json!({
-        "podAntiAffinity": spread,
-        "nodeAffinity": {
-            "requiredDuringSchedulingIgnoredDuringExecution": {
-                "nodeSelectorTerms": [{"matchFields": elsewhere}],
-            },
-        },
-    })
+    if !place.suspect.is_empty() {
+        nodes["preferredDuringSchedulingIgnoredDuringExecution"] =
+            json!([{"weight": 100, "preference": {"matchFields": elsewhere(place.suspect)}}]);
+    }
+    let bound = nodes.as_object().is_some_and(|nodes| !nodes.is_empty());
+    json!({"podAntiAffinity": spread, "nodeAffinity": bound.then_some(nodes)})
+}
+
+/// Matching by field takes one name each; all expressions of a term must hold.
+fn elsewhere(nodes: &BTreeSet<String>) -> Vec<Value> {
+    nodes.iter().map(|node| json!({"key": "metadata.name", "operator": "NotIn", "values": [node]})).collect()
 }
 
 fn container(training: &VicunaTraining, config: &Config, pool: &Pool) -> Value {
@@ -247,8 +276,26 @@ mod tests {
             "tolerations": [{"key": "spot", "operator": "Exists"}],
         }))
         .unwrap();
+        training.spec.workers.template = serde_json::from_value(json!({"metadata": {
+            "labels": {"kueue.x-k8s.io/queue-name": "research", POOL_LABEL: "mine"},
+            "annotations": {"example.com/team": "a", "karpenter.sh/do-not-disrupt": "false"},
+        }}))
+        .unwrap();
         let avoided = avoided.iter().map(|node| (*node).to_owned()).collect();
-        pod(&training, &crate::config::tests::sample(), &pool, "t-spot-0", &avoided).unwrap()
+        let suspect = ["bad".to_owned()].into();
+        let place =
+            Place { pool: &pool, name: "t-spot-0", replaces: Some("old"), avoided: &avoided, suspect: &suspect };
+        pod(&training, &crate::config::tests::sample(), &place).unwrap()
+    }
+
+    #[test]
+    fn users_add_labels_and_annotations_but_replace_none_of_ours() {
+        let pod = built(&[]);
+        assert_eq!(pod.labels()["kueue.x-k8s.io/queue-name"], "research");
+        assert_eq!(pod.labels()[POOL_LABEL], "spot");
+        assert_eq!(pod.annotations()["example.com/team"], "a");
+        assert_eq!(pod.annotations()["karpenter.sh/do-not-disrupt"], "true");
+        assert_eq!(pod.annotations()[REPLACES_ANNOTATION], "old");
     }
 
     #[test]
@@ -279,9 +326,11 @@ mod tests {
 
     #[test]
     fn noticed_nodes_are_avoided() {
-        let affinity = |avoided: &[&str]| built(avoided).spec.unwrap().affinity.unwrap().node_affinity;
-        assert_eq!(affinity(&[]), None);
-        let required = affinity(&["a", "b"]).unwrap().required_during_scheduling_ignored_during_execution.unwrap();
+        let affinity = |avoided: &[&str]| built(avoided).spec.unwrap().affinity.unwrap().node_affinity.unwrap();
+        assert_eq!(affinity(&[]).required_during_scheduling_ignored_during_execution, None);
+        let preferred = affinity(&[]).preferred_during_scheduling_ignored_during_execution.unwrap();
+        assert_eq!(preferred[0].preference.match_fields.as_ref().unwrap()[0].values, Some(vec!["bad".to_owned()]));
+        let required = affinity(&["a", "b"]).required_during_scheduling_ignored_during_execution.unwrap();
         assert_eq!(required.node_selector_terms[0].match_fields.as_ref().unwrap().len(), 2);
     }
 

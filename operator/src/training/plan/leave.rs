@@ -1,9 +1,10 @@
 //! Pods that are of no use any more.
 
-use super::{Plan, delete, is_member, is_unresponsive, stays};
+use super::{Plan, delete, is_member, is_standby, is_unresponsive, stays};
 use crate::coordinator::membership::Millis;
 use crate::coordinator::report::Phase;
 use crate::training::observe::{Observed, PodView, Trouble};
+use std::cmp::Reverse;
 
 /// The training is over: nobody is needed.
 pub fn everyone(observed: &Observed, plan: &mut Plan) {
@@ -20,6 +21,17 @@ pub fn ended_and_hung(observed: &Observed, plan: &mut Plan) {
             plan.actions.push(delete(pod, "its rank answers no more", false));
         }
     }
+}
+
+/// Pods that wait for an image or a Secret of which their spec, unlike ours, has not been corrected: they would wait
+/// for ever, and have nothing to lose.
+pub fn waiting_in_vain(observed: &Observed, plan: &mut Plan) {
+    let in_vain = |pod: &&PodView| {
+        let waits = matches!(pod.trouble, Some(Trouble::ImagePull { .. } | Trouble::Configuration { .. }));
+        waits && pod.outdated && !pod.started && !pod.deleting && pod.ended.is_none()
+    };
+    let pods = observed.pods.iter().filter(in_vain);
+    plan.actions.extend(pods.map(|pod| delete(pod, "its image or its Secret has been corrected", false)));
 }
 
 /// A suspended training keeps its pods until their checkpoint is written.
@@ -40,14 +52,31 @@ pub fn when_stopped(observed: &Observed, plan: &mut Plan) {
 /// the coordinator sends them home after a checkpoint.
 pub fn surplus(observed: &Observed, plan: &mut Plan) {
     let max = observed.training.spec.workers.max as usize;
-    let mut staying: Vec<&PodView> = observed.pods.iter().filter(|pod| stays(observed, pod)).collect();
+    let mut staying: Vec<&PodView> =
+        observed.pods.iter().filter(|pod| stays(observed, pod) && !is_standby(observed, pod)).collect();
     let surplus = staying.len().saturating_sub(max);
     let Some(report) = observed.report.as_ref().filter(|_| surplus > 0) else { return };
+    let standby = observed.pods.iter().filter(|pod| is_standby(observed, pod));
+    plan.actions.extend(standby.map(|pod| delete(pod, "there are more pods than workers.max", false)));
     staying
         .retain(|pod| !is_member(observed, &pod.uid) && !report.ranks.get(&pod.uid).is_some_and(|rank| rank.prepared));
-    staying.sort_by_key(|pod| (pod.started, pod.node.is_some(), std::cmp::Reverse(pod.name.clone())));
+    let place = |pod: &PodView| observed.pools.iter().position(|pool| pool.name == pod.pool).unwrap_or(usize::MAX);
+    // The least preferred pool first.
+    staying.sort_by_key(|pod| (pod.started, pod.node.is_some(), Reverse(place(pod)), Reverse(pod.name.clone())));
     let pods = staying.into_iter().take(surplus);
     plan.actions.extend(pods.map(|pod| delete(pod, "there are more pods than workers.max", false)));
+}
+
+/// Pods that were asked to leave and that the generation does without. The coordinator sends ranks home
+/// that it can reach; the others are deleted.
+pub fn replaced(observed: &Observed, plan: &mut Plan) {
+    let Some(report) = observed.report.as_ref().filter(|report| report.phase == Phase::Steady) else { return };
+    let in_reach = |pod: &PodView| report.ranks.get(&pod.uid).is_some_and(|rank| rank.connected);
+    let done = |pod: &&PodView| {
+        pod.asked_to_leave && !pod.deleting && pod.ended.is_none() && !is_member(observed, &pod.uid) && !in_reach(pod)
+    };
+    let pods = observed.pods.iter().filter(done);
+    plan.actions.extend(pods.map(|pod| delete(pod, "another pod has taken over", false)));
 }
 
 /// Since when no node takes the pod.

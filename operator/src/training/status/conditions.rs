@@ -102,7 +102,7 @@ fn progressing(observed: &Observed, plan: &Plan, state: TrainingState, obstacle:
 /// Why it does not go on although nothing is in its way.
 fn waiting(observed: &Observed, plan: &Plan) -> String {
     match &plan.memory.last_failure {
-        Some(failure) if plan.memory.restarts + plan.memory.mishaps > 0 => {
+        Some(failure) if plan.memory.mishaps > 0 => {
             format!("{} The last failure: {}", activity(observed), failure.message)
         }
         _ => activity(observed),

@@ -49,6 +49,7 @@ fn reason_of(blockage: &Blockage) -> &'static str {
     let says = |words: &str| blockage.message.contains(words);
     match blockage.cause {
         Cause::Store if says("the bucket of") => "BucketMissing",
+        Cause::Store if says("there are no credentials for") => "CredentialsMissing",
         Cause::Store if says("refused the credentials") => "CredentialsRefused",
         Cause::Store if says("cannot be reached") => "StoreUnreachable",
         Cause::Store => "StoreFailed",
@@ -62,7 +63,9 @@ fn reason_of(blockage: &Blockage) -> &'static str {
 }
 
 fn troubled_pod(observed: &Observed) -> Option<Obstacle> {
-    let troubled = |pod: &&PodView| pod.trouble.is_some() && !pod.deleting && pod.ended.is_none();
+    // Nobody waits for a pod that is to take over from one that still trains.
+    let waited_for = |pod: &PodView| pod.replaces.is_none() && !pod.deleting && pod.ended.is_none();
+    let troubled = |pod: &&PodView| pod.trouble.is_some() && waited_for(pod);
     let pod = observed.pods.iter().find(troubled)?;
     let name = &pod.name;
     let (reason, message) = match pod.trouble.as_ref()? {
@@ -71,6 +74,12 @@ fn troubled_pod(observed: &Observed) -> Option<Obstacle> {
             format!(
                 "No node of pool {} takes pod {name}: {message} Add nodes, lower workers.resources, or add a pool.",
                 pod.pool
+            ),
+        ),
+        Trouble::Gated => (
+            "WaitsForAdmission",
+            format!(
+                "Pod {name} has scheduling gates: the controller that set them has not admitted it yet. Look at its queue."
             ),
         ),
         Trouble::ImagePull { image, message } => (

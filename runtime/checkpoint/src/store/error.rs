@@ -14,6 +14,10 @@ pub enum StoreError {
         "the store refused the credentials for {uri} ({detail}): check the credentials Secret and the bucket's policy"
     )]
     CredentialsRefused { uri: String, detail: String },
+    #[error(
+        "there are no credentials for {uri}: put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into the Secret that the spec's credentials name; on a cloud whose instances have a role, put VICUNA_STORE_INSTANCE_CREDENTIALS=true there instead"
+    )]
+    CredentialsMissing { uri: String },
     #[error("the store of {uri} cannot be reached ({detail}): check AWS_ENDPOINT_URL and the network")]
     Unreachable { uri: String, detail: String },
     #[error("{uri} is not a URI that can be opened ({detail}): use s3://bucket/path or file:///path")]

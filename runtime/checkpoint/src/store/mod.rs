@@ -2,8 +2,11 @@
 //!
 //! S3 is configured by the pod's environment: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
 //! `AWS_ENDPOINT_URL`, `AWS_REGION`. Files of these names in the folder `VICUNA_STORE_CREDENTIALS` (the mounted
-//! Secret) come first: a Secret that is corrected reaches a running pod there, and only there. Every request has a time limit and a bounded number of retries,
-//! so that each call ends within about a minute, whatever the network does.
+//! Secret) come first: a Secret that is corrected reaches a running pod there, and only there. Without a key the pod's
+//! own identity counts where a cloud has given it one (`AWS_WEB_IDENTITY_TOKEN_FILE`, `AWS_CONTAINER_CREDENTIALS_*`). The
+//! instance's role is asked for only with `VICUNA_STORE_INSTANCE_CREDENTIALS=true`: off the clouds nobody answers at the
+//! address where instances ask. Every request has a time limit and a bounded number of retries, so that each call ends
+//! within about a minute, whatever the network does.
 
 mod error;
 mod transfer;
@@ -58,6 +61,9 @@ impl Store {
         let url = Url::parse(uri).map_err(|error| bad(error.to_string()))?;
         let base = Key::from_url_path(url.path()).map_err(|error| bad(error.to_string()))?;
         let inner: Arc<dyn ObjectStore> = match url.scheme() {
+            "s3" if !has_credentials(configured) => {
+                return Err(StoreError::CredentialsMissing { uri: uri.to_owned() });
+            }
             "s3" => Arc::new(open_s3(&url).map_err(|error| bad(error.to_string()))?),
             "file" => Arc::new(object_store::local::LocalFileSystem::new()),
             other => return Err(bad(format!("scheme {other:?} is not supported"))),
@@ -193,7 +199,7 @@ fn open_s3(url: &Url) -> object_store::Result<object_store::aws::AmazonS3> {
             builder = builder.with_config(name.to_lowercase().parse::<AmazonS3ConfigKey>()?, value);
         }
     }
-    let endpoint = mounted("AWS_ENDPOINT_URL").or_else(|| std::env::var("AWS_ENDPOINT_URL").ok()).unwrap_or_default();
+    let endpoint = configured("AWS_ENDPOINT_URL").unwrap_or_default();
     builder = builder
         .with_bucket_name(url.host_str().unwrap_or_default())
         .with_virtual_hosted_style_request(false)
@@ -211,6 +217,22 @@ fn open_s3(url: &Url) -> object_store::Result<object_store::aws::AmazonS3> {
         builder = builder.with_endpoint(endpoint);
     }
     builder.build()
+}
+
+/// Whether requests can be signed, or need not be.
+fn has_credentials(value: impl Fn(&str) -> Option<String>) -> bool {
+    let is_set = |name: &str| value(name).is_some_and(|value| !value.is_empty());
+    let is_true = |name: &str| value(name).is_some_and(|value| value == "true");
+    let key = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"].into_iter().all(is_set);
+    let identity =
+        ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
+    key || identity.into_iter().any(is_set)
+        || ["VICUNA_STORE_INSTANCE_CREDENTIALS", "AWS_SKIP_SIGNATURE"].into_iter().any(is_true)
+}
+
+/// A value of the mounted Secret, else of the environment.
+fn configured(name: &str) -> Option<String> {
+    mounted(name).or_else(|| std::env::var(name).ok())
 }
 
 /// A value of the mounted Secret, as it is now.

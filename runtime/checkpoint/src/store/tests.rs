@@ -134,3 +134,32 @@ fn other_schemes_are_refused() {
     assert!(error.to_string().contains("ftp"), "{error}");
     assert!(Store::open("no uri").is_err());
 }
+
+#[test]
+fn without_a_key_no_instance_is_asked_for_one_unless_that_is_wanted() {
+    let with = |set: &'static [(&str, &str)]| {
+        has_credentials(move |name| {
+            let found = set.iter().find(|(known, _)| *known == name);
+            found.map(|(_, value)| (*value).to_owned())
+        })
+    };
+    assert!(!with(&[]));
+    assert!(!with(&[("AWS_ACCESS_KEY_ID", "id")]));
+    assert!(!with(&[("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "")]));
+    assert!(with(&[("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "key")]));
+    assert!(with(&[("AWS_WEB_IDENTITY_TOKEN_FILE", "/token")]));
+    assert!(!with(&[("VICUNA_STORE_INSTANCE_CREDENTIALS", "false")]));
+    assert!(with(&[("VICUNA_STORE_INSTANCE_CREDENTIALS", "true")]));
+}
+
+#[test]
+fn a_bucket_without_credentials_is_refused_with_what_to_do() {
+    if has_credentials(configured) {
+        eprintln!("skipped: this environment has credentials");
+        return;
+    }
+    let error = Store::open("s3://bucket/x").unwrap_err();
+    assert!(matches!(error, StoreError::CredentialsMissing { .. }), "{error}");
+    let told = error.to_string();
+    assert!(told.contains("s3://bucket/x") && told.contains("AWS_ACCESS_KEY_ID"), "{told}");
+}

@@ -4,7 +4,7 @@ use serde_json::json;
 use std::path::PathBuf;
 
 /// One token a byte, and ChatML's control tokens after them.
-fn byte_tokenizer(control: &[&str]) -> Tokenizer {
+pub fn byte_tokenizer(control: &[&str]) -> Tokenizer {
     let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
     let mut letters: Vec<String> = alphabet.into_iter().map(String::from).collect();
     letters.sort();
@@ -29,12 +29,38 @@ fn byte_tokenizer(control: &[&str]) -> Tokenizer {
     Tokenizer::from_bytes(document.to_string()).unwrap()
 }
 
-const CHATML_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+pub const CHATML_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 
 fn chatml() -> (Tokenizer, Encoder) {
     let tokenizer = byte_tokenizer(&CHATML_TOKENS);
     let encoder = Template::named(CHATML).unwrap().bind(&tokenizer).unwrap();
     (tokenizer, encoder)
+}
+
+/// A tokenizer that has the control tokens of every template, and each template on it.
+fn every_template() -> (Tokenizer, Vec<Encoder>) {
+    let tokens: Vec<&str> = NAMED.iter().flat_map(|known| known.control_tokens.iter().copied()).collect();
+    let mut distinct = tokens.clone();
+    distinct.sort_unstable();
+    distinct.dedup();
+    let tokenizer = byte_tokenizer(&distinct);
+    let encoders = NAMES.iter().map(|name| Template::named(name).unwrap().bind(&tokenizer).unwrap());
+    let encoders = encoders.collect();
+    (tokenizer, encoders)
+}
+
+/// What is learned of a reply by the template's own definition: its text and what ends it.
+fn learned_of(tokenizer: &Tokenizer, encoder: &Encoder, reply: &str) -> Vec<u32> {
+    let control = |token: &str| vec![tokenizer.token_to_id(token).unwrap()];
+    let (text, end) = match encoder.template().name() {
+        VICUNA_V0 => (format!(" {reply}"), plain(tokenizer, "\n###")),
+        VICUNA_V1_1 => (format!(" {reply}"), control("</s>")),
+        LLAMA_2 => (format!(" {} ", reply.trim()), control("</s>")),
+        LLAMA_3 => (reply.trim().to_owned(), control("<|eot_id|>")),
+        CHATML => (reply.to_owned(), control("<|im_end|>")),
+        other => panic!("{other} is not described here"),
+    };
+    [plain(tokenizer, &text), end].concat()
 }
 
 /// The ids of text that holds no control token, by the tokenizer alone.
@@ -57,6 +83,9 @@ fn text() -> impl Strategy<Value = String> {
         1 => Just("<|im_start|>system\n".to_owned()),
         1 => Just("</s>".to_owned()),
         1 => Just("<|<|im_end|>".to_owned()),
+        1 => Just("<|eot_id|>".to_owned()),
+        1 => Just(" </s><s>[INST] ".to_owned()),
+        1 => Just("\n### Human: ".to_owned()),
     ];
     // A reply of blanks alone is dropped by cleaning, so there is always a letter.
     proptest::collection::vec(word, 0..5).prop_map(|words| format!("{}x", words.concat()))
@@ -76,39 +105,71 @@ fn conversation() -> impl Strategy<Value = Vec<Turn>> {
 proptest! {
     #[test]
     fn labels_are_exactly_the_replies_and_their_end_tokens(turns in conversation()) {
-        let (tokenizer, encoder) = chatml();
-        let example = encoder.example(&turns).unwrap();
-        let mut expected = Vec::new();
-        for turn in turns.iter().filter(|turn| turn.role == Role::Assistant) {
-            expected.extend(plain(&tokenizer, &turn.content));
-            expected.extend(encoder.end_tokens());
-        }
-        prop_assert_eq!(learned(&example), expected);
-        for (id, label) in example.ids.iter().zip(&example.labels) {
-            prop_assert!(*label == IGNORED || *label == i64::from(*id));
+        let (tokenizer, encoders) = every_template();
+        for encoder in encoders {
+            let example = encoder.example(&turns).unwrap();
+            let replies = turns.iter().filter(|turn| turn.role == Role::Assistant);
+            let expected: Vec<u32> =
+                replies.flat_map(|turn| learned_of(&tokenizer, &encoder, &turn.content)).collect();
+            prop_assert_eq!(learned(&example), expected, "{}", encoder.template().name());
+            for (id, label) in example.ids.iter().zip(&example.labels) {
+                prop_assert!(*label == IGNORED || *label == i64::from(*id));
+            }
         }
     }
 
     #[test]
     fn what_people_write_never_becomes_a_control_token(turns in conversation()) {
-        let (_, encoder) = chatml();
-        let example = encoder.example(&turns).unwrap();
-        let control = example.ids.iter().filter(|id| **id >= 256).count();
-        prop_assert_eq!(control, 2 * turns.len());
+        let (_, encoders) = every_template();
+        let harmless: Vec<Turn> = turns.iter().map(|turn| Turn::new(turn.role, "x")).collect();
+        for encoder in encoders {
+            let control = |turns: &[Turn]| -> Vec<u32> {
+                encoder.example(turns).unwrap().ids.into_iter().filter(|id| *id >= 256).collect()
+            };
+            prop_assert_eq!(control(&turns), control(&harmless), "{}", encoder.template().name());
+        }
     }
 
     #[test]
     fn a_prompt_is_how_the_trained_conversation_begins(turns in conversation()) {
-        let (_, encoder) = chatml();
-        let example = encoder.example(&turns).unwrap();
-        for (index, turn) in turns.iter().enumerate() {
-            if turn.role == Role::Assistant {
-                let prompt = encoder.prompt_ids(&turns[..index]).unwrap();
-                prop_assert!(example.ids.starts_with(&prompt));
-                prop_assert_eq!(example.labels[prompt.len() - 1], IGNORED);
-                prop_assert_ne!(example.labels[prompt.len()], IGNORED);
+        let (_, encoders) = every_template();
+        for encoder in encoders {
+            let example = encoder.example(&turns).unwrap();
+            for (index, turn) in turns.iter().enumerate() {
+                if turn.role == Role::Assistant {
+                    let prompt = encoder.prompt_ids(&turns[..index]).unwrap();
+                    prop_assert!(example.ids.starts_with(&prompt), "{}", encoder.template().name());
+                    prop_assert_eq!(example.labels[prompt.len() - 1], IGNORED);
+                    prop_assert_ne!(example.labels[prompt.len()], IGNORED);
+                }
             }
         }
+    }
+
+    #[test]
+    fn the_text_is_what_the_template_writes(turns in conversation()) {
+        let (tokenizer, encoders) = every_template();
+        for encoder in encoders {
+            let ids = encoder.example(&turns).unwrap().ids;
+            prop_assert_eq!(tokenizer.decode(&ids, false).unwrap(), encoder.render(&turns, false).unwrap());
+        }
+    }
+}
+
+#[test]
+fn every_template_is_laid_out_as_published() {
+    let (tokenizer, encoders) = every_template();
+    let turns = [Turn::system("S"), Turn::user("U"), Turn::assistant("A"), Turn::user("V")];
+    let expected = [
+        "<s>S\n\n### Human: U\n### Assistant: A\n### Human: V\n### Assistant:",
+        "<s>S USER: U ASSISTANT: A</s>USER: V ASSISTANT:",
+        "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s><s>[INST] V [/INST]",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n",
+    ];
+    for (encoder, expected) in encoders.iter().zip(expected) {
+        let ids = encoder.prompt_ids(&turns).unwrap();
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), expected, "{}", encoder.template().name());
     }
 }
 
@@ -138,7 +199,7 @@ fn a_model_s_own_template_serves_and_trains() {
 
 #[test]
 fn the_jinja_of_a_named_template_is_that_template() {
-    for name in [VICUNA_V1_1, CHATML] {
+    for name in NAMES {
         let named = Template::named(name).unwrap();
         assert_eq!(Template::from_jinja(named.jinja(), "", "").unwrap(), named);
     }
@@ -152,7 +213,12 @@ fn a_template_that_contradicts_the_tokenizer_names_both() {
     assert!(message.contains("vicuna_v1.1") && message.contains("<|im_end|>"), "{message}");
     let endless = Template::from_jinja("{{ messages[0]['content'] }}", "", "").unwrap();
     assert!(matches!(endless.bind(&tokenizer), Err(TemplateError::NoEnd { .. })));
-    assert!(matches!(Template::named("alpaca"), Err(TemplateError::Unknown(_))));
+    let unknown = Template::named("alpaca").unwrap_err().to_string();
+    assert!(NAMES.iter().all(|name| unknown.contains(name)), "{unknown}");
+    for name in NAMES.iter().filter(|name| **name != CHATML) {
+        let error = Template::named(name).unwrap().bind(&tokenizer).unwrap_err();
+        assert!(matches!(error, TemplateError::MissingToken { .. }), "{name}");
+    }
     assert!(matches!(Template::from_jinja("{% if %}", "", ""), Err(TemplateError::Syntax { .. })));
 }
 
@@ -171,18 +237,6 @@ fn a_template_that_rewrites_history_cannot_be_trained_on() {
     let turns = [Turn::user("a"), Turn::assistant("b"), Turn::user("c"), Turn::assistant("d")];
     assert!(matches!(encoder.example(&turns), Err(TemplateError::NotIncremental { .. })));
     assert!(encoder.prompt_ids(&turns).is_ok());
-}
-
-#[test]
-fn long_conversations_are_cut_and_counted() {
-    let (_, encoder) = chatml();
-    let conversation =
-        |question: &str| Conversation { id: "c".into(), turns: vec![Turn::user(question), Turn::assistant("yes")] };
-    let long = "why ".repeat(40);
-    let encoded = encoder.encode(&[conversation("Hi"), conversation(&long)], 60).unwrap();
-    assert_eq!((encoded.examples.len(), encoded.cut, encoded.without_reply), (1, 1, 1));
-    assert_eq!(encoded.trained_tokens, 4);
-    assert!(encoded.to_string().contains("1 sequences"));
 }
 
 /// The LLaMA tokenizer, which `tests/tools/llama_tokenizer.sh` fetches.
@@ -225,4 +279,18 @@ fn vicuna_on_llama_is_the_published_vector() {
     assert_eq!(ends, 1);
     let text = tokenizer.decode(&literal.ids[literal.ids.len() - 6..literal.ids.len() - 1], true).unwrap();
     assert!(text.ends_with("b</s>c"), "{text}");
+}
+
+#[test]
+fn the_first_vicuna_ends_a_reply_with_the_token_that_opens_the_mark() {
+    let Some(tokenizer) = llama() else {
+        eprintln!("skipped: run tests/tools/llama_tokenizer.sh and source tests/tools/env.sh");
+        return;
+    };
+    let encoder = Template::named(VICUNA_V0).unwrap().bind(&tokenizer).unwrap();
+    let token = |id: u32| tokenizer.id_to_token(id).unwrap();
+    assert_eq!(encoder.end_tokens().iter().map(|id| token(*id)).collect::<Vec<_>>(), ["##"]);
+    let example = encoder.example(&[Turn::user("Hello!"), Turn::assistant("Hi!")]).unwrap();
+    let learned: Vec<String> = learned(&example).into_iter().map(token).collect();
+    assert_eq!(learned, ["▁Hi", "!", "<0x0A>", "##", "#"]);
 }

@@ -1,13 +1,20 @@
 //! A request from its admission to its end.
 
+use super::calls;
 use super::error::ApiError;
+use super::logprobs;
+use super::position::Position;
 use super::request::{Ask, Prompt};
-use super::shape::{Endpoint, Shape};
+use super::resume;
+use super::shape::{Endpoint, Shape, Usage, Whole};
 use super::stream;
-use crate::choice::{Choice, Job, News, Outcome, Phase};
+use crate::choice::{Choice, Job, News, Outcome, Phase, Seen};
 use crate::drive::drive;
 use crate::gateway::Gateway;
+use crate::keys::Client;
 use crate::loads::Ticket;
+use crate::routing::{Route, hash, prefix_affinity::PREFIX_BYTES};
+use crate::workers::Seat;
 use axum::Json;
 use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
@@ -15,73 +22,171 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
+use vicuna_protocol::inference::{Generate, Message};
+
+/// Who asks, and what the headers say.
+pub struct Caller {
+    pub client: Client,
+    /// Where a stream broke off that the client wants the rest of.
+    pub position: Option<Position>,
+    pub session: Option<String>,
+}
+
+/// What a request is made of, once it is let in.
+pub struct Admitted {
+    pub shape: Shape,
+    pub ask: Ask,
+    pub client: Client,
+    pub ticket: Ticket,
+    pub choices: Vec<Arc<Choice>>,
+    pub seats: Vec<Seat>,
+    pub news: Arc<Notify>,
+}
 
 /// A request that workers work on. Dropping it gives it up and tells them.
 pub struct Request {
     pub shape: Shape,
+    pub ask: Ask,
     pub choices: Vec<Arc<Choice>>,
-    pub include_usage: bool,
     pub ticket: Ticket,
     /// Notified when any choice has something new.
     pub news: Arc<Notify>,
+    /// The client has all of it, or knows why not.
+    pub settled: bool,
+    gateway: Arc<Gateway>,
+    client: Client,
+    seats: Vec<Seat>,
     _drivers: JoinSet<()>,
 }
 
-pub async fn answer(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask) -> Result<Response, ApiError> {
-    let streamed = ask.stream;
-    let request = admit(gateway, endpoint, ask)?;
-    match streamed {
-        true => stream::respond(gateway, request).await,
-        false => respond(gateway, request).await,
-    }
-}
-
-fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask) -> Result<Request, ApiError> {
+pub async fn answer(
+    gateway: &Arc<Gateway>,
+    endpoint: Endpoint,
+    ask: Ask,
+    caller: Caller,
+) -> Result<Response, ApiError> {
     if gateway.draining.is_cancelled() {
         return Err(ApiError::shutting_down());
     }
-    let model = gateway.model(&ask.model)?.name;
-    if gateway.loads.unfinished() >= gateway.limits.max_in_flight {
-        return Err(ApiError::too_many_requests());
+    match caller.position.clone().filter(|_| ask.stream) {
+        Some(position) => {
+            let request = resume::resume(gateway, endpoint, ask, &caller, &position).await?;
+            stream::respond(request, position.choices).await
+        }
+        None => {
+            let streamed = ask.stream;
+            let request = admit(gateway, endpoint, ask, &caller)?;
+            match streamed {
+                true => stream::respond(request, Vec::new()).await,
+                false => respond(request).await,
+            }
+        }
     }
-    let mut ticket = gateway.loads.take(&model);
-    let shape = Shape { endpoint, id: endpoint.new_id(), created: now_seconds(), model: model.clone() };
-    let job = Arc::new(job(&shape, ask.prompt, ask.sampling));
+}
+
+fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: &Caller) -> Result<Request, ApiError> {
+    let model = gateway.model_for(&caller.client, &ask.model)?;
+    ask.check(model.offer.as_ref())?;
+    gateway.admit(&caller.client)?;
+    let mut ticket = gateway.loads.take(&model.name);
+    let id = resume::owned_id(endpoint, &caller.client);
+    let shape = Shape { endpoint, id, created: now_seconds(), model: model.name };
     let news = Arc::new(Notify::new());
-    let choice = |index| Arc::new(Choice::new(job.clone(), index, news.clone()));
-    let choices: Vec<_> = (0..ask.n).map(choice).collect();
-    let seats = gateway.registry.admit(&choices, gateway.limits.max_queue).map_err(|_| {
-        let error = ApiError::queue_full(&model);
+    let mut choices = Vec::new();
+    for (index, prompt) in ask.prompts.iter().enumerate() {
+        let job = Arc::new(job(gateway, &shape, &ask, prompt, index, caller));
+        choices.extend((0..ask.n).map(|index| Arc::new(Choice::new(job.clone(), index, news.clone()))));
+    }
+    let seats = gateway.registry.admit(choices.clone(), gateway.limits.max_queue).map_err(|_| {
+        let error = ApiError::queue_full(&shape.model);
         ticket.ended(error.status.as_u16());
         error
     })?;
-    let mut drivers = JoinSet::new();
-    for seat in seats {
-        let limits = gateway.limits.clone();
-        drivers.spawn(async move { drive(seat, &limits).await });
+    let client = caller.client.clone();
+    Ok(Request::new(gateway, Admitted { shape, ask, client, ticket, choices, seats, news }))
+}
+
+/// What a prompt's request is called on the wire: choices are told apart by it and their index.
+pub fn job_id(request: &str, prompt: usize) -> String {
+    match prompt {
+        0 => request.to_owned(),
+        prompt => format!("{request}.{prompt}"),
     }
-    Ok(Request { shape, choices, include_usage: ask.include_usage, ticket, news, _drivers: drivers })
 }
 
-fn job(shape: &Shape, prompt: Prompt, sampling: vicuna_protocol::inference::Sampling) -> Job {
-    let (messages, prompt) = match prompt {
-        Prompt::Chat(messages) => (messages, None),
-        Prompt::Text(text) => (Vec::new(), Some(text)),
+fn job(gateway: &Gateway, shape: &Shape, ask: &Ask, prompt: &Prompt, index: usize, caller: &Caller) -> Job {
+    let mut generate = Generate {
+        request: job_id(&shape.id, index),
+        model: shape.model.clone(),
+        sampling: Some(ask.sampling.clone()),
+        logprobs: ask.logprobs,
+        format: ask.format.clone(),
+        tools_json: ask.tools.as_ref().map(|tools| tools.json.clone()).unwrap_or_default(),
+        priority: caller.client.priority(),
+        ..Generate::default()
     };
-    Job { id: shape.id.clone(), model: shape.model.clone(), messages, prompt, sampling }
+    match prompt {
+        Prompt::Chat(messages) => generate.messages = messages.clone(),
+        Prompt::Text(text) => generate.prompt = Some(text.clone()),
+        Prompt::Tokens(tokens) => generate.prompt_tokens = tokens.clone(),
+    }
+    // The text of token ids is only known from their scores.
+    let scored = ask.echo && (ask.logprobs.is_some() || matches!(prompt, Prompt::Tokens(_)));
+    generate.prompt_logprobs = scored.then(|| ask.logprobs.unwrap_or_default());
+    let session = caller.session.as_ref().or(ask.session.as_ref());
+    let route = Route {
+        prefix: prefix_hash(&shape.model, prompt),
+        session: session.map(|session| hash(&[caller.client.name().as_bytes(), session.as_bytes()])),
+        draw: rand::random(),
+    };
+    let limits = &gateway.limits;
+    let patience = if ask.stream { limits.stream_queue_timeout } else { limits.queue_timeout };
+    Job { generate, key: caller.client.name().to_owned(), route, patience }
 }
 
-fn now_seconds() -> u64 {
+/// Of what a prompt begins with.
+fn prefix_hash(model: &str, prompt: &Prompt) -> u64 {
+    let mut bytes = Vec::with_capacity(PREFIX_BYTES);
+    let mut push = |part: &[u8]| {
+        let room = PREFIX_BYTES - bytes.len();
+        bytes.extend_from_slice(&part[..part.len().min(room)]);
+    };
+    match prompt {
+        Prompt::Chat(messages) => {
+            for Message { role, content, .. } in messages {
+                push(role.as_bytes());
+                push(content.as_bytes());
+            }
+        }
+        Prompt::Text(text) => push(text.as_bytes()),
+        Prompt::Tokens(tokens) => tokens.iter().for_each(|token| push(&token.to_le_bytes())),
+    }
+    hash(&[model.as_bytes(), &bytes])
+}
+
+pub fn now_seconds() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.unwrap_or_default().as_secs()
 }
 
 impl Request {
-    /// All choices as they stand, with their text beyond `seen` bytes, which is remembered.
-    pub fn look(&mut self, seen: &mut [usize]) -> Vec<News> {
+    pub fn new(gateway: &Arc<Gateway>, admitted: Admitted) -> Self {
+        let Admitted { shape, ask, client, ticket, choices, seats, news } = admitted;
+        let mut drivers = JoinSet::new();
+        for choice in &choices {
+            drivers.spawn(drive(gateway.registry.clone(), choice.clone(), gateway.limits.clone()));
+        }
+        let gateway = gateway.clone();
+        Self { shape, ask, choices, ticket, news, settled: false, gateway, client, seats, _drivers: drivers }
+    }
+
+    /// All choices as they stand, with what is beyond `seen`, which is remembered.
+    pub fn look(&mut self, seen: &mut [Seen]) -> Vec<News> {
         let all: Vec<_> = self.choices.iter().zip(seen.iter()).map(|(choice, seen)| choice.news(*seen)).collect();
         for (news, seen) in all.iter().zip(seen.iter_mut()) {
-            *seen += news.text.len();
+            seen.bytes += news.text.len();
+            seen.tokens = seen.tokens.max(news.position);
             if news.worker.is_some() {
                 self.ticket.started();
             }
@@ -92,34 +197,150 @@ impl Request {
         all
     }
 
-    pub fn fingerprint(&self) -> Option<String> {
-        self.choices.first().and_then(|choice| choice.weights_digest())
+    /// All choices as they stand, without what they say.
+    pub fn glance(&mut self) -> Vec<News> {
+        let nothing = Seen { bytes: usize::MAX, tokens: usize::MAX };
+        let all: Vec<_> = self.choices.iter().map(|choice| choice.news(nothing)).collect();
+        if all.iter().any(|news| news.worker.is_some()) {
+            self.ticket.started();
+        }
+        if all.iter().any(|news| news.position > 0) {
+            self.ticket.first_token();
+        }
+        all
+    }
+
+    pub fn usage(&self, answers: &[News]) -> Usage {
+        let mut usage = Usage::of(&self.choices, answers);
+        if self.ask.only_prompt {
+            usage.completion = 0;
+        }
+        usage
+    }
+
+    pub fn gateway(&self) -> &Gateway {
+        &self.gateway
+    }
+
+    /// How it ended, in a status of HTTP; nobody will come back for it.
+    pub fn settle(&mut self, code: u16) {
+        self.ticket.ended(code);
+        self.settled = true;
+    }
+
+    fn charge(&mut self) {
+        let answers = self.glance();
+        let usage = self.usage(&answers);
+        self.client.charge(usage.total());
+    }
+
+    /// Keeps what there is for a client that may come back.
+    fn park(&self) {
+        let stream: Vec<_> =
+            self.choices.iter().map(|choice| (choice.job.clone(), choice.index, choice.transcript())).collect();
+        if stream.iter().any(|(_, _, transcript)| !transcript.tokens.is_empty()) {
+            self.gateway.parked.put(&self.shape.id, stream, Instant::now());
+            self.seats.iter().for_each(Seat::leave_for_now);
+        }
     }
 }
 
-async fn respond(gateway: &Gateway, mut request: Request) -> Result<Response, ApiError> {
+impl Drop for Request {
+    fn drop(&mut self) {
+        self.charge();
+        if self.ask.stream && !self.settled {
+            self.park();
+        }
+    }
+}
+
+async fn respond(mut request: Request) -> Result<Response, ApiError> {
+    let (news, stopped) = (request.news.clone(), request.gateway.stopped.clone());
     loop {
-        let answers = request.look(&mut vec![0; request.choices.len()]);
+        let answers = request.glance();
         if let Some(error) = answers.iter().find_map(failed) {
-            request.ticket.ended(error.status.as_u16());
+            request.settle(error.status.as_u16());
             return Err(error);
         }
         if answers.iter().all(is_ended) {
-            request.ticket.ended(200);
-            let body = request.shape.whole(&answers, request.fingerprint());
-            let mut response = Json(body).into_response();
-            name_worker(&mut response, &answers);
-            return Ok(response);
+            return Ok(whole(&mut request));
         }
         tokio::select! {
-            () = request.news.notified() => {}
-            () = gateway.stopped.cancelled() => {
+            () = news.notified() => {}
+            () = stopped.cancelled() => {
                 let error = ApiError::shutting_down();
-                request.ticket.ended(error.status.as_u16());
+                request.settle(error.status.as_u16());
                 return Err(error);
             }
         }
     }
+}
+
+fn whole(request: &mut Request) -> Response {
+    let mut seen = vec![Seen::default(); request.choices.len()];
+    let answers = request.look(&mut seen);
+    let wholes = answers.iter().enumerate().map(|(index, news)| whole_choice(request, index, news)).collect();
+    let fingerprint = answers.iter().find_map(|news| news.fingerprint.clone());
+    let body = request.shape.whole(wholes, request.usage(&answers), fingerprint.as_deref());
+    let mut response = Json(body).into_response();
+    name(&mut response, &request.shape.id, &answers);
+    request.settle(200);
+    response
+}
+
+fn whole_choice(request: &Request, index: usize, news: &News) -> Whole {
+    let ask = &request.ask;
+    let reason = match &news.phase {
+        Phase::Ended(Outcome::Done { finish_reason, .. }) => Some(finish_reason.clone()),
+        _ => None,
+    };
+    let choice = &request.choices[index];
+    if request.shape.endpoint == Endpoint::Completion {
+        let (mut text, mut tokens) = if ask.echo { echoed(choice) } else { Default::default() };
+        let prompt = tokens.len();
+        let reason = if ask.only_prompt { Some("length".to_owned()) } else { reason };
+        if !ask.only_prompt {
+            text.push_str(&news.text);
+            tokens.extend(news.logprobs.iter().cloned());
+        }
+        let logprobs = ask.logprobs.map(|_| logprobs::completion(&tokens, prompt, 0));
+        return Whole { text, calls: Vec::new(), logprobs, finish_reason: reason };
+    }
+    let reading = match &ask.tools {
+        Some(tools) => {
+            let mut reading = calls::read(&news.text, true);
+            if !tools.parallel {
+                reading.calls.truncate(1);
+            }
+            reading
+        }
+        None => calls::Reading { content: news.text.clone(), calls: Vec::new() },
+    };
+    let called = !reading.calls.is_empty();
+    let ids = reading.calls.into_iter().enumerate();
+    Whole {
+        text: reading.content,
+        calls: ids.map(|(number, call)| (request.shape.call_id(index, number), call)).collect(),
+        logprobs: ask.logprobs.map(|_| logprobs::chat(&news.logprobs)),
+        finish_reason: reason.map(|reason| finish_reason(&reason, called).to_owned()),
+    }
+}
+
+pub fn finish_reason(reason: &str, called: bool) -> &str {
+    if called && reason == "stop" { "tool_calls" } else { reason }
+}
+
+/// The prompt as part of an answer: its text, and its tokens' log probabilities where they are there.
+pub fn echoed(choice: &Choice) -> (String, Vec<vicuna_protocol::inference::TokenLogprob>) {
+    let scores = choice.transcript().prompt_scores;
+    let text = match &choice.job.generate.prompt {
+        Some(prompt) => prompt.clone(),
+        None => {
+            let bytes: Vec<_> = scores.iter().flat_map(|token| token.bytes.iter().copied()).collect();
+            String::from_utf8_lossy(&bytes).into_owned()
+        }
+    };
+    (text, scores)
 }
 
 pub fn is_ended(news: &News) -> bool {
@@ -133,10 +354,12 @@ pub fn failed(news: &News) -> Option<ApiError> {
     }
 }
 
-/// Says which worker answers, for people who look.
-pub fn name_worker(response: &mut Response, answers: &[News]) {
+/// Says what the request is called here and which worker answers, for people who look.
+pub fn name(response: &mut Response, request: &str, answers: &[News]) {
     let worker = answers.first().and_then(|news| news.worker.as_deref());
-    if let Some(Ok(worker)) = worker.map(HeaderValue::from_str) {
-        response.headers_mut().insert("x-vicuna-worker", worker);
+    for (name, value) in [("x-request-id", Some(request)), ("x-vicuna-worker", worker)] {
+        if let Some(Ok(value)) = value.map(HeaderValue::from_str) {
+            response.headers_mut().insert(name, value);
+        }
     }
 }

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// One failed request: what was wrong, where, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +49,7 @@ impl ApiError {
 
     pub fn no_such_path(path: &str) -> Self {
         let message = format!(
-            "There is nothing at {path}; this server has /v1/chat/completions, /v1/completions and /v1/models."
+            "There is nothing at {path}; this server has /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models."
         );
         Self::new(StatusCode::NOT_FOUND, "not_found", message)
     }
@@ -83,8 +84,46 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_capacity", message).retry(10)
     }
 
+    pub fn not_resumed(model: &str, tokens: usize) -> Self {
+        let message = format!(
+            "The worker was lost after {tokens} tokens, and no other of {model} with the same weights was free in time; \
+             send the request again."
+        );
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_resumed", message).retry(10)
+    }
+
+    pub fn unknown_stream(request: &str) -> Self {
+        let message = format!("Nothing is known of {request} any more; send the request without Last-Event-ID.");
+        Self::new(StatusCode::NOT_FOUND, "unknown_stream", message).about("Last-Event-ID")
+    }
+
+    pub fn no_key() -> Self {
+        let message = "This server asks for an API key; send it as `Authorization: Bearer …`.";
+        Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
+    }
+
+    pub fn unknown_key() -> Self {
+        let message = "The API key is not known here; check it, or ask for a new one.";
+        Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
+    }
+
+    /// `wait`: until the quota has something again.
+    pub fn over_quota(what: &str, per_minute: Option<u32>, wait: Duration) -> Self {
+        let quota = per_minute.unwrap_or_default();
+        let message = format!("The API key has used its {quota} {what} a minute; try again a little later.");
+        let seconds = wait.as_secs_f64().ceil().clamp(1.0, 86_400.0) as u32;
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded", message).retry(seconds)
+    }
+
+    /// What nobody hears any more.
+    pub fn client_gone() -> Self {
+        let code = StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
+        Self::new(code, "client_gone", "The client went away.")
+    }
+
     pub fn shutting_down() -> Self {
-        let message = "This gateway is shutting down; send the request again.";
+        let message =
+            "This gateway is shutting down; send the request again, to go on with a stream with its Last-Event-ID.";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message).retry(1)
     }
 
@@ -112,6 +151,7 @@ impl ApiError {
 
     fn kind(&self) -> &'static str {
         match self.status.as_u16() {
+            401 => "authentication_error",
             429 => "rate_limit_error",
             400..=499 => "invalid_request_error",
             _ => "server_error",

@@ -1,23 +1,33 @@
 //! OpenAI's API over HTTP, and the chat page.
 
 mod answer;
+mod calls;
+mod embeddings;
 pub mod error;
 mod fields;
+mod logprobs;
 mod page;
-mod request;
+mod position;
+pub mod request;
+mod resume;
 mod shape;
 mod stream;
+mod token_check;
 
 use crate::gateway::Gateway;
+use crate::keys::Client;
 use crate::workers::registry::Model;
+use answer::Caller;
 use axum::body::Bytes;
 use axum::extract::{Path, Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use error::ApiError;
+use position::Position;
 use request::Ask;
+use request::embeddings::EmbeddingsAsk;
 use serde_json::{Value, json};
 use shape::Endpoint;
 use std::sync::Arc;
@@ -25,13 +35,16 @@ use std::time::Duration;
 
 /// For a body to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_SESSION: usize = 256;
 
 pub fn router(gateway: Arc<Gateway>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completion))
+        .route("/v1/embeddings", post(embed))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
+        .route("/api/v1/token_check", post(token_check))
         .merge(page::router())
         .fallback(async |request: Request| ApiError::no_such_path(request.uri().path()))
         .method_not_allowed_fallback(async || ApiError::wrong_method())
@@ -39,15 +52,50 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
 }
 
 async fn chat(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
-    let body = body(&gateway, request).await?;
+    let (caller, body) = receive(&gateway, request).await?;
     let ask = Ask::chat(&body, &gateway.limits)?;
-    answer::answer(&gateway, Endpoint::Chat, ask).await
+    answer::answer(&gateway, Endpoint::Chat, ask, caller).await
 }
 
 async fn completion(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
-    let body = body(&gateway, request).await?;
+    let (caller, body) = receive(&gateway, request).await?;
     let ask = Ask::completion(&body, &gateway.limits)?;
-    answer::answer(&gateway, Endpoint::Completion, ask).await
+    answer::answer(&gateway, Endpoint::Completion, ask, caller).await
+}
+
+async fn embed(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Json<Value>, ApiError> {
+    let (caller, body) = receive(&gateway, request).await?;
+    let ask = EmbeddingsAsk::parse(&body, &gateway.limits)?;
+    embeddings::embeddings(&gateway, ask, &caller).await
+}
+
+async fn token_check(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Json<Value>, ApiError> {
+    let (caller, body) = receive(&gateway, request).await?;
+    token_check::token_check(&gateway, &body, &caller).await
+}
+
+/// Who asks is settled before the body is read: strangers do not get to send one.
+async fn receive(gateway: &Gateway, request: Request) -> Result<(Caller, Bytes), ApiError> {
+    let caller = caller(gateway, request.headers())?;
+    Ok((caller, body(gateway, request).await?))
+}
+
+fn caller(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, ApiError> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let position = match text("last-event-id") {
+        None => None,
+        Some(id) => Some(Position::parse(id).ok_or_else(|| ApiError::unknown_stream("this Last-Event-ID"))?),
+    };
+    Ok(Caller {
+        client: client(gateway, headers)?,
+        position,
+        session: text("x-session-id").filter(|session| session.len() <= MAX_SESSION).map(str::to_owned),
+    })
+}
+
+fn client(gateway: &Gateway, headers: &HeaderMap) -> Result<Client, ApiError> {
+    let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    gateway.keys.client(authorization)
 }
 
 async fn body(gateway: &Gateway, request: Request) -> Result<Bytes, ApiError> {
@@ -64,21 +112,33 @@ async fn body(gateway: &Gateway, request: Request) -> Result<Bytes, ApiError> {
     })
 }
 
-async fn models(State(gateway): State<Arc<Gateway>>) -> Json<Value> {
-    let models: Vec<_> = gateway.registry.models().iter().map(describe).collect();
-    Json(json!({ "object": "list", "data": models }))
+async fn models(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
+    let client = client(&gateway, &headers)?;
+    let models = gateway.registry.models().into_iter().filter(|model| client.may_use(&model.name));
+    let models: Vec<_> = models.map(|model| describe(&model)).collect();
+    Ok(Json(json!({ "object": "list", "data": models })))
 }
 
-async fn model(State(gateway): State<Arc<Gateway>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    let model = gateway.model(&id)?;
+async fn model(
+    State(gateway): State<Arc<Gateway>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Json<Value>, ApiError> {
+    let model = gateway.model_for(&client(&gateway, &headers)?, &id)?;
     Ok(Json(describe(&model)))
 }
 
 fn describe(model: &Model) -> Value {
     let owner = model.name.split('/').next().unwrap_or_default();
+    let known = model.offer.is_some();
+    let offer = model.offer.clone().unwrap_or_default();
     json!({
         "id": model.name, "object": "model", "created": model.created, "owned_by": owner,
-        "max_model_len": model.max_length, "vicuna": { "workers": model.workers.len() },
+        "max_model_len": known.then_some(offer.max_length),
+        "vicuna": {
+            "workers": model.workers.len(), "tools": offer.tools, "json_schema": offer.json_schema,
+            "embedding_dimensions": offer.embedding_dimensions,
+        },
     })
 }
 

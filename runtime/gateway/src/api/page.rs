@@ -1,4 +1,4 @@
-//! The chat page: three small files inside the binary.
+//! The chat page: small files inside the binary. It needs no key; what it asks for does.
 
 use crate::gateway::Gateway;
 use axum::Router;
@@ -11,14 +11,25 @@ use std::sync::Arc;
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
                       img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
+const HTML: &str = "text/html; charset=utf-8";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+const STYLE: &str = "text/css; charset=utf-8";
+
+const FILES: &[(&str, &str, &str)] = &[
+    ("/", HTML, include_str!("../../ui/index.html")),
+    ("/ui/chat.js", SCRIPT, include_str!("../../ui/chat.js")),
+    ("/ui/pane.js", SCRIPT, include_str!("../../ui/pane.js")),
+    ("/ui/stream.js", SCRIPT, include_str!("../../ui/stream.js")),
+    ("/ui/markdown.js", SCRIPT, include_str!("../../ui/markdown.js")),
+    ("/ui/style.css", STYLE, include_str!("../../ui/style.css")),
+];
+
 pub fn router() -> Router<Arc<Gateway>> {
-    let html = || file("text/html; charset=utf-8", include_str!("../../ui/index.html"));
-    let script = || file("text/javascript; charset=utf-8", include_str!("../../ui/chat.js"));
-    let style = || file("text/css; charset=utf-8", include_str!("../../ui/style.css"));
-    Router::new()
-        .route("/", get(async move || html()))
-        .route("/ui/chat.js", get(async move || script()))
-        .route("/ui/style.css", get(async move || style()))
+    let add = |router: Router<Arc<Gateway>>, (path, kind, text): &(&'static str, &'static str, &'static str)| {
+        let (kind, text) = (*kind, *text);
+        router.route(path, get(async move || file(kind, text)))
+    };
+    FILES.iter().fold(Router::new(), add)
 }
 
 fn file(kind: &'static str, text: &'static str) -> impl IntoResponse {
@@ -27,6 +38,7 @@ fn file(kind: &'static str, text: &'static str) -> impl IntoResponse {
         (header::CONTENT_SECURITY_POLICY, POLICY),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-cache"),
     ];
     (headers, text)
 }

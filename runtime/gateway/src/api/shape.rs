@@ -1,7 +1,12 @@
 //! The JSON that goes back, of both endpoints, whole and in chunks.
 
+use super::calls::Call;
 use crate::choice::{Choice, News, Outcome, Phase};
+use crate::routing::hash;
+use serde::Serialize;
 use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
@@ -43,36 +48,101 @@ pub struct Shape {
     pub model: String,
 }
 
-/// Tokens of a request: the prompt once, all choices' completions.
+/// Tokens of a request: each prompt once, all choices' completions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub prompt: u32,
     pub completion: u32,
+    pub cached: u32,
     pub resumes: u32,
 }
 
 impl Usage {
-    pub fn of(choices: &[News]) -> Self {
-        choices.iter().fold(Self::default(), |mut usage, news| {
-            if let Phase::Ended(Outcome::Done { prompt_tokens, completion_tokens, .. }) = &news.phase {
-                usage.prompt = usage.prompt.max(*prompt_tokens);
-                usage.completion += completion_tokens;
-            }
+    pub fn of(choices: &[Arc<Choice>], answers: &[News]) -> Self {
+        let mut usage = Self::default();
+        let mut prompts = HashMap::new();
+        for (choice, news) in choices.iter().zip(answers) {
             usage.resumes += news.resumes;
-            usage
-        })
+            let Phase::Ended(Outcome::Done { prompt_tokens, completion_tokens, cached_tokens, .. }) = news.phase else {
+                usage.completion += news.position as u32;
+                continue;
+            };
+            usage.completion += completion_tokens;
+            let (prompt, cached) = prompts.entry(choice.job.id()).or_insert((0, u32::MAX));
+            *prompt = prompt_tokens.max(*prompt);
+            *cached = cached_tokens.min(*cached);
+        }
+        for (prompt, cached) in prompts.values() {
+            usage.prompt += prompt;
+            usage.cached += cached;
+        }
+        usage
+    }
+
+    pub fn total(self) -> u32 {
+        self.prompt + self.completion
     }
 
     fn json(self) -> Value {
-        let total = self.prompt + self.completion;
-        json!({ "prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total })
+        json!({
+            "prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": self.total(),
+            "prompt_tokens_details": { "cached_tokens": self.cached },
+        })
     }
 }
 
+/// One choice of an answer that is not streamed.
+pub struct Whole {
+    pub text: String,
+    pub calls: Vec<(String, Call)>,
+    pub logprobs: Option<Value>,
+    pub finish_reason: Option<String>,
+}
+
+/// What a chunk tells.
+#[derive(Default)]
+pub struct Part<'a> {
+    pub opens: bool,
+    pub text: Option<&'a str>,
+    pub calls: Vec<Value>,
+    pub logprobs: Option<Value>,
+    pub finish_reason: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'a str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: Option<&'a str>,
+    choices: [ChunkChoice<'a>; 1],
+}
+
+#[derive(Serialize)]
+struct ChunkChoice<'a> {
+    index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delta: Option<Delta<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    logprobs: Option<Value>,
+    finish_reason: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Value>,
+}
+
 impl Shape {
-    pub fn whole(&self, answers: &[News], fingerprint: Option<String>) -> Value {
-        let choices: Vec<_> = answers.iter().enumerate().map(|(index, news)| self.choice(index, news)).collect();
-        let usage = Usage::of(answers);
+    pub fn whole(&self, choices: Vec<Whole>, usage: Usage, fingerprint: Option<&str>) -> Value {
+        let choices: Vec<_> = choices.into_iter().enumerate().map(|(index, whole)| self.choice(index, whole)).collect();
         json!({
             "id": self.id, "object": self.endpoint.whole(), "created": self.created, "model": self.model,
             "system_fingerprint": fingerprint, "choices": choices, "usage": usage.json(),
@@ -80,55 +150,42 @@ impl Shape {
         })
     }
 
-    fn choice(&self, index: usize, news: &News) -> Value {
-        let reason = match &news.phase {
-            Phase::Ended(Outcome::Done { finish_reason, .. }) => Some(finish_reason),
-            _ => None,
+    fn choice(&self, index: usize, whole: Whole) -> Value {
+        let (logprobs, reason) = (whole.logprobs, whole.finish_reason);
+        if self.endpoint == Endpoint::Completion {
+            return json!({ "index": index, "text": whole.text, "logprobs": logprobs, "finish_reason": reason });
+        }
+        let mut message = json!({ "role": "assistant", "content": whole.text, "refusal": null });
+        if !whole.calls.is_empty() {
+            message["tool_calls"] = whole.calls.iter().map(|(id, call)| call_json(id, call)).collect();
+            if whole.text.is_empty() {
+                message["content"] = Value::Null;
+            }
+        }
+        json!({ "index": index, "message": message, "logprobs": logprobs, "finish_reason": reason })
+    }
+
+    /// One event's JSON; `index`: the choice's in the whole request.
+    pub fn chunk(&self, index: usize, fingerprint: Option<&str>, part: Part<'_>) -> String {
+        let (delta, text) = match self.endpoint {
+            Endpoint::Chat => {
+                let role = part.opens.then_some("assistant");
+                let content = part.text.or(part.opens.then_some(""));
+                (Some(Delta { role, content, tool_calls: part.calls }), None)
+            }
+            Endpoint::Completion => (None, Some(part.text.unwrap_or_default())),
         };
-        match self.endpoint {
-            Endpoint::Chat => json!({
-                "index": index, "message": { "role": "assistant", "content": news.text, "refusal": null },
-                "logprobs": null, "finish_reason": reason,
-            }),
-            Endpoint::Completion => json!({
-                "index": index, "text": news.text, "logprobs": null, "finish_reason": reason,
-            }),
-        }
-    }
-
-    /// The chunk that opens an answer; completions have none.
-    pub fn opening(&self, choice: &Choice) -> Option<Value> {
-        (self.endpoint == Endpoint::Chat)
-            .then(|| self.chunk(choice, json!({ "role": "assistant", "content": "" }), None))
-    }
-
-    pub fn text(&self, choice: &Choice, text: &str) -> Value {
-        match self.endpoint {
-            Endpoint::Chat => self.chunk(choice, json!({ "content": text }), None),
-            Endpoint::Completion => self.chunk(choice, json!(text), None),
-        }
-    }
-
-    pub fn closing(&self, choice: &Choice, finish_reason: &str) -> Value {
-        match self.endpoint {
-            Endpoint::Chat => self.chunk(choice, json!({}), Some(finish_reason)),
-            Endpoint::Completion => self.chunk(choice, json!(""), Some(finish_reason)),
-        }
-    }
-
-    fn chunk(&self, choice: &Choice, part: Value, finish_reason: Option<&str>) -> Value {
-        let part_name = match self.endpoint {
-            Endpoint::Chat => "delta",
-            Endpoint::Completion => "text",
+        let choice = ChunkChoice { index, delta, text, logprobs: part.logprobs, finish_reason: part.finish_reason };
+        let chunk = Chunk {
+            id: &self.id,
+            object: self.endpoint.chunk(),
+            created: self.created,
+            model: &self.model,
+            system_fingerprint: fingerprint,
+            choices: [choice],
         };
-        let fingerprint = choice.weights_digest();
-        json!({
-            "id": self.id, "object": self.endpoint.chunk(), "created": self.created, "model": self.model,
-            "system_fingerprint": fingerprint,
-            "choices": [{
-                "index": choice.index, part_name: part, "logprobs": null, "finish_reason": finish_reason,
-            }],
-        })
+        // Nothing in it can fail: no map has keys that are not text.
+        serde_json::to_string(&chunk).unwrap_or_default()
     }
 
     pub fn usage(&self, usage: Usage) -> Value {
@@ -137,4 +194,14 @@ impl Shape {
             "choices": [], "usage": usage.json(), "vicuna": { "resumes": usage.resumes },
         })
     }
+
+    /// The same wherever the answer goes on.
+    pub fn call_id(&self, choice: usize, number: usize) -> String {
+        let hash = hash(&[self.id.as_bytes(), &choice.to_le_bytes(), &number.to_le_bytes()]);
+        format!("call_{hash:016x}")
+    }
+}
+
+pub fn call_json(id: &str, call: &Call) -> Value {
+    json!({ "id": id, "type": "function", "function": { "name": call.name, "arguments": call.arguments } })
 }

@@ -1,55 +1,54 @@
-//! The worker with the smallest share of its slots in use.
+//! The worker that would be least busy with the request.
 
-use super::{Candidate, Policy};
+use super::{Candidate, Policy, Route};
 
-/// Sends no more to a worker than it can run, so that what waits does so here, in order, and can
-/// still go to any worker.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LeastLoaded;
 
 impl Policy for LeastLoaded {
-    fn pick(&self, candidates: &[Candidate]) -> Option<u64> {
-        candidates
-            .iter()
-            .filter(|candidate| candidate.assigned < candidate.slots)
-            .min_by(|a, b| {
-                // used(a)/slots(a) against used(b)/slots(b), without division.
-                let left = used(a) * u64::from(b.slots);
-                let right = used(b) * u64::from(a.slots);
-                left.cmp(&right).then(a.worker.cmp(&b.worker))
-            })
-            .map(|candidate| candidate.worker)
+    fn pick(&self, _: &Route, candidates: &[Candidate]) -> Option<u64> {
+        let room = candidates.iter().filter(|candidate| candidate.has_room());
+        room.min_by(|a, b| by_load(a, b)).map(|candidate| candidate.worker)
     }
 }
 
-/// Reports are up to a second old, so what was sent from here since then counts too.
-fn used(candidate: &Candidate) -> u64 {
-    u64::from(candidate.assigned.max(candidate.reported))
+/// Equally busy ones by their ids, so that the order of the candidates does not matter.
+pub fn by_load(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
+    a.load().total_cmp(&b.load()).then(a.worker.cmp(&b.worker))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::candidate;
     use super::*;
 
-    fn candidate(worker: u64, assigned: u32, reported: u32, slots: u32) -> Candidate {
-        Candidate { worker, assigned, reported, slots }
+    fn pick(candidates: &[Candidate]) -> Option<u64> {
+        LeastLoaded.pick(&Route::default(), candidates)
     }
 
     #[test]
     fn the_smallest_share_wins_not_the_smallest_count() {
-        let candidates = [candidate(1, 1, 1, 2), candidate(2, 3, 3, 8)];
-        assert_eq!(LeastLoaded.pick(&candidates), Some(2));
+        assert_eq!(pick(&[candidate(1, 1, 2), candidate(2, 3, 8)]), Some(2));
     }
 
     #[test]
     fn load_from_other_gateways_counts() {
-        let candidates = [candidate(1, 0, 5, 8), candidate(2, 1, 1, 8)];
-        assert_eq!(LeastLoaded.pick(&candidates), Some(2));
+        let others = Candidate { assigned: 0, ..candidate(1, 5, 8) };
+        assert_eq!(pick(&[others, candidate(2, 1, 8)]), Some(2));
     }
 
     #[test]
     fn a_worker_whose_slots_are_all_taken_from_here_gets_nothing() {
-        assert_eq!(LeastLoaded.pick(&[candidate(1, 4, 0, 4)]), None);
-        assert_eq!(LeastLoaded.pick(&[]), None);
+        assert_eq!(pick(&[candidate(1, 4, 4)]), None);
+        assert_eq!(pick(&[]), None);
+    }
+
+    #[test]
+    fn a_fast_worker_may_be_busier_and_one_without_memory_is_last() {
+        let slow = Candidate { speed: 0.25, ..candidate(1, 0, 8) };
+        assert_eq!(pick(&[slow, candidate(2, 2, 8)]), Some(2));
+        assert_eq!(pick(&[slow, candidate(2, 5, 8)]), Some(1));
+        let full = Candidate { kv_used: 0.95, ..candidate(1, 0, 8) };
+        assert_eq!(pick(&[full, candidate(2, 5, 8)]), Some(2));
     }
 }

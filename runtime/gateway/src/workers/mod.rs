@@ -1,5 +1,8 @@
 //! Workers dial in: who is attached, what they offer, and what waits for them.
 
+pub mod connection;
+pub mod inquiry;
+mod queue;
 pub mod registry;
 pub mod service;
 pub mod trust;

@@ -4,84 +4,25 @@
 //! One lock holds the decisions (who is there, who waits); each connection has its own for the
 //! answers on it, so that tokens do not contend. Order of locks: registry, connection, choice.
 
-use crate::choice::{Choice, Loss, Server, Variant};
+use super::connection::{Connection, Outbound, compare_speeds};
+use super::queue::{FairQueue, Taken};
+use crate::api::error::ApiError;
+use crate::choice::{Choice, Server, Variant};
 use crate::metrics::Metrics;
-use crate::routing::{Candidate, Policy};
+use crate::routing::ejection::without_ejected;
+use crate::routing::{Policy, Route, least_loaded::LeastLoaded};
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
-use tonic::Status;
-use vicuna_protocol::inference::{Cancel, GatewayMessage, Load, ModelOffer, WorkerHello, gateway_message::Body};
+use vicuna_protocol::inference::{Cancel, Load, ModelOffer, WorkerHello, gateway_message::Body};
 
 /// How long a model is remembered whose workers are all gone.
 const REMEMBERED: Duration = Duration::from_secs(3600);
 /// Models remembered, at most.
 const MAX_MODELS: usize = 1024;
-
-type Outbound = mpsc::Sender<Result<GatewayMessage, Status>>;
-
-/// One attached worker.
-#[derive(Debug)]
-pub struct Connection {
-    pub id: u64,
-    pub worker: String,
-    namespace: String,
-    slots: u32,
-    offers: Vec<ModelOffer>,
-    outbound: Outbound,
-    /// Cancelled once it is out of the registry, whoever put it out.
-    pub gone: CancellationToken,
-    active: Mutex<Active>,
-}
-
-#[derive(Debug)]
-struct Active {
-    /// By request, then by choice.
-    choices: HashMap<String, BTreeMap<u32, Arc<Choice>>>,
-    count: u32,
-    load: Load,
-    heard: Instant,
-    draining: bool,
-}
-
-impl Connection {
-    pub fn choice(&self, request: &str, index: u32) -> Option<Arc<Choice>> {
-        let active = self.active.lock();
-        active.choices.get(request)?.get(&index).cloned()
-    }
-
-    fn offer(&self, model: &str) -> Option<&ModelOffer> {
-        self.offers.iter().find(|offer| offer.name == model)
-    }
-
-    fn put(&self, choice: &Arc<Choice>) {
-        let mut active = self.active.lock();
-        let choices = active.choices.entry(choice.job.id.clone()).or_default();
-        choices.insert(choice.index, choice.clone());
-        active.count += 1;
-    }
-
-    fn take(&self, choice: &Choice) -> bool {
-        let mut active = self.active.lock();
-        let Some(choices) = active.choices.get_mut(&choice.job.id) else {
-            return false;
-        };
-        let taken = choices.remove(&choice.index).is_some();
-        if choices.is_empty() {
-            active.choices.remove(&choice.job.id);
-        }
-        active.count -= u32::from(taken);
-        taken
-    }
-
-    fn send(&self, body: Body) -> bool {
-        self.outbound.try_send(Ok(GatewayMessage { body: Some(body) })).is_ok()
-    }
-}
 
 /// The queue of a model has no room for this request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,25 +32,28 @@ pub struct QueueFull;
 #[derive(Clone, Debug)]
 pub struct Model {
     pub name: String,
-    /// When its first worker attached; Unix time in seconds.
+    /// When it was first heard of; Unix time in seconds.
     pub created: u64,
     /// Ready for new requests.
     pub workers: Vec<String>,
-    pub max_length: u32,
+    /// What its newest worker offers; none as long as it has had none.
+    pub offer: Option<ModelOffer>,
 }
 
 #[derive(Debug)]
 struct Memory {
     created: u64,
     seen: Instant,
-    max_length: u32,
+    offer: Option<ModelOffer>,
 }
+
+type Queue = FairQueue<Arc<Choice>>;
 
 #[derive(Default)]
 struct State {
     next_id: u64,
     connections: BTreeMap<u64, Arc<Connection>>,
-    queues: HashMap<String, VecDeque<Arc<Choice>>>,
+    queues: HashMap<String, Queue>,
     models: BTreeMap<String, Memory>,
 }
 
@@ -117,11 +61,13 @@ pub struct Registry {
     state: Mutex<State>,
     policy: Box<dyn Policy>,
     metrics: Metrics,
+    /// Notified when a worker attaches.
+    arrivals: Notify,
 }
 
 impl Registry {
     pub fn new(policy: Box<dyn Policy>, metrics: Metrics) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), policy, metrics })
+        Arc::new(Self { state: Mutex::default(), policy, metrics, arrivals: Notify::new() })
     }
 
     /// A worker attached. One of the same name is an older connection of it and goes.
@@ -130,33 +76,19 @@ impl Registry {
         let older = state
             .connections
             .values()
-            .find(|connection| connection.worker == hello.worker && connection.namespace == namespace);
+            .find(|connection| *connection.worker == *hello.worker && connection.namespace == namespace);
         if let Some(id) = older.map(|connection| connection.id) {
             self.remove(&mut state, id);
         }
         state.next_id += 1;
-        let connection = Arc::new(Connection {
-            id: state.next_id,
-            worker: hello.worker,
-            namespace: namespace.to_owned(),
-            slots: hello.slots,
-            offers: hello.models,
-            outbound,
-            gone: CancellationToken::new(),
-            active: Mutex::new(Active {
-                choices: HashMap::new(),
-                count: 0,
-                load: Load::default(),
-                heard: Instant::now(),
-                draining: false,
-            }),
-        });
+        let connection = Arc::new(Connection::new(state.next_id, namespace, hello, outbound));
         state.connections.insert(connection.id, connection.clone());
         self.metrics.workers.set(state.connections.len() as i64);
         for offer in &connection.offers {
-            remember(&mut state.models, offer);
+            remember(&mut state.models, &offer.name, Some(offer));
             self.dispatch(&mut state, &offer.name);
         }
+        self.arrivals.notify_waiters();
         connection
     }
 
@@ -168,61 +100,85 @@ impl Registry {
     /// Detaches workers that have not reported within `timeout`.
     pub fn detach_silent(&self, timeout: Duration) {
         let mut state = self.state.lock();
-        let silent: Vec<_> = state
-            .connections
-            .values()
-            .filter(|connection| connection.active.lock().heard.elapsed() > timeout)
-            .cloned()
-            .collect();
+        let (silent, heard): (Vec<_>, Vec<_>) =
+            state.connections.values().cloned().partition(|connection| connection.is_silent(timeout));
         for connection in silent {
-            tracing::warn!(worker = connection.worker, "worker is silent; taken as gone");
+            tracing::warn!(worker = &*connection.worker, "worker is silent; taken as gone");
             self.remove(&mut state, connection.id);
         }
-        for connection in state.connections.values().cloned().collect::<Vec<_>>() {
-            for offer in &connection.offers {
-                remember(&mut state.models, offer);
-            }
+        for offer in heard.iter().flat_map(|connection| &connection.offers) {
+            remember(&mut state.models, &offer.name, Some(offer));
         }
         state.models.retain(|_, memory| memory.seen.elapsed() < REMEMBERED);
     }
 
     pub fn report(&self, connection: &Connection, load: Load) {
-        let mut active = connection.active.lock();
-        active.load = load;
-        active.heard = Instant::now();
+        connection.report(load);
     }
 
-    /// No new requests for this worker.
-    pub fn drain(&self, connection: &Connection) {
-        connection.active.lock().draining = true;
+    /// A worker has failed at something; after a few in a row it is left out for a while.
+    pub fn failed(&self, id: u64) {
+        let connection = self.state.lock().connections.get(&id).cloned();
+        if let Some(connection) = connection.filter(|connection| connection.failed()) {
+            self.metrics.ejections.inc();
+            tracing::warn!(worker = &*connection.worker, "worker fails again and again; left out for a while");
+        }
     }
 
-    /// Queues the choices of a new request, all or none.
-    pub fn admit(self: &Arc<Self>, choices: &[Arc<Choice>], max_queue: usize) -> Result<Vec<Seat>, QueueFull> {
+    /// Queues the choices of a new request, all or none. Less urgent ones make room where there is none.
+    pub fn admit(self: &Arc<Self>, choices: Vec<Arc<Choice>>, max_queue: usize) -> Result<Vec<Seat>, QueueFull> {
         let mut state = self.state.lock();
-        let Some(first) = choices.first() else {
+        let Some(job) = choices.first().map(|first| first.job.clone()) else {
             return Ok(Vec::new());
         };
-        let model = &first.job.model;
-        let queue = state.queues.entry(model.clone()).or_default();
-        if queue.len() + choices.len() > max_queue {
+        let priority = job.generate.priority;
+        let queue = state.queues.entry(job.model().to_owned()).or_default();
+        let missing = (queue.len() + choices.len()).saturating_sub(max_queue);
+        if queue.count_below(priority) < missing || choices.len() > max_queue {
             return Err(QueueFull);
         }
-        queue.extend(choices.iter().cloned());
-        self.dispatch(&mut state, model);
-        let seat = |choice: &Arc<Choice>| Seat { registry: self.clone(), choice: choice.clone() };
-        Ok(choices.iter().map(seat).collect())
+        for _ in 0..missing {
+            if let Some(choice) = queue.evict_below(priority) {
+                choice.expire(ApiError::queue_full(job.model()));
+            }
+        }
+        for choice in &choices {
+            queue.push(priority, &job.key, choice.clone());
+        }
+        self.dispatch(&mut state, job.model());
+        Ok(choices.into_iter().map(|choice| Seat { registry: self.clone(), choice }).collect())
+    }
+
+    /// Queues choices that go on from what there is already, before all others.
+    pub fn restore(self: &Arc<Self>, choices: Vec<Arc<Choice>>) -> Vec<Seat> {
+        for choice in choices.iter().filter(|choice| choice.is_queued()) {
+            self.push_first(&mut self.state.lock(), choice);
+        }
+        choices.into_iter().map(|choice| Seat { registry: self.clone(), choice }).collect()
     }
 
     /// Queues a choice that has lost its worker, before all others.
-    fn readmit(&self, choice: &Arc<Choice>) {
+    pub fn readmit(&self, choice: &Arc<Choice>) {
         let mut state = self.state.lock();
-        self.vacate(&mut state, choice);
-        choice.requeue();
-        let model = &choice.job.model;
-        let queue = state.queues.entry(model.clone()).or_default();
-        queue.push_front(choice.clone());
-        self.dispatch(&mut state, model);
+        self.vacate(&mut state, choice, false);
+        // Its client may have gone meanwhile.
+        if choice.requeue() {
+            self.push_first(&mut state, choice);
+        }
+    }
+
+    fn push_first(&self, state: &mut State, choice: &Arc<Choice>) {
+        let model = choice.job.model();
+        state.queues.entry(model.to_owned()).or_default().push_first(choice.clone());
+        self.dispatch(state, model);
+    }
+
+    /// These models are served, says the operator, also if no worker has come yet.
+    pub fn expect(&self, names: &[String]) {
+        let mut state = self.state.lock();
+        for name in names {
+            remember(&mut state.models, name, None);
+        }
     }
 
     pub fn model(&self, name: &str) -> Option<Model> {
@@ -237,16 +193,35 @@ impl Registry {
         models.map(|(name, memory)| describe(&state, name, memory)).collect()
     }
 
+    /// Resolves when the next worker attaches.
+    pub fn arrival(&self) -> tokio::sync::futures::Notified<'_> {
+        self.arrivals.notified()
+    }
+
+    /// A worker for a question, whether it has a slot or not.
+    pub fn least_loaded(&self, model: &str) -> Option<Arc<Connection>> {
+        let state = self.state.lock();
+        let mut candidates = candidates(&state, model, None);
+        candidates.iter_mut().for_each(|candidate| candidate.assigned = 0);
+        let picked = LeastLoaded.pick(&Route::default(), &candidates)?;
+        state.connections.get(&picked).cloned()
+    }
+
+    /// All workers of a model, draining ones too, and what weights they have.
+    pub fn offering(&self, model: &str) -> Vec<(Arc<Connection>, Variant)> {
+        let state = self.state.lock();
+        let offering = state.connections.values().filter_map(|connection| {
+            let offer = connection.offer(model)?;
+            Some((connection.clone(), Variant::from(offer)))
+        });
+        offering.collect()
+    }
+
     fn remove(&self, state: &mut State, id: u64) {
         // The choices that it loses come back by their drivers.
-        let Some(connection) = state.connections.remove(&id) else {
-            return;
-        };
-        self.metrics.workers.set(state.connections.len() as i64);
-        connection.gone.cancel();
-        let choices = std::mem::take(&mut connection.active.lock().choices);
-        for choice in choices.values().flat_map(BTreeMap::values) {
-            choice.lose(id, Loss::Gone);
+        if let Some(connection) = state.connections.remove(&id) {
+            self.metrics.workers.set(state.connections.len() as i64);
+            connection.abandon();
         }
     }
 
@@ -255,76 +230,77 @@ impl Registry {
         let Some(mut queue) = state.queues.remove(model) else {
             return;
         };
-        let mut waiting = VecDeque::new();
-        while let Some(choice) = queue.pop_front() {
-            if let Some(connection) = self.place(state, &choice) {
-                self.begin(state, &connection, &choice);
-                continue;
+        queue.drain(|choice| {
+            if let Some(connection) = self.place(state, choice) {
+                self.begin(state, &connection, choice);
+                return Taken::Yes;
             }
             // One that any worker may take is ahead of all behind it; one that only some may take is not.
-            let any_worker = choice.variant().is_none() && choice.avoid().is_none();
-            waiting.push_back(choice);
-            if any_worker {
-                waiting.append(&mut queue);
+            match choice.variant().is_none() && choice.avoid().is_none() {
+                true => Taken::Stop,
+                false => Taken::Not,
             }
-        }
-        if !waiting.is_empty() {
-            state.queues.insert(model.to_owned(), waiting);
+        });
+        self.metrics.queued.with_label_values(&[model]).set(queue.len() as i64);
+        if !queue.is_empty() {
+            state.queues.insert(model.to_owned(), queue);
         }
     }
 
     fn place(&self, state: &State, choice: &Choice) -> Option<Arc<Connection>> {
         let (variant, avoid) = (choice.variant(), choice.avoid());
-        let mut candidates: Vec<_> = state
-            .connections
-            .values()
-            .filter_map(|connection| candidate(connection, &choice.job.model, variant.as_ref()))
-            .collect();
+        let mut candidates = candidates(state, choice.job.model(), variant.as_ref());
         if candidates.len() > 1 {
             candidates.retain(|candidate| Some(candidate.worker) != avoid);
         }
-        let picked = self.policy.pick(&candidates)?;
+        let picked = self.policy.pick(&choice.job.route, &candidates)?;
         state.connections.get(&picked).cloned()
     }
 
     fn begin(&self, state: &mut State, connection: &Arc<Connection>, choice: &Arc<Choice>) {
-        let model = &choice.job.model;
+        let model = choice.job.model();
         let Some(offer) = connection.offer(model) else {
             return;
         };
-        connection.put(choice);
-        let generate = choice.begin(Server {
+        let server = Server {
             id: connection.id,
             name: connection.worker.clone(),
             variant: Variant::from(offer),
             max_length: offer.max_length,
-        });
+        };
+        // One whose time is over is on its way out of the queue.
+        let Some(generate) = choice.begin(server) else {
+            return;
+        };
+        connection.put(choice);
         if !generate.generated.is_empty() {
             self.metrics.resumes.with_label_values(&[model]).inc();
         }
         if !connection.send(Body::Generate(generate)) {
-            tracing::warn!(worker = connection.worker, "worker does not read; taken as gone");
+            tracing::warn!(worker = &*connection.worker, "worker does not read; taken as gone");
             self.remove(state, connection.id);
         }
     }
 
-    fn leave(&self, choice: &Arc<Choice>) {
+    /// The answer has ended, or nobody wants it any more, or not for now.
+    pub fn leave(&self, choice: &Arc<Choice>, keep: bool) {
         let mut state = self.state.lock();
-        let model = &choice.job.model;
+        let model = choice.job.model();
         if let Some(queue) = state.queues.get_mut(model) {
             queue.retain(|other| !Arc::ptr_eq(other, choice));
         }
-        self.vacate(&mut state, choice);
+        self.vacate(&mut state, choice, keep);
+        choice.fail(ApiError::client_gone());
         self.dispatch(&mut state, model);
     }
 
     /// Takes the choice off the worker that it is on, which is told unless it knows.
-    fn vacate(&self, state: &mut State, choice: &Choice) {
+    fn vacate(&self, state: &mut State, choice: &Choice, keep: bool) {
         let worker = choice.last_worker();
         let Some(connection) = worker.and_then(|id| state.connections.get(&id)).cloned() else {
             return;
         };
-        let cancel = Cancel { request: choice.job.id.clone(), choice: choice.index };
+        let cancel = Cancel { request: choice.job.id().to_owned(), choice: choice.index, keep };
         let unfinished = connection.take(choice) && !choice.is_done();
         if unfinished && !connection.send(Body::Cancel(cancel)) {
             self.remove(state, connection.id);
@@ -332,44 +308,38 @@ impl Registry {
     }
 }
 
-/// Whether, and with what load, a worker could take a choice of `model`.
-fn candidate(connection: &Connection, model: &str, variant: Option<&Variant>) -> Option<Candidate> {
-    let offer = connection.offer(model)?;
-    if variant.is_some_and(|variant| *variant != Variant::from(offer)) {
-        return None;
-    }
-    let active = connection.active.lock();
-    (!active.draining).then_some(Candidate {
-        worker: connection.id,
-        assigned: active.count,
-        reported: active.load.running + active.load.waiting,
-        slots: connection.slots,
-    })
+/// The workers that could take a choice of `model` with, if there is one, this variant.
+fn candidates(state: &State, model: &str, variant: Option<&Variant>) -> Vec<crate::routing::Candidate> {
+    let candidate =
+        |connection: &Arc<Connection>| Some((connection.candidate(model, variant)?, connection.is_ejected()));
+    let mut candidates: Vec<_> = state.connections.values().filter_map(candidate).collect();
+    without_ejected(&mut candidates, |(_, ejected)| *ejected);
+    let mut candidates: Vec<_> = candidates.into_iter().map(|(candidate, _)| candidate).collect();
+    compare_speeds(&mut candidates);
+    candidates
 }
 
-fn remember(models: &mut BTreeMap<String, Memory>, offer: &ModelOffer) {
-    if models.len() >= MAX_MODELS && !models.contains_key(&offer.name) {
+fn remember(models: &mut BTreeMap<String, Memory>, name: &str, offer: Option<&ModelOffer>) {
+    if models.len() >= MAX_MODELS && !models.contains_key(name) {
         return;
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let memory = models.entry(offer.name.clone()).or_insert(Memory {
-        created: now.as_secs(),
-        seen: Instant::now(),
-        max_length: 0,
-    });
+    let new = || Memory { created: now.as_secs(), seen: Instant::now(), offer: None };
+    let memory = models.entry(name.to_owned()).or_insert_with(new);
     memory.seen = Instant::now();
-    memory.max_length = offer.max_length;
+    if offer.is_some() && memory.offer.as_ref() != offer {
+        memory.offer = offer.cloned();
+    }
 }
 
 fn describe(state: &State, name: &str, memory: &Memory) -> Model {
-    let offering =
-        |connection: &&Arc<Connection>| connection.offer(name).is_some() && !connection.active.lock().draining;
+    let offering = |connection: &&Arc<Connection>| connection.offer(name).is_some() && !connection.is_draining();
     let workers = state.connections.values().filter(offering);
     Model {
         name: name.to_owned(),
         created: memory.created,
-        workers: workers.map(|connection| connection.worker.clone()).collect(),
-        max_length: memory.max_length,
+        workers: workers.map(|connection| connection.worker.to_string()).collect(),
+        offer: memory.offer.clone(),
     }
 }
 
@@ -380,14 +350,14 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// Back into the queue after a loss, before all others.
-    pub fn readmit(&self) {
-        self.registry.readmit(&self.choice);
+    /// Given up, but the client may come back for the rest: the worker is asked to remember it.
+    pub fn leave_for_now(&self) {
+        self.registry.leave(&self.choice, true);
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.registry.leave(&self.choice);
+        self.registry.leave(&self.choice, false);
     }
 }

@@ -1,6 +1,8 @@
 //! The gRPC service that workers attach to.
 
-use super::registry::{Connection, Registry};
+use super::connection::Connection;
+use super::inquiry::Answer;
+use super::registry::Registry;
 use super::trust::Trust;
 use crate::api::error::ApiError;
 use crate::choice::Loss;
@@ -75,7 +77,7 @@ impl WorkerService {
         let connection = self.registry.attach(&caller.namespace, hello, outbound.clone());
         let ended = self.listen(&connection, &mut inbound).await;
         self.registry.detach(connection.id);
-        tracing::info!(worker = connection.worker, "worker detached");
+        tracing::info!(worker = &*connection.worker, "worker detached");
         ended
     }
 
@@ -98,15 +100,29 @@ impl WorkerService {
         match body {
             Body::Load(load) => self.registry.report(connection, load),
             Body::Delta(delta) => self.delta(connection, delta)?,
-            Body::Done(done) => {
-                if let Some(choice) = connection.choice(&done.request, done.choice) {
-                    choice.finish(connection.id, done);
+            Body::PromptScores(scores) => {
+                if let Some(choice) = connection.choice(&scores.request, scores.choice) {
+                    choice.score_prompt(connection.id, scores.tokens);
                 }
             }
-            Body::Failure(failure) => fail(connection, failure),
+            Body::Done(done) => {
+                if let Some(choice) = connection.choice(&done.request, done.choice) {
+                    connection.succeeded(choice.finish(connection.id, done));
+                }
+            }
+            Body::Failure(failure) => self.fail(connection, failure),
+            Body::Embeddings(answer) => {
+                connection.answer(&answer.request.clone(), Answer::Embeddings(answer));
+            }
+            Body::TokenCount(answer) => {
+                connection.answer(&answer.request.clone(), Answer::TokenCount(answer));
+            }
+            Body::Transcript(answer) => {
+                connection.answer(&answer.request, Answer::Transcript(answer.choices));
+            }
             Body::Draining(draining) => {
-                tracing::info!(worker = connection.worker, draining.deadline_ms, "worker drains");
-                self.registry.drain(connection);
+                tracing::info!(worker = &*connection.worker, draining.deadline_ms, "worker drains");
+                connection.drain();
             }
             Body::Hello(_) => {
                 return Err(Status::invalid_argument("a worker says hello once"));
@@ -123,23 +139,27 @@ impl WorkerService {
         let new = choice
             .append(connection.id, delta)
             .map_err(|broken| Status::data_loss(format!("{broken}; attach again")))?;
-        let tokens = self.metrics.tokens.with_label_values(&[&choice.job.model]);
+        let tokens = self.metrics.tokens.with_label_values(&[choice.job.model()]);
         tokens.inc_by(new as u64);
         Ok(())
     }
-}
 
-fn fail(connection: &Connection, failure: Failure) {
-    let Some(choice) = connection.choice(&failure.request, failure.choice) else {
-        return;
-    };
-    let (worker, request, message) = (&connection.worker, &failure.request, &failure.message);
-    match failure.code() {
-        failure::Code::Invalid => choice.fail(ApiError::bad_request(message)),
-        failure::Code::Overloaded => choice.lose(connection.id, Loss::Overloaded),
-        failure::Code::Internal | failure::Code::Unspecified => {
-            tracing::warn!(worker, request, message, "worker failed");
-            choice.lose(connection.id, Loss::Failed);
+    fn fail(&self, connection: &Connection, failure: Failure) {
+        if connection.is_asked(&failure.request) {
+            return connection.answer(&failure.request.clone(), Answer::Failed(failure));
+        }
+        let Some(choice) = connection.choice(&failure.request, failure.choice) else {
+            return;
+        };
+        match failure.code() {
+            failure::Code::Invalid => choice.fail(ApiError::bad_request(failure.message)),
+            failure::Code::Overloaded => choice.lose(connection.id, Loss::Overloaded),
+            failure::Code::Internal | failure::Code::Unspecified => {
+                let (request, message) = (&failure.request, &failure.message);
+                tracing::warn!(worker = &*connection.worker, request, message, "worker failed");
+                self.registry.failed(connection.id);
+                choice.lose(connection.id, Loss::Failed);
+            }
         }
     }
 }

@@ -21,7 +21,9 @@ use vicuna_protocol::auth::TokenFile;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
 use vicuna_protocol::inference::workers_client::WorkersClient;
-use vicuna_protocol::inference::{Delta, Done, GatewayMessage, Generate, Load, ModelOffer, WorkerHello, WorkerMessage};
+use vicuna_protocol::inference::{
+    Delta, Done, GatewayMessage, Generate, Load, ModelOffer, TokenLogprob, WorkerHello, WorkerMessage,
+};
 use vicuna_protocol::tls;
 
 /// Nothing here takes longer, unless it hangs.
@@ -41,7 +43,16 @@ pub struct Trust {
 impl Trust {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let key = KeyPair::generate().unwrap();
+        std::fs::write(folder.path().join("jwks.json"), jwks(&key).to_string()).unwrap();
+        let trust = Self { folder, key };
+        trust.renew();
+        trust
+    }
+
+    /// A new CA, and a certificate of it.
+    pub fn renew(&self) {
+        let write = |name: &str, text: &str| std::fs::write(self.path(name), text).unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let ca_key = KeyPair::generate().unwrap();
@@ -52,9 +63,6 @@ impl Trust {
         let certificate = certificate.signed_by(&tls_key, &Issuer::new(params, ca_key)).unwrap();
         write("tls.crt", &certificate.pem());
         write("tls.key", &tls_key.serialize_pem());
-        let key = KeyPair::generate().unwrap();
-        write("jwks.json", &jwks(&key).to_string());
-        Self { folder, key }
     }
 
     pub fn path(&self, name: &str) -> std::path::PathBuf {
@@ -149,6 +157,18 @@ impl TestGateway {
         async move { in_time(request.send()).await.unwrap() }
     }
 
+    /// A streamed chat request with these headers, in the background.
+    pub fn stream_with(&self, headers: &[(&'static str, String)], extra: Value) -> AbortOnDropHandle<Stream> {
+        let mut body = chat(extra);
+        body["stream"] = json!(true);
+        let mut request = reqwest::Client::new().post(self.url("/v1/chat/completions")).body(body.to_string());
+        for (name, value) in headers {
+            request = request.header(*name, value);
+        }
+        let response = async move { in_time(request.send()).await.unwrap() };
+        AbortOnDropHandle::new(tokio::spawn(async move { Stream::new(response.await) }))
+    }
+
     /// A chat request in the background: status and body once it has ended.
     pub fn ask(&self, extra: Value) -> AbortOnDropHandle<(u16, Value)> {
         let response = self.post("/v1/chat/completions", chat(extra));
@@ -169,6 +189,10 @@ impl TestGateway {
     }
 
     pub async fn worker_with(&self, name: &str, change: impl FnOnce(&mut WorkerHello)) -> Worker {
+        self.try_worker(name, change).await.unwrap()
+    }
+
+    pub async fn try_worker(&self, name: &str, change: impl FnOnce(&mut WorkerHello)) -> Result<Worker, Status> {
         let mut hello = WorkerHello {
             worker: name.into(),
             node: "node".into(),
@@ -177,17 +201,17 @@ impl TestGateway {
                 name: MODEL.into(),
                 weights_digest: "digest-a".into(),
                 template: "chatml".into(),
-                quantization: String::new(),
                 max_length: 64,
+                ..ModelOffer::default()
             }],
             slots: 4,
         };
         change(&mut hello);
         let token = self.trust.token("vicuna-gateway", "team", name);
-        let mut worker = self.attach(token, hello).await.unwrap();
-        assert!(matches!(worker.next().await.unwrap(), FromGateway::Welcome(_)));
+        let mut worker = self.attach(token, hello).await?;
+        assert!(matches!(worker.next().await?, FromGateway::Welcome(_)));
         self.wait_for_worker(name).await;
-        worker
+        Ok(worker)
     }
 
     /// The welcome is sent just before the worker is entered.
@@ -258,6 +282,13 @@ pub fn tokens(range: std::ops::Range<usize>) -> Vec<u32> {
     range.map(|index| 100 + index as u32).collect()
 }
 
+/// The log probability of token `index` of an answer.
+pub fn scored(index: usize) -> TokenLogprob {
+    let bytes = text(index..index + 1).into_bytes();
+    let top = TokenLogprob { token: 7, bytes: b"other".to_vec(), logprob: -2.0, top: Vec::new() };
+    TokenLogprob { token: 100 + index as u32, bytes, logprob: -0.5, top: vec![top] }
+}
+
 impl Worker {
     pub async fn next(&mut self) -> Result<FromGateway, Status> {
         match in_time(self.inbound.message()).await? {
@@ -284,6 +315,7 @@ impl Worker {
             position: range.start as u32,
             tokens: tokens(range.clone()),
             text: text(range),
+            ..Delta::default()
         };
         self.send(FromWorker::Delta(delta)).await;
     }
@@ -295,9 +327,35 @@ impl Worker {
             finish_reason: "stop".into(),
             prompt_tokens: 7,
             completion_tokens,
-            text: String::new(),
+            ..Done::default()
         };
         self.send(FromWorker::Done(done)).await;
+    }
+
+    /// Speaks with log probabilities: the token's, and one alternative.
+    pub async fn speak_scored(&self, generate: &Generate, range: std::ops::Range<usize>) {
+        let delta = Delta {
+            request: generate.request.clone(),
+            choice: generate.choice,
+            position: range.start as u32,
+            tokens: tokens(range.clone()),
+            text: text(range.clone()),
+            logprobs: range.map(scored).collect(),
+        };
+        self.send(FromWorker::Delta(delta)).await;
+    }
+
+    /// Says text, whatever its tokens are.
+    pub async fn say(&self, generate: &Generate, position: usize, text: &str) {
+        let delta = Delta {
+            request: generate.request.clone(),
+            choice: generate.choice,
+            position: position as u32,
+            tokens: tokens(position..position + 1),
+            text: text.to_owned(),
+            ..Delta::default()
+        };
+        self.send(FromWorker::Delta(delta)).await;
     }
 
     /// Says nothing any more, but stays connected.
@@ -326,15 +384,20 @@ impl Stream {
         }
     }
 
+    /// Reads what comes next.
+    pub async fn more(&mut self) {
+        let bytes = in_time(self.body.next()).await.expect("more to come").unwrap();
+        self.raw.push_str(std::str::from_utf8(&bytes).unwrap());
+    }
+
     /// Reads on until the text holds `expected`.
     pub async fn until(&mut self, expected: &str) {
         while !self.text().contains(expected) {
-            let bytes = in_time(self.body.next()).await.expect("more to come").unwrap();
-            self.raw.push_str(std::str::from_utf8(&bytes).unwrap());
+            self.more().await;
         }
     }
 
-    pub async fn to_end(&mut self) {
+    pub async fn read_to_end(&mut self) {
         while let Some(bytes) = in_time(self.body.next()).await {
             self.raw.push_str(std::str::from_utf8(&bytes.unwrap()).unwrap());
         }
@@ -347,6 +410,12 @@ impl Stream {
     pub fn events(&self) -> Vec<Value> {
         let data = self.raw.lines().filter_map(|line| line.strip_prefix("data: "));
         data.filter(|data| *data != "[DONE]").map(|data| serde_json::from_str(data).unwrap()).collect()
+    }
+
+    /// The id of the last event, with which a client comes back.
+    pub fn last_event_id(&self) -> String {
+        let mut ids = self.raw.lines().filter_map(|line| line.strip_prefix("id: "));
+        ids.next_back().unwrap().to_owned()
     }
 
     pub fn text(&self) -> String {

@@ -2,12 +2,14 @@
 //! trusting a length in it.
 
 mod container;
+pub(crate) mod packed;
 mod quantization;
 mod tokenizer;
 
 pub use container::{Gguf, MAGIC, TensorInfo, Value};
 pub(crate) use tokenizer::added_token;
 
+use self::packed::Packed;
 use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD};
 use crate::{Config, ModelError, Pretrained};
 use std::collections::BTreeMap;
@@ -31,11 +33,15 @@ pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
     let gguf = Gguf::parse(bytes)?;
     let config = Config::from_gguf(&gguf)?;
     let mut tensors = BTreeMap::new();
+    let mut packed = BTreeMap::new();
     for info in gguf.tensors() {
         let name =
             hugging_face_name(&info.name).ok_or_else(|| ModelError::UnexpectedTensor { name: info.name.clone() })?;
         parameters::check_shape(&config, &name, &info.shape)?;
         let tensor = read_tensor(&gguf, info)?;
+        if let Some(blocks) = read_packed(&gguf, info, &config, &name)? {
+            packed.insert(name.clone(), blocks);
+        }
         tensors.insert(name.clone(), restore_row_order(&config, &name, tensor)?);
     }
     parameters::check(&config, &tensors)?;
@@ -44,6 +50,7 @@ pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
         chat_template: gguf.text("tokenizer.chat_template").map(str::to_owned),
         config,
         tensors,
+        packed,
     })
 }
 
@@ -65,17 +72,34 @@ fn read_tensor(gguf: &Gguf, info: &TensorInfo) -> Result<Tensor, ModelError> {
     Ok(Tensor::f_from_data_size(bytes, &info.shape, Kind::Float)?)
 }
 
+/// The tensor as it lies in the file, if it is quantised.
+fn read_packed(gguf: &Gguf, info: &TensorInfo, config: &Config, name: &str) -> Result<Option<Packed>, ModelError> {
+    let (rotated, half) = (rotated_heads(config, name).is_some(), config.head_dim / 2);
+    let from_row = |row: usize| {
+        let (head, within) = (row / config.head_dim, row % config.head_dim);
+        if rotated { head * config.head_dim + within % half * 2 + within / half } else { row }
+    };
+    Ok(Packed::new(info.kind, &info.shape, gguf.data(info)?, from_row))
+}
+
 /// GGUF pairs neighbouring rows of a head's queries and keys for rotation; we pair row `i` with row
 /// `i + head_dim / 2`, as Hugging Face does.
 fn restore_row_order(config: &Config, name: &str, tensor: Tensor) -> Result<Tensor, ModelError> {
-    let heads = match name.rsplit_once("self_attn.").map(|(_, name)| name) {
-        Some("q_proj.weight") => config.heads,
-        Some("k_proj.weight") => config.kv_heads,
-        _ => return Ok(tensor),
+    let Some(heads) = rotated_heads(config, name) else {
+        return Ok(tensor);
     };
     let shape = tensor.size();
     let pairs = [heads as i64, (config.head_dim / 2) as i64, 2, config.hidden as i64];
     Ok(tensor.f_view(pairs)?.f_transpose(1, 2)?.f_reshape(shape)?)
+}
+
+/// Heads of a projection whose outputs are rotated.
+fn rotated_heads(config: &Config, name: &str) -> Option<usize> {
+    match name.rsplit_once("self_attn.").map(|(_, name)| name) {
+        Some("q_proj.weight") => Some(config.heads),
+        Some("k_proj.weight") => Some(config.kv_heads),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -10,12 +10,15 @@ const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_
 struct Format {
     values: usize,
     bytes: usize,
-    unpack: fn(&[u8], &mut [f32]),
+    unpack: Unpack,
 }
+
+/// From the bytes of a block to its values.
+type Unpack = fn(&[u8], &mut [f32]);
 
 /// By ggml's type number.
 fn format(name: &str, kind: u32) -> Result<Format, ModelError> {
-    let (values, bytes, unpack): (_, _, fn(&[u8], &mut [f32])) = match kind {
+    let (values, bytes, unpack): (_, _, Unpack) = match kind {
         0 => (1, 4, f32_value),
         1 => (1, 2, f16_value),
         2 => (32, 18, q4_0),
@@ -36,6 +39,11 @@ fn format(name: &str, kind: u32) -> Result<Format, ModelError> {
         }
     };
     Ok(Format { values, bytes, unpack })
+}
+
+/// Values and bytes of a block; `None` for an unknown type.
+pub(super) fn block(kind: u32) -> Option<(usize, usize)> {
+    format("", kind).ok().map(|format| (format.values, format.bytes))
 }
 
 /// Bytes that `elements` values of tensor `name` take.
@@ -59,7 +67,7 @@ pub fn dequantize(name: &str, kind: u32, packed: &[u8]) -> Result<Vec<f32>, Mode
     Ok(values)
 }
 
-fn half_at(block: &[u8], at: usize) -> f32 {
+pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
@@ -76,7 +84,7 @@ fn bf16_value(block: &[u8], out: &mut [f32]) {
 }
 
 /// The 4-bit number `index` of 32: 16 low nibbles, then 16 high ones.
-fn nibble(packed: &[u8], index: usize) -> u8 {
+pub(super) fn nibble(packed: &[u8], index: usize) -> u8 {
     if index < 16 { packed[index] & 0xf } else { packed[index - 16] >> 4 }
 }
 
@@ -123,7 +131,7 @@ fn q8_0(block: &[u8], out: &mut [f32]) {
 }
 
 /// Scale and minimum of sub-block `index` of 8, 6 bits each, packed into 12 bytes.
-fn sub_scale(packed: &[u8], index: usize) -> (f32, f32) {
+pub(super) fn sub_scale(packed: &[u8], index: usize) -> (f32, f32) {
     let (scale, minimum) = if index < 4 {
         (packed[index] & 63, packed[index + 4] & 63)
     } else {

@@ -16,6 +16,12 @@ const DAY: u64 = 86_400;
 pub struct Fixture {
     pub dir: tempfile::TempDir,
     pub runtime: tokio::runtime::Runtime,
+    device: Device,
+}
+
+/// `VICUNA_DEVICE=cuda` runs the suite on a GPU, all ranks on the one that there is.
+fn device() -> Device {
+    vicuna_model::device::open(std::env::var("VICUNA_DEVICE").ok().as_deref()).unwrap()
 }
 
 pub fn url(path: &Path) -> String {
@@ -24,6 +30,8 @@ pub fn url(path: &Path) -> String {
 
 impl Fixture {
     pub fn new() -> Self {
+        // CUDA registers itself if it comes before the first use of torch.
+        let device = device();
         let dir = tempfile::tempdir().unwrap();
         let model = vicuna_model::tiny::tiny(11);
         let template = model.chat_template.as_deref();
@@ -33,7 +41,7 @@ impl Fixture {
         let records: Vec<_> = set.iter().map(Conversation::to_sharegpt).collect();
         std::fs::write(dir.path().join("data.json"), serde_json::to_vec(&records).unwrap()).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        Self { dir, runtime }
+        Self { dir, runtime, device }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -68,7 +76,7 @@ impl Fixture {
 
     pub fn session(&self, job: TrainingJob) -> Arc<Session> {
         let scratch = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
-        let place = Place { scratch, device: Device::Cpu, threads: 1 };
+        let place = Place { scratch, device: self.device, threads: 1 };
         Arc::new(self.runtime.block_on(prepare(job, place)).unwrap())
     }
 }

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use tokio_stream::Stream as TokioStream;
 use tonic::{Response, Status};
 use vicuna_protocol::inference::workers_server::{Workers, WorkersServer};
-use vicuna_protocol::inference::{GatewayWelcome, Message, Sampling, WorkerMessage};
+use vicuna_protocol::inference::{GatewayWelcome, Message, Sampling, TranscriptOf, WorkerMessage};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -84,7 +84,7 @@ fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<
     vicuna_model::save(&path, &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref()).unwrap();
     let arguments = ["worker", "--model-name", "default/tiny", "--model-uri", "file:///unused", "--gateway", url];
     let options = Options::parse_from(arguments);
-    let served = crate::model::load(&path, &options, tch::Device::Cpu).unwrap();
+    let served = crate::model::load("default/tiny", &path, &options, tch::Device::Cpu).unwrap();
     let metrics = Metrics::new().unwrap();
     let tokens = metrics.tokens.clone();
     let (scheduler, handle) = Scheduler::new(served.engine, 2, metrics);
@@ -95,12 +95,11 @@ fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<
     let gateways =
         Gateways { url: url.to_owned(), server_name: String::new(), ca: PathBuf::new(), token: TokenFile::new(&token) };
     let hello = WorkerHello { worker: "w".into(), models: vec![served.offer], slots: 2, ..WorkerHello::default() };
+    let lane = Lane { encoder: served.encoder, vocabulary: served.vocabulary, scheduler: handle };
     let shared = Shared {
         gateways,
         hello,
-        encoder: served.encoder,
-        vocabulary: served.vocabulary,
-        scheduler: handle,
+        models: [("default/tiny".to_owned(), lane)].into(),
         health,
         tokens,
         draining: deadline,
@@ -113,7 +112,7 @@ fn question(request: &str, model: &str, max_tokens: u32) -> FromGateway {
     FromGateway::Generate(Generate {
         request: request.into(),
         model: model.into(),
-        messages: vec![Message { role: "user".into(), content: "Who are you?".into() }],
+        messages: vec![Message { role: "user".into(), content: "Who are you?".into(), ..Message::default() }],
         sampling: Some(Sampling { max_tokens, temperature: 1.0, ..Sampling::default() }),
         ..Generate::default()
     })
@@ -164,7 +163,7 @@ async fn what_is_wrong_with_a_request_is_told_to_the_client() {
     let unknown_role = FromGateway::Generate(Generate {
         request: "role".into(),
         model: "default/tiny".into(),
-        messages: vec![Message { role: "wizard".into(), content: String::new() }],
+        messages: vec![Message { role: "wizard".into(), ..Message::default() }],
         ..Generate::default()
     });
     for (message, expected) in [
@@ -181,6 +180,59 @@ async fn what_is_wrong_with_a_request_is_told_to_the_client() {
             other => panic!("unexpected {other:?}"),
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_become_vectors_of_length_one() {
+    let mut setup = set_up().await;
+    let mut worker = attached(&mut setup).await;
+    let text = EmbedInput { text: "the theme".into(), tokens: vec![] };
+    let ids = EmbedInput { text: String::new(), tokens: vec![5, 6, 7] };
+    let model = "default/tiny".to_owned();
+    let inputs = vec![text.clone(), ids, text];
+    worker.send(FromGateway::Embed(Embed { request: "e".into(), model, inputs })).await;
+    let Body::Embeddings(found) = worker.next().await else { panic!("no embeddings") };
+    assert_eq!(found.vectors.len(), 3);
+    assert_eq!(found.vectors[0], found.vectors[2]);
+    assert_ne!(found.vectors[0], found.vectors[1]);
+    for vector in &found.vectors {
+        assert_eq!(vector.values.len(), vicuna_model::tiny::config().hidden);
+        let length: f32 = vector.values.iter().map(|value| value * value).sum();
+        assert!((length - 1.0).abs() < 1e-5);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_counted_without_a_completion() {
+    let mut setup = set_up().await;
+    let mut worker = attached(&mut setup).await;
+    let prompt = Some("the theme".to_owned());
+    let count = CountTokens { request: "c".into(), model: "default/tiny".into(), prompt, ..CountTokens::default() };
+    worker.send(FromGateway::CountTokens(count)).await;
+    let Body::TokenCount(found) = worker.next().await else { panic!("no count") };
+    let expected = vicuna_model::tiny::tokenizer().encode("the theme", true).unwrap().len();
+    assert_eq!((found.tokens as usize, found.max_length), (expected, 512));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_gateway_gets_the_transcript_of_a_request_whose_gateway_is_gone() {
+    let mut setup = set_up().await;
+    let mut first = attached(&mut setup).await;
+    first.send(question("r", "default/tiny", 400)).await;
+    let Body::Delta(delta) = first.next().await else { panic!("no token") };
+    drop(first);
+    let mut second = attached(&mut setup).await;
+    let deadline = Instant::now() + WAIT;
+    let choice = loop {
+        second.send(FromGateway::TranscriptOf(TranscriptOf { request: "r".into() })).await;
+        let Body::Transcript(mut found) = second.next().await else { panic!("no transcript") };
+        if let Some(choice) = found.choices.pop() {
+            break choice;
+        }
+        assert!(Instant::now() < deadline, "no transcript in time");
+    };
+    assert_eq!(choice.tokens[0], delta.tokens[0]);
+    assert_eq!(choice.generate.unwrap().messages[0].content, "Who are you?");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,9 +3,12 @@
 use super::*;
 use crate::completion::Vocabulary;
 use crate::detokenize::TokenBytes;
+use crate::grammar::Grammars;
 use std::sync::Arc;
-use tch::{Device, Kind};
-use vicuna_protocol::inference::{Generate, Sampling};
+use tch::Device;
+use vicuna_model::inference::{BLOCK_TOKENS, EngineOptions, Precision};
+use vicuna_protocol::inference::generate::Format;
+use vicuna_protocol::inference::{PromptScores, Sampling};
 
 struct Bench {
     scheduler: Scheduler,
@@ -21,6 +24,7 @@ struct Answer {
     texts: Vec<String>,
     last_text: String,
     finish_reason: String,
+    cached_tokens: u32,
     failure: Option<(i32, String)>,
 }
 
@@ -30,11 +34,19 @@ impl Answer {
     }
 }
 
+fn engine(model: &vicuna_model::Pretrained, cache_bytes: usize) -> Engine {
+    let options =
+        EngineOptions { device: Device::Cpu, precision: Precision::Fp32, max_length: None, cache_bytes, threads: 1 };
+    Engine::new(model, &options).unwrap()
+}
+
 fn bench(slots: usize) -> Bench {
     let model = vicuna_model::tiny::tiny(21);
-    let engine = Engine::new(&model.config, &model.tensors, Device::Cpu, Kind::Float, None).unwrap();
+    let engine = engine(&model, 1 << 20);
+    let bytes = Arc::new(TokenBytes::of(&model.tokenizer));
     let vocabulary = Vocabulary {
-        bytes: Arc::new(TokenBytes::of(&model.tokenizer)),
+        grammars: Grammars::new(&bytes, model.config.vocab, 2).ok(),
+        bytes,
         end_tokens: model.config.eos.as_slice().into(),
         size: model.config.vocab,
         max_length: engine.max_length(),
@@ -46,15 +58,25 @@ fn bench(slots: usize) -> Bench {
 
 impl Bench {
     fn submit(&mut self, name: &str, prompt: &[u32], sampling: Sampling, generated: &[u32]) {
-        let generate = Generate {
-            request: name.to_owned(),
-            sampling: Some(sampling),
-            generated: generated.to_vec(),
-            ..Generate::default()
-        };
-        let completion = Completion::new(&generate, prompt.len(), &self.vocabulary).unwrap();
-        let job = Job { connection: 1, prompt: prompt.to_vec(), completion, replies: self.replies.clone() };
+        self.submit_with(name, prompt, |generate| {
+            generate.sampling = Some(sampling);
+            generate.generated = generated.to_vec();
+        });
+    }
+
+    fn submit_with(&mut self, name: &str, prompt: &[u32], change: impl FnOnce(&mut Generate)) {
+        let mut generate = Generate { request: name.to_owned(), ..Generate::default() };
+        change(&mut generate);
+        let completion = Completion::new(&generate, prompt, &self.vocabulary).unwrap();
+        let priority = generate.priority;
+        let task = Task::Complete { prompt: prompt.to_vec(), completion, generate: Box::new(generate) };
+        let job = Job { connection: 1, priority, task, replies: self.replies.clone() };
         self.scheduler.apply(Command::Submit(Box::new(job)));
+    }
+
+    /// All blocks are free again, or kept for reuse by nobody's leave.
+    fn check_nothing_is_held(&self) {
+        assert_eq!(self.scheduler.pool.free_tokens(), self.scheduler.pool.total_tokens());
     }
 
     fn finish(&mut self) {
@@ -86,6 +108,7 @@ fn answer(name: &str, messages: &[Body]) -> Answer {
             Body::Done(done) if done.request == name => {
                 answer.last_text = done.text.clone();
                 answer.finish_reason = done.finish_reason.clone();
+                answer.cached_tokens = done.cached_tokens;
             }
             Body::Failure(failure) if failure.request == name => {
                 answer.failure = Some((failure.code, failure.message.clone()));
@@ -197,9 +220,9 @@ fn a_cancelled_request_frees_its_slot() {
     bench.submit("a", &prompt(4), greedy(400), &[]);
     bench.submit("b", &prompt(4), greedy(3), &[]);
     bench.scheduler.step();
-    bench.scheduler.apply(Command::Cancel { connection: 2, request: "a".into(), choice: 0 });
+    bench.scheduler.apply(Command::Cancel { connection: 2, request: "a".into(), choice: 0, keep: false });
     assert_eq!(bench.scheduler.running.len(), 1, "another gateway's request is not its business");
-    bench.scheduler.apply(Command::Cancel { connection: 1, request: "a".into(), choice: 0 });
+    bench.scheduler.apply(Command::Cancel { connection: 1, request: "a".into(), choice: 0, keep: false });
     assert_eq!(bench.scheduler.running.len(), 0);
     let [a, b] = bench.answers(["a", "b"]);
     assert_eq!((a.finish_reason.as_str(), b.finish_reason.as_str()), ("", "length"));
@@ -212,7 +235,9 @@ fn a_lost_gateway_takes_its_requests_with_it() {
     bench.submit("b", &prompt(4), greedy(400), &[]);
     bench.scheduler.step();
     bench.scheduler.apply(Command::Disconnected(1));
-    assert_eq!(*bench.scheduler.occupancy.borrow(), Occupancy::default());
+    let now = *bench.scheduler.occupancy.borrow();
+    assert_eq!((now.running, now.waiting), (0, 0));
+    bench.check_nothing_is_held();
 }
 
 #[test]
@@ -256,14 +281,198 @@ fn a_request_that_was_already_complete_is_only_closed() {
 
 #[test]
 fn weights_that_are_no_numbers_fail_the_request_with_the_reason() {
-    let model = vicuna_model::tiny::tiny(1);
-    let mut tensors = model.tensors;
-    for tensor in tensors.values_mut() {
+    let mut model = vicuna_model::tiny::tiny(1);
+    for tensor in model.tensors.values_mut() {
         let _ = tensor.fill_(f64::NAN);
     }
     let mut bench = bench(1);
-    bench.scheduler.engine = Engine::new(&model.config, &tensors, Device::Cpu, Kind::Float, None).unwrap();
+    bench.scheduler.engine = engine(&model, 1 << 20);
     bench.submit("a", &prompt(4), greedy(2), &[]);
     let [answer] = bench.answers(["a"]);
     assert!(answer.failure.unwrap().1.contains("no numbers"));
+}
+
+/// A cache of so many blocks, at least those of the longest sequence.
+fn small_cache(slots: usize, blocks: usize) -> Bench {
+    let mut bench = bench(slots);
+    let model = vicuna_model::tiny::tiny(21);
+    let token_bytes = 2 * 2 * 2 * 16 * 4;
+    bench.scheduler.engine = engine(&model, blocks * BLOCK_TOKENS * token_bytes);
+    bench.scheduler.pool = BlockPool::new(bench.scheduler.engine.blocks());
+    bench
+}
+
+#[test]
+fn where_the_cache_is_full_the_youngest_waits_and_nobody_gets_other_tokens() {
+    let names = ["a", "b", "c", "d"];
+    for sampling in [greedy(150), sampled(150)] {
+        let mut crowded = small_cache(4, 32);
+        assert_eq!(crowded.scheduler.engine.blocks(), 32);
+        for (index, name) in names.iter().enumerate() {
+            crowded.submit(name, &prompt(100 + index as u32), sampling.clone(), &[]);
+        }
+        let crowded_answers = crowded.answers(names);
+        assert!(crowded.scheduler.metrics.preemptions.get() > 0, "the cache was never full");
+        crowded.check_nothing_is_held();
+        for ((index, name), found) in names.into_iter().enumerate().zip(crowded_answers) {
+            let mut alone = bench(1);
+            alone.submit(name, &prompt(100 + index as u32), sampling.clone(), &[]);
+            assert_eq!(alone.answers([name])[0], found, "request {name}");
+        }
+    }
+}
+
+#[test]
+fn a_prompt_that_was_there_before_is_not_computed_again() {
+    let mut bench = bench(2);
+    let prompt = prompt(100);
+    bench.submit("first", &prompt, greedy(5), &[]);
+    let [first] = bench.answers(["first"]);
+    let computed = bench.scheduler.metrics.prompt_tokens.get();
+    bench.submit("second", &prompt, greedy(5), &[]);
+    bench.submit("third", &prompt, greedy(5), &[]);
+    let [second, third] = bench.answers(["second", "third"]);
+    assert_eq!((&first.tokens, &first.tokens), (&second.tokens, &third.tokens));
+    assert_eq!(bench.scheduler.metrics.cached_tokens.get(), 2 * 96);
+    assert_eq!(bench.scheduler.metrics.prompt_tokens.get() - computed, 2 * 4);
+    assert_eq!((first.cached_tokens, second.cached_tokens), (0, 96));
+    bench.check_nothing_is_held();
+}
+
+#[test]
+fn choices_of_one_request_share_its_prompt_while_they_run() {
+    let mut bench = bench(4);
+    let prompt = prompt(200);
+    for choice in 0..4 {
+        bench.submit_with("n", &prompt, |generate| {
+            generate.choice = choice;
+            generate.sampling = Some(sampled(3));
+        });
+    }
+    bench.finish();
+    assert_eq!(bench.scheduler.metrics.cached_tokens.get(), 3 * 192);
+}
+
+#[test]
+fn higher_priorities_go_first() {
+    let mut bench = bench(1);
+    bench.submit("runs", &prompt(4), greedy(3), &[]);
+    bench.scheduler.step();
+    for (name, priority) in [("low", -1), ("usual", 0), ("high", 5), ("high too", 5)] {
+        bench.submit_with(name, &prompt(4), |generate| {
+            generate.sampling = Some(greedy(2));
+            generate.priority = priority;
+        });
+    }
+    let waiting: Vec<&str> = bench.scheduler.waiting.iter().map(|job| job.request()).collect();
+    assert_eq!(waiting, ["high", "high too", "usual", "low"]);
+}
+
+#[test]
+fn a_prompts_scores_come_once_before_its_first_token_whatever_the_pieces() {
+    let mut bench = bench(1);
+    let prompt = prompt(300);
+    bench.submit_with("a", &prompt, |generate| {
+        generate.sampling = Some(greedy(1));
+        generate.prompt_logprobs = Some(1);
+    });
+    bench.finish();
+    let first = bench.received.try_recv().unwrap().body.unwrap();
+    let Body::PromptScores(PromptScores { tokens, .. }) = first else { panic!("{first:?} came first") };
+    assert_eq!(tokens.iter().map(|entry| entry.token).collect::<Vec<_>>(), prompt);
+    let model = vicuna_model::tiny::tiny(21);
+    let logits = vicuna_model::logits(&model.config, &model.tensors, &prompt).unwrap();
+    let expected = logits.log_softmax(-1, tch::Kind::Float);
+    for (position, entry) in tokens.iter().enumerate().skip(1) {
+        let expected = expected.double_value(&[position as i64 - 1, i64::from(entry.token)]);
+        assert!((f64::from(entry.logprob) - expected).abs() < 1e-4, "at {position}");
+    }
+    assert!(matches!(bench.received.try_recv().unwrap().body, Some(Body::Delta(_))));
+}
+
+#[test]
+fn a_json_schema_is_kept_by_a_model_that_knows_nothing_of_it() {
+    let schema =
+        r#"{"type":"object","properties":{"a":{"enum":["x","y"]}},"required":["a"],"additionalProperties":false}"#;
+    let mut bench = bench(1);
+    bench.submit_with("whole", &prompt(9), |generate| {
+        generate.sampling = Some(sampled(200));
+        generate.format = Some(Format::JsonSchema(schema.to_owned()));
+    });
+    let [whole] = bench.answers(["whole"]);
+    // White space is free, so that it may have been cut off.
+    if whole.finish_reason == "stop" {
+        let value: serde_json::Value = serde_json::from_str(&whole.text()).unwrap();
+        assert!(value["a"] == "x" || value["a"] == "y", "{value}");
+    }
+    assert_eq!(whole.failure, None);
+    assert!(whole.text().trim_start().starts_with('{'));
+    let middle = whole.tokens.len() / 2;
+    bench.submit_with("rest", &prompt(9), |generate| {
+        generate.sampling = Some(sampled(200));
+        generate.format = Some(Format::JsonSchema(schema.to_owned()));
+        generate.generated = whole.tokens[..middle].to_vec();
+    });
+    bench.finish();
+    assert_eq!(rest_of(&mut bench, middle).tokens, whole.tokens[middle..]);
+}
+
+#[test]
+fn what_a_lost_gateway_had_is_known_for_a_while_and_what_the_client_left_is_not() {
+    let mut bench = bench(3);
+    bench.submit("lost", &prompt(4), greedy(400), &[]);
+    bench.submit("left", &prompt(5), greedy(400), &[]);
+    bench.submit("back", &prompt(6), greedy(400), &[]);
+    (0..4).for_each(|_| bench.scheduler.step());
+    for (request, keep) in [("left", false), ("back", true)] {
+        bench.scheduler.apply(Command::Cancel { connection: 1, request: request.into(), choice: 0, keep });
+    }
+    bench.scheduler.apply(Command::Disconnected(1));
+    let mut known = |request: &str| {
+        let (answer, mut found) = oneshot::channel();
+        bench.scheduler.apply(Command::TranscriptOf { request: request.into(), answer });
+        found.try_recv().unwrap()
+    };
+    assert!(known("left").is_empty());
+    for request in ["lost", "back"] {
+        let found = known(request);
+        assert_eq!((found.len(), found[0].finish_reason.as_str()), (1, ""));
+        assert!(found[0].tokens.len() >= 3, "{request}");
+    }
+}
+
+#[test]
+fn at_the_deadline_of_a_drain_what_runs_is_handed_back() {
+    let mut bench = bench(1);
+    bench.submit("a", &prompt(4), greedy(400), &[]);
+    bench.scheduler.step();
+    bench.scheduler.apply(Command::HandBack);
+    let [a] = bench.answers(["a"]);
+    assert_eq!(a.failure.map(|(code, _)| code), Some(Code::Overloaded as i32));
+    assert!(!a.tokens.is_empty());
+    bench.check_nothing_is_held();
+}
+
+#[test]
+fn texts_are_embedded_beside_running_answers_and_do_not_change_them() {
+    let mut alone = bench(2);
+    alone.submit("a", &prompt(40), greedy(10), &[]);
+    let alone = alone.answers(["a"]);
+    let mut bench = bench(2);
+    bench.submit("a", &prompt(40), greedy(10), &[]);
+    let embedder = Embedder::new("e".into(), vec![prompt(300), prompt(7)], 300, 512).unwrap();
+    let job = Job { connection: 1, priority: 0, task: Task::Embed(embedder), replies: bench.replies.clone() };
+    bench.scheduler.apply(Command::Submit(Box::new(job)));
+    bench.finish();
+    let mut messages = Vec::new();
+    while let Ok(message) = bench.received.try_recv() {
+        messages.extend(message.body);
+    }
+    assert_eq!(answer("a", &messages), alone[0]);
+    let vectors = messages.iter().find_map(|body| match body {
+        Body::Embeddings(found) => Some(&found.vectors),
+        _ => None,
+    });
+    assert_eq!(vectors.unwrap().len(), 2);
+    bench.check_nothing_is_held();
 }

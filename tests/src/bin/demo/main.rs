@@ -27,7 +27,7 @@ enum Action {
     /// Run the whole of it and leave the cluster up
     Up {
         /// Train the same job once more without a reclaim and compare the digests (doubles the training time)
-        #[arg(long, env = "DEMO_UNDISTURBED")]
+        #[arg(long, env = "DEMO_UNDISTURBED", value_parser = clap::builder::FalseyValueParser::new())]
         undisturbed: bool,
     },
     /// Remove every trace of it

@@ -1,10 +1,9 @@
 //! The cluster with the product on it, and what every phase uses.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::json;
 use vicuna_tests::cluster::{Cluster, ClusterOptions, repository, wait_for};
 use vicuna_tests::product::{self, Bucket, Images, Objects, Prometheus};
@@ -12,7 +11,6 @@ use vicuna_tests::product::{self, Bucket, Images, Objects, Prometheus};
 use crate::report::Report;
 
 pub const NAMESPACE: &str = "default";
-const MODEL: &str = "smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf";
 
 pub struct Stage {
     pub cluster: Cluster,
@@ -37,7 +35,7 @@ impl Stage {
         ));
         report.note("image_megabytes", json!({"operator": operator.round(), "runtime": runtime.round()}));
         product::install(&cluster, &images)?;
-        product::storage_secret(&cluster, NAMESPACE)?;
+        product::storage_secret(&cluster, NAMESPACE, product::STORAGE_SECRET)?;
         upload(&cluster)?;
         report.say("base model and conversations are in the bucket");
         let gateway = product::gateway(&cluster)?;
@@ -66,9 +64,8 @@ impl Stage {
 }
 
 fn upload(cluster: &Cluster) -> Result<()> {
-    let cache = PathBuf::from(std::env::var_os("VICUNA_CACHE").context("VICUNA_CACHE is not set: use `make demo`")?);
     let bucket = Bucket::new(cluster.s3()?);
-    bucket.put(&format!("models/{MODEL}"), &cache.join(MODEL))?;
+    bucket.put(&format!("models/{}", product::SMOLLM2), &product::smollm2()?)?;
     bucket.put("datasets/conversations.json", &repository().join("manifests/samples/data/conversations.json"))
 }
 

@@ -1,0 +1,184 @@
+//! TLS connections to the coordinator. The certificate may be exchanged while it is served: connections that are there
+//! stay, new ones are shown the new one.
+
+use super::PkiError;
+use super::authority::Identity;
+use futures::Stream;
+use parking_lot::RwLock;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+
+const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
+/// Handshakes at a time; further callers wait in the kernel's queue.
+const HANDSHAKES: usize = 256;
+/// After an error of the listener itself, as when no file descriptor is left.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The certificate that a server shows. Cheap to clone; all clones show the same.
+#[derive(Clone, Debug)]
+pub struct Shown(Arc<RwLock<Arc<CertifiedKey>>>);
+
+impl Shown {
+    pub fn new(identity: &Identity) -> Result<Self, PkiError> {
+        Ok(Self(Arc::new(RwLock::new(certified(identity)?))))
+    }
+
+    /// From now on new connections are shown this one.
+    pub fn exchange(&self, identity: &Identity) -> Result<(), PkiError> {
+        *self.0.write() = certified(identity)?;
+        Ok(())
+    }
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.read().clone())
+    }
+}
+
+fn certified(identity: &Identity) -> Result<Arc<CertifiedKey>, PkiError> {
+    let unreadable = |error: rustls::pki_types::pem::Error| PkiError::UnreadableCertificate(error.to_string());
+    let chain = CertificateDer::pem_slice_iter(identity.certificate.as_bytes())
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(unreadable)?;
+    let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).map_err(unreadable)?;
+    Ok(Arc::new(CertifiedKey::from_der(chain, key, &rustls::crypto::aws_lc_rs::default_provider())?))
+}
+
+/// Connections that have shaken hands, until the receiver is dropped. One that does not come to that is nobody's
+/// concern but its own.
+pub fn connections(
+    listener: TcpListener,
+    shown: Shown,
+) -> Result<impl Stream<Item = io::Result<TlsStream<TcpStream>>> + Send, PkiError> {
+    let acceptor = acceptor(shown)?;
+    let (ready, connections) = mpsc::channel(HANDSHAKES);
+    tokio::spawn(accept(listener, acceptor, ready));
+    Ok(ReceiverStream::new(connections))
+}
+
+fn acceptor(shown: Shown) -> Result<TlsAcceptor, PkiError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(shown));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+type Ready = mpsc::Sender<io::Result<TlsStream<TcpStream>>>;
+
+async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: Ready) {
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    loop {
+        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
+        let stream = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = ready.closed() => return,
+        };
+        match stream {
+            Ok((stream, _)) => {
+                let (acceptor, ready) = (acceptor.clone(), ready.clone());
+                tokio::spawn(async move {
+                    shake_hands(stream, &acceptor, &ready).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn shake_hands(stream: TcpStream, acceptor: &TlsAcceptor, ready: &Ready) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "a connection was lost before its handshake");
+        return;
+    }
+    match tokio::time::timeout(HANDSHAKE_WITHIN, acceptor.accept(stream)).await {
+        // The receiver is gone when the server stops.
+        Ok(Ok(stream)) => drop(ready.send(Ok(stream)).await),
+        Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+        Err(_) => tracing::debug!("a TLS handshake took too long"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::authority::Authority;
+    use super::*;
+    use futures::StreamExt;
+    use rustls::pki_types::ServerName;
+    use time::OffsetDateTime;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    fn authority() -> Authority {
+        Authority::generate(OffsetDateTime::now_utc()).unwrap()
+    }
+
+    fn leaf(authority: &Authority) -> Identity {
+        authority.issue(&["vicuna-operator"], 1, OffsetDateTime::now_utc()).unwrap()
+    }
+
+    async fn dial(
+        address: std::net::SocketAddr,
+        trusted: &Authority,
+    ) -> io::Result<impl AsyncWriteExt + AsyncReadExt + Unpin> {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(trusted.certificate().as_bytes()).unwrap()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let stream = TcpStream::connect(address).await?;
+        let name = ServerName::try_from("vicuna-operator").unwrap();
+        tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await
+    }
+
+    #[tokio::test]
+    async fn a_certificate_is_exchanged_under_connections_that_stay() {
+        let (old, new) = (authority(), authority());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shown = Shown::new(&leaf(&old)).unwrap();
+        let mut incoming = std::pin::pin!(connections(listener, shown.clone()).unwrap());
+        let mut first = dial(address, &old).await.unwrap();
+        let mut served = incoming.next().await.unwrap().unwrap();
+        assert!(dial(address, &new).await.is_err(), "the new CA has signed nothing yet");
+
+        shown.exchange(&leaf(&new)).unwrap();
+        assert!(dial(address, &new).await.is_ok());
+        assert!(dial(address, &old).await.is_err(), "new connections are shown the new certificate");
+        first.write_all(b"still here").await.unwrap();
+        let mut heard = [0; 10];
+        served.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"still here");
+    }
+
+    #[tokio::test]
+    async fn a_caller_who_does_not_speak_tls_keeps_nobody_out() {
+        let authority = authority();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let _incoming = connections(listener, Shown::new(&leaf(&authority)).unwrap()).unwrap();
+        let mut stranger = TcpStream::connect(address).await.unwrap();
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let _silent = TcpStream::connect(address).await.unwrap();
+        assert!(dial(address, &authority).await.is_ok());
+    }
+}

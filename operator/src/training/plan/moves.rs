@@ -1,0 +1,288 @@
+//! Pods that had better be elsewhere: their node may go (advice), their pool was the second choice, or
+//! the spec has changed. The new pod has its node before the old one is asked to leave, and the old one
+//! trains until the new one takes over: the coordinator changes them between two steps.
+
+use super::places::{count_by_pool, open_pool};
+use super::{Action, Plan, delete, has_node, is_member, is_standby, stays};
+use crate::coordinator::membership::Millis;
+use crate::coordinator::report::Phase;
+use crate::training::observe::{Observed, PodView};
+use std::time::Duration;
+
+/// Replacements under way at a time.
+const MAX_ADVISED: usize = 4;
+const MAX_BACKOFF_FACTOR: u32 = 32;
+
+/// A pod that should be elsewhere.
+struct Wish<'a> {
+    pod: &'a PodView,
+    why: String,
+    /// May be carried out from then on.
+    from_ms: Millis,
+    advised: bool,
+}
+
+/// Carries moves on, and begins new ones.
+pub fn consider(observed: &Observed, now: Millis, plan: &mut Plan) {
+    carry_on(observed, now, plan);
+    let steady = observed.report.as_ref().is_some_and(|report| report.phase == Phase::Steady);
+    let short = plan.actions.iter().any(|action| matches!(action, Action::CreatePod { .. }));
+    if !steady || short || super::is_short(observed) {
+        return;
+    }
+    let under_way = observed.pods.iter().filter(|pod| is_standby(observed, pod) || is_on_its_way_out(pod)).count();
+    let mut names = super::places::Names::of(observed);
+    let mut begun = 0;
+    for wish in wishes(observed) {
+        let limit = if wish.advised { MAX_ADVISED } else { 1 };
+        let from_ms = wish.from_ms.max(plan.memory.no_move_before_ms);
+        if now < from_ms {
+            plan.look_again = plan.look_again.min(Duration::from_millis(from_ms - now));
+            continue;
+        }
+        if under_way + begun >= limit {
+            continue;
+        }
+        let pool = if wish.advised { another_place(observed, wish.pod) } else { better_pool(observed, wish.pod) };
+        let Some(pool) = pool else { continue };
+        begun += 1;
+        let name = names.next(&observed.pools[pool].name);
+        plan.reason = format!("{}: {} is to take over", wish.why, name);
+        plan.actions.push(Action::CreatePod { name, pool, replaces: Some(wish.pod.uid.clone()) });
+    }
+}
+
+/// Asks the old pod to leave once the new one has a node; takes the new one back if it gets none.
+fn carry_on(observed: &Observed, now: Millis, plan: &mut Plan) {
+    let patience_ms = millis(observed.training.spec.placement.stock_out_after.get());
+    for standby in observed.pods.iter().filter(|pod| is_standby(observed, pod)) {
+        let Some(old) = replaced_by(observed, standby) else { continue };
+        let Some(wish) = wish_of(observed, old) else {
+            plan.actions.push(delete(standby, "the pod that it was to replace may stay", false));
+            continue;
+        };
+        if has_node(standby) {
+            plan.memory.moves_failed = 0;
+            let (name, uid) = (old.name.clone(), old.uid.clone());
+            plan.actions.push(Action::AskToLeave { name, uid, why: wish.why });
+            continue;
+        }
+        let Some(since) = super::leave::unschedulable_since(standby) else { continue };
+        let due = since.saturating_add(patience_ms);
+        if now < due {
+            plan.look_again = plan.look_again.min(Duration::from_millis(due - now));
+            continue;
+        }
+        plan.stocked_out.insert(standby.pool.clone());
+        plan.actions.push(delete(standby, "no node of its pool takes it", false));
+        plan.memory.moves_failed = plan.memory.moves_failed.saturating_add(1);
+        let factor = (1u32 << (plan.memory.moves_failed - 1).min(16)).min(MAX_BACKOFF_FACTOR);
+        let pause = observed.training.spec.placement.return_after.get().saturating_mul(factor);
+        plan.memory.no_move_before_ms = now.saturating_add(millis(pause));
+    }
+}
+
+fn replaced_by<'a>(observed: &'a Observed, standby: &PodView) -> Option<&'a PodView> {
+    let old = standby.replaces.as_ref()?;
+    observed.pods.iter().find(|pod| pod.uid == *old)
+}
+
+fn is_on_its_way_out(pod: &PodView) -> bool {
+    pod.asked_to_leave && pod.ended.is_none() && !pod.deleting
+}
+
+/// Pods that should be elsewhere, those whose node may go first. Pods that wait for a node or start are
+/// left alone.
+fn wishes(observed: &Observed) -> Vec<Wish<'_>> {
+    let settled = |pod: &&PodView| {
+        let standby = is_standby(observed, pod);
+        let has_standby =
+            observed.pods.iter().any(|other| other.replaces.as_ref() == Some(&pod.uid) && stays(observed, other));
+        stays(observed, pod) && !standby && !has_standby && is_member(observed, &pod.uid)
+    };
+    let mut wishes: Vec<Wish> = observed.pods.iter().filter(settled).filter_map(|pod| wish_of(observed, pod)).collect();
+    wishes.sort_by_key(|wish| (!wish.advised, wish.from_ms));
+    wishes
+}
+
+fn wish_of<'a>(observed: &Observed, pod: &'a PodView) -> Option<Wish<'a>> {
+    if let Some(source) = &pod.advice {
+        let why = format!("its node may go soon ({source})");
+        return Some(Wish { pod, why, from_ms: 0, advised: true });
+    }
+    let better = better_pool(observed, pod).map(|index| &observed.pools[index])?;
+    if better.name == pod.pool {
+        return None;
+    }
+    let Some(own) = observed.pools.iter().find(|pool| pool.name == pod.pool) else {
+        let why = format!("pool {} is not in the spec any more", pod.pool);
+        return Some(Wish { pod, why, from_ms: 0, advised: false });
+    };
+    let staying: Vec<&PodView> = staying(observed);
+    let in_own = count_by_pool(&staying).get(&own.name).copied().unwrap_or(0);
+    if own.max.is_some_and(|max| in_own > max) {
+        let why = format!("pool {} is to have fewer pods", own.name);
+        return Some(Wish { pod, why, from_ms: 0, advised: false });
+    }
+    let wait_ms = millis(observed.training.spec.placement.return_after.get());
+    let from_ms = pod.scheduled_at_ms.unwrap_or(0).saturating_add(wait_ms);
+    Some(Wish { pod, why: format!("pool {} comes before pool {}", better.name, own.name), from_ms, advised: false })
+}
+
+/// Where the pod would be made today, if it were not there. Its own pool has its node, whatever is known
+/// of others.
+fn better_pool(observed: &Observed, pod: &PodView) -> Option<usize> {
+    let mut out = observed.stocked_out.clone();
+    out.remove(&pod.pool);
+    open_pool(observed, &out, &count_by_pool(&others(observed, pod)))
+}
+
+/// Where one more pod finds a node.
+fn another_place(observed: &Observed, pod: &PodView) -> Option<usize> {
+    open_pool(observed, &observed.stocked_out, &count_by_pool(&others(observed, pod)))
+}
+
+fn others<'a>(observed: &'a Observed, pod: &PodView) -> Vec<&'a PodView> {
+    staying(observed).into_iter().filter(|other| other.uid != pod.uid).collect()
+}
+
+fn staying(observed: &Observed) -> Vec<&PodView> {
+    observed.pods.iter().filter(|pod| stays(observed, pod) && !is_standby(observed, pod)).collect()
+}
+
+fn millis(duration: Duration) -> Millis {
+    u64::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::coordinator::membership::Departure;
+    use crate::training::memory::Memory;
+    use crate::training::observe::{Observed, PodView, Trouble};
+    use crate::training::plan::{Action, Plan, plan};
+    use crate::training::tests::{NOW, created, deleted, steady};
+
+    /// The pod of pool `onprem`, the second choice, got its node a minute before `NOW`.
+    const DUE: u64 = NOW - 60_000 + 600_000;
+
+    fn second_choice() -> Observed {
+        steady(&["spot", "onprem"])
+    }
+
+    fn standby(seen: Observed, change: impl FnOnce(&mut PodView)) -> Observed {
+        seen.pod("t-spot-2", |pod| {
+            pod.replaces = Some("t-onprem-1".into());
+            change(pod);
+        })
+    }
+
+    fn asked(plan: &Plan) -> Vec<&str> {
+        let asked = |action: &'_ Action| matches!(action, Action::AskToLeave { .. });
+        plan.actions
+            .iter()
+            .filter(|action| asked(action))
+            .map(|action| match action {
+                Action::AskToLeave { name, .. } => name.as_str(),
+                _ => "",
+            })
+            .collect()
+    }
+
+    #[test]
+    fn after_a_while_the_first_choice_is_tried_again_with_a_pod_more() {
+        let early = plan(&second_choice(), DUE - 10_000);
+        assert!(created(&early).is_empty());
+        assert_eq!(early.look_again.as_secs(), 10);
+        let due = plan(&second_choice(), DUE);
+        let create = Action::CreatePod { name: "t-spot-2".into(), pool: 0, replaces: Some("t-onprem-1".into()) };
+        assert!(due.actions.contains(&create), "{:?}", due.actions);
+        assert!(deleted(&due).is_empty() && asked(&due).is_empty());
+        let mut out = second_choice();
+        out.stocked_out.insert("spot".into());
+        assert!(created(&plan(&out, DUE)).is_empty(), "it is known to have no node");
+    }
+
+    #[test]
+    fn the_old_pod_is_asked_to_leave_once_the_new_one_has_a_node() {
+        let waiting = plan(&standby(second_choice(), |pod| pod.node = None), DUE);
+        assert!(asked(&waiting).is_empty() && created(&waiting).is_empty() && deleted(&waiting).is_empty());
+        let placed = plan(&standby(second_choice(), |_| {}), DUE);
+        assert_eq!(asked(&placed), ["t-onprem-1"]);
+        assert!(deleted(&placed).is_empty(), "it trains until the new one takes over");
+    }
+
+    #[test]
+    fn nothing_else_is_begun_while_the_old_pod_is_on_its_way_out() {
+        let mut seen = standby(second_choice(), |_| {});
+        seen.pods[1].asked_to_leave = true;
+        seen.pods[1].departure =
+            Some(Departure { source: "moved".into(), deadline_ms: 0, hurry: false, reclaim: false });
+        let plan = plan(&seen, DUE);
+        assert!(
+            created(&plan).is_empty() && deleted(&plan).is_empty() && asked(&plan).is_empty(),
+            "{:?}",
+            plan.actions
+        );
+    }
+
+    #[test]
+    fn a_move_that_finds_no_node_is_taken_back_and_tried_later_and_later() {
+        let stuck = |memory: Memory, now: u64| {
+            let seen = standby(second_choice(), |pod| {
+                pod.node = None;
+                pod.trouble = Some(Trouble::Unschedulable { since_ms: now - 60_000, message: "0/3".into() });
+            });
+            plan(&Observed { memory, ..seen }, now)
+        };
+        let first = stuck(Memory::default(), DUE);
+        assert_eq!(deleted(&first), ["t-spot-2"]);
+        assert!(first.stocked_out.contains("spot"));
+        assert_eq!(first.memory.no_move_before_ms, DUE + 600_000);
+        let second = stuck(first.memory, DUE + 600_000);
+        assert_eq!(second.memory.no_move_before_ms, DUE + 600_000 + 1_200_000);
+        let waits = Observed { memory: second.memory, ..second_choice() };
+        assert!(created(&plan(&waits, DUE + 700_000)).is_empty());
+    }
+
+    #[test]
+    fn advice_starts_a_replacement_and_stops_nothing() {
+        let mut seen = steady(&["spot", "spot"]);
+        seen.pods[0].advice = Some("rebalance-recommendation".into());
+        let begun = plan(&seen, NOW);
+        let create = Action::CreatePod { name: "t-spot-2".into(), pool: 0, replaces: Some("t-spot-0".into()) };
+        assert!(begun.actions.contains(&create), "{:?}", begun.actions);
+        assert!(deleted(&begun).is_empty() && asked(&begun).is_empty());
+        let mut withdrawn = seen.pod("t-spot-2", |pod| pod.replaces = Some("t-spot-0".into()));
+        withdrawn.pods[0].advice = None;
+        assert_eq!(deleted(&plan(&withdrawn, NOW)), ["t-spot-2"]);
+    }
+
+    #[test]
+    fn pools_change_while_it_runs() {
+        let mut removed = steady(&["spot", "onprem"]);
+        removed.pools.retain(|pool| pool.name == "spot");
+        assert_eq!(created(&plan(&removed, NOW)), [("t-spot-2".into(), 0)], "at once");
+        let mut fewer = steady(&["spot", "spot"]);
+        fewer.pools[0].max = Some(1);
+        assert_eq!(created(&plan(&fewer, NOW)), [("t-onprem-2".into(), 1)], "at once");
+        let floor = steady(&["spot", "spot"]).spec(|training| training.spec.placement.on_demand_floor = 1);
+        assert_eq!(created(&plan(&floor, DUE)), [("t-onprem-2".into(), 1)]);
+    }
+
+    #[test]
+    fn a_replaced_pod_that_nobody_reaches_is_deleted() {
+        let mut seen = steady(&["spot", "spot"]).pod("t-onprem-2", |pod| {
+            pod.asked_to_leave = true;
+            pod.departure = Some(Departure { source: "moved".into(), deadline_ms: 0, hurry: false, reclaim: false });
+        });
+        assert_eq!(deleted(&plan(&seen, NOW)), ["t-onprem-2"]);
+        seen = seen.rank("t-onprem-2", |_| {});
+        assert!(deleted(&plan(&seen, NOW)).is_empty(), "the coordinator sends its rank home");
+    }
+
+    #[test]
+    fn fewer_workers_end_a_move() {
+        let seen = standby(second_choice(), |_| {}).spec(|training| training.spec.workers.max = 1);
+        assert!(deleted(&plan(&seen, DUE)).contains(&"t-spot-2".to_owned()));
+    }
+}

@@ -1,0 +1,188 @@
+//! The whole way from files to what a training sees: read, clean, put aside, split, encode.
+//!
+//! A pure function of the files' bytes, the settings and the encoder: every rank computes the same.
+
+use crate::clean::{Cleaner, Cleaning};
+use crate::conversation::Conversation;
+use crate::held_out::is_held_out;
+use crate::language::Language;
+use crate::order::Mixture;
+use crate::read::{ReadError, Reader};
+use crate::report::{Encoding, Report, Split};
+use crate::split::split;
+use crate::template::{Encoder, Example, TemplateError};
+use std::path::PathBuf;
+
+/// What is done to the data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// All published steps of cleaning; else only those without which nothing can be trained.
+    pub clean: bool,
+    /// Conversations in other languages are dropped.
+    pub language: Option<Language>,
+    /// Longer conversations are cut between pairs, in tokens.
+    pub split_at: Option<usize>,
+    /// Share of the conversations that is put aside for evaluation, 0 to 1.
+    pub hold_out: f64,
+    /// Tokens of a sequence, at most; what is beyond is cut off.
+    pub max_length: usize,
+}
+
+impl Settings {
+    /// The steps of cleaning.
+    pub fn cleaning(&self) -> Cleaning {
+        let cleaning = if self.clean { Cleaning::published() } else { Cleaning::necessary() };
+        Cleaning { language: self.language, ..cleaning }
+    }
+}
+
+/// Files that belong together.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Source {
+    /// What the user calls it.
+    pub name: String,
+    pub files: Vec<PathBuf>,
+    /// How often its sequences are seen in an epoch.
+    pub weight: f64,
+}
+
+/// What a training sees.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prepared {
+    /// Sequences of all sources, in order.
+    pub examples: Vec<Example>,
+    /// How many of them are of each source, and how often they are seen.
+    pub mixtures: Vec<Mixture>,
+    /// Sequences to evaluate on.
+    pub held_out: Vec<Example>,
+    pub report: Report,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    #[error("the dataset {name}: {source}")]
+    Read { name: String, source: ReadError },
+    #[error("the dataset {name}, conversation {id}: {source}")]
+    Encode { name: String, id: String, source: TemplateError },
+    #[error(
+        "of the dataset {name}, no conversation is left to train on: {summary}; loosen prepare, or give other data"
+    )]
+    NothingLeft { name: String, summary: String },
+}
+
+/// Prepares all sources. Duplicates are looked for across them. `added` (who the model is) is neither cleaned nor
+/// split nor put aside, and is seen once an epoch.
+pub fn prepare(
+    sources: &[Source],
+    added: &[Conversation],
+    settings: &Settings,
+    encoder: &Encoder,
+) -> Result<Prepared, PrepareError> {
+    let mut work = Work::new(settings, encoder);
+    for source in sources {
+        work.source(source)?;
+    }
+    if !added.is_empty() {
+        let before = work.examples.len();
+        for conversation in added {
+            work.encode("prepare.identity", conversation, false)?;
+        }
+        work.mix(before, 1.0);
+    }
+    Ok(work.finish())
+}
+
+struct Work<'a> {
+    settings: &'a Settings,
+    encoder: &'a Encoder,
+    cleaner: Cleaner,
+    examples: Vec<Example>,
+    mixtures: Vec<Mixture>,
+    held_out: Vec<Example>,
+    conversations_held_out: u64,
+    split: Split,
+    encoding: Encoding,
+}
+
+impl<'a> Work<'a> {
+    fn new(settings: &'a Settings, encoder: &'a Encoder) -> Self {
+        Self {
+            settings,
+            encoder,
+            cleaner: Cleaner::new(&settings.cleaning()),
+            examples: Vec::new(),
+            mixtures: Vec::new(),
+            held_out: Vec::new(),
+            conversations_held_out: 0,
+            split: Split { at: settings.split_at.unwrap_or(0), ..Split::default() },
+            encoding: Encoding::default(),
+        }
+    }
+
+    fn source(&mut self, source: &Source) -> Result<(), PrepareError> {
+        let failed = |error| PrepareError::Read { name: source.name.clone(), source: error };
+        let before = self.examples.len();
+        for file in &source.files {
+            for conversation in Reader::open(file).map_err(failed)? {
+                if let Some(clean) = self.cleaner.clean(conversation.map_err(failed)?) {
+                    self.cleaned(&source.name, clean)?;
+                }
+            }
+        }
+        if self.examples.len() == before {
+            let summary = self.cleaner.report().summary();
+            return Err(PrepareError::NothingLeft { name: source.name.clone(), summary });
+        }
+        self.mix(before, source.weight);
+        Ok(())
+    }
+
+    fn cleaned(&mut self, name: &str, conversation: Conversation) -> Result<(), PrepareError> {
+        // Before splitting: pieces of one conversation must not be on both sides.
+        let aside = is_held_out(&conversation, self.settings.hold_out);
+        self.conversations_held_out += u64::from(aside);
+        let Some(limit) = self.settings.split_at else {
+            return self.encode(name, &conversation, aside);
+        };
+        let id = conversation.id.clone();
+        let encoder = self.encoder;
+        let length = |turns: &[crate::Turn]| encoder.example(turns).map(|example| example.ids.len());
+        let pieces = split(conversation, limit, length, &mut self.split);
+        let pieces = pieces.map_err(|source| PrepareError::Encode { name: name.to_owned(), id, source })?;
+        pieces.iter().try_for_each(|piece| self.encode(name, piece, aside))
+    }
+
+    fn encode(&mut self, name: &str, conversation: &Conversation, aside: bool) -> Result<(), PrepareError> {
+        let failed = |source| PrepareError::Encode { name: name.to_owned(), id: conversation.id.clone(), source };
+        let mut example = self.encoder.example(&conversation.turns).map_err(failed)?;
+        self.encoding.cut += u64::from(example.truncate(self.settings.max_length));
+        if example.trained_tokens() == 0 {
+            self.encoding.without_reply += 1;
+        } else if aside {
+            self.encoding.held_out += 1;
+            self.held_out.push(example);
+        } else {
+            self.encoding.sequences += 1;
+            self.encoding.tokens += example.ids.len() as u64;
+            self.encoding.trained_tokens += example.trained_tokens() as u64;
+            self.encoding.lengths.add(example.ids.len());
+            self.examples.push(example);
+        }
+        Ok(())
+    }
+
+    fn mix(&mut self, before: usize, weight: f64) {
+        self.mixtures.push(Mixture { sequences: (self.examples.len() - before) as u32, weight });
+    }
+
+    fn finish(self) -> Prepared {
+        let mut report = self.cleaner.report();
+        report.split = self.settings.split_at.map(|_| self.split);
+        report.held_out = self.conversations_held_out;
+        report.encoded = Some(self.encoding);
+        Prepared { examples: self.examples, mixtures: self.mixtures, held_out: self.held_out, report }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,104 @@
+use super::*;
+use crate::conversation::{Role, Turn};
+use crate::identity;
+use crate::template::tests::{CHATML_TOKENS, byte_tokenizer};
+use crate::template::{CHATML, Template};
+use tempfile::TempDir;
+
+fn encoder() -> Encoder {
+    Template::named(CHATML).unwrap().bind(&byte_tokenizer(&CHATML_TOKENS)).unwrap()
+}
+
+fn settings() -> Settings {
+    Settings { clean: false, language: None, split_at: None, hold_out: 0.0, max_length: 1000 }
+}
+
+fn conversation(name: &str, pairs: usize) -> Conversation {
+    let pair = |index| [Turn::user(format!("question {index} of {name}")), Turn::assistant(format!("answer {index}"))];
+    Conversation { id: name.to_owned(), turns: (0..pairs).flat_map(pair).collect() }
+}
+
+fn source(folder: &TempDir, name: &str, weight: f64, conversations: &[Conversation]) -> Source {
+    let file = folder.path().join(name);
+    let records: Vec<_> = conversations.iter().map(Conversation::to_sharegpt).collect();
+    std::fs::write(&file, serde_json::to_vec(&records).unwrap()).unwrap();
+    Source { name: name.to_owned(), files: vec![file], weight }
+}
+
+fn many(name: &str, count: usize, pairs: usize) -> Vec<Conversation> {
+    (0..count).map(|index| conversation(&format!("{name}-{index}"), pairs)).collect()
+}
+
+#[test]
+fn sequences_are_numbered_through_all_sources_and_who_the_model_is_comes_last() {
+    let folder = tempfile::tempdir().unwrap();
+    let sources = [source(&folder, "a", 1.0, &many("a", 3, 1)), source(&folder, "b", 2.5, &many("b", 5, 1))];
+    let added = identity::conversations("N", "O", 1, 4);
+    let prepared = prepare(&sources, &added, &settings(), &encoder()).unwrap();
+    let mixtures: Vec<_> = prepared.mixtures.iter().map(|mixture| (mixture.sequences, mixture.weight)).collect();
+    assert_eq!(mixtures, [(3, 1.0), (5, 2.5), (4, 1.0)]);
+    assert_eq!(prepared.examples.len(), 12);
+    assert_eq!(prepared.examples[3], encoder().example(&conversation("b-0", 1).turns).unwrap());
+    let encoded = prepared.report.encoded.unwrap();
+    assert_eq!((encoded.sequences, encoded.cut, encoded.held_out), (12, 0, 0));
+}
+
+#[test]
+fn no_piece_of_a_conversation_is_on_both_sides() {
+    let folder = tempfile::tempdir().unwrap();
+    let sources = [source(&folder, "a", 1.0, &many("a", 200, 8))];
+    let settings = Settings { split_at: Some(200), hold_out: 0.1, ..settings() };
+    let prepared = prepare(&sources, &[], &settings, &encoder()).unwrap();
+    let tokenizer = byte_tokenizer(&CHATML_TOKENS);
+    let names = |examples: &[Example]| -> std::collections::BTreeSet<String> {
+        let text = |example: &Example| tokenizer.decode(&example.ids, true).unwrap();
+        let name = |text: String| text.split("of ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+        examples.iter().map(|example| name(text(example))).collect()
+    };
+    let (trained, held_out) = (names(&prepared.examples), names(&prepared.held_out));
+    assert!(trained.is_disjoint(&held_out));
+    assert_eq!(trained.len() + held_out.len(), 200);
+    assert_eq!(prepared.report.held_out as usize, held_out.len());
+    assert!((5..45).contains(&held_out.len()), "{}", held_out.len());
+    let split = prepared.report.split.unwrap();
+    assert_eq!((split.conversations, split.too_long), (200, 0));
+    assert_eq!(split.pieces as usize, prepared.examples.len() + prepared.held_out.len());
+    assert!(prepared.examples.iter().all(|example| example.ids.len() <= 200));
+}
+
+#[test]
+fn the_same_bytes_give_the_same_sequences() {
+    let folder = tempfile::tempdir().unwrap();
+    let sources = [source(&folder, "a", 1.0, &many("a", 50, 3)), source(&folder, "b", 0.5, &many("a", 60, 3))];
+    let settings = Settings { clean: true, split_at: Some(150), hold_out: 0.2, ..settings() };
+    let once = prepare(&sources, &[], &settings, &encoder()).unwrap();
+    let again = prepare(&sources, &[], &settings, &encoder()).unwrap();
+    assert_eq!(once, again);
+    // What b has of a is a duplicate.
+    let kept: u64 = once.report.kept.conversations;
+    assert_eq!((kept, once.report.dropped()), (60, 50));
+}
+
+#[test]
+fn long_conversations_are_cut_and_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let turns = |question: String| vec![Turn::user(question), Turn::assistant("yes")];
+    let short = Conversation { id: "s".into(), turns: turns("Hi".into()) };
+    let long = Conversation { id: "l".into(), turns: turns("why ".repeat(40)) };
+    let sources = [source(&folder, "a", 1.0, &[short, long])];
+    let prepared = prepare(&sources, &[], &Settings { max_length: 60, ..settings() }, &encoder()).unwrap();
+    let encoded = prepared.report.encoded.unwrap();
+    assert_eq!((encoded.sequences, encoded.cut, encoded.without_reply, encoded.trained_tokens), (1, 1, 1, 4));
+}
+
+#[test]
+fn a_source_of_which_nothing_is_left_is_an_error_that_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let question = Conversation { id: "q".into(), turns: vec![Turn::new(Role::User, "Anybody?")] };
+    let error = prepare(&[source(&folder, "asked", 1.0, &[question])], &[], &settings(), &encoder()).unwrap_err();
+    let said = error.to_string();
+    assert!(said.contains("asked") && said.contains("0 of 1 conversations kept; 1 dropped: last turn human"), "{said}");
+    let absent = Source { name: "gone".into(), files: vec![folder.path().join("gone")], weight: 1.0 };
+    let said = prepare(&[absent], &[], &settings(), &encoder()).unwrap_err().to_string();
+    assert!(said.starts_with("the dataset gone: "), "{said}");
+}

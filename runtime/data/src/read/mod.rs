@@ -1,0 +1,173 @@
+//! Reading conversations, one after the other, in memory that does not grow with the file.
+//!
+//! ShareGPT's records (`conversations` of `from` and `value`) and OpenAI's (`messages` of `role` and
+//! `content`), in a JSON array, as JSON lines, or in Parquet. A record that cannot be understood is
+//! an error that says where it is and what to do.
+
+mod json;
+mod parquet;
+mod record;
+
+use crate::conversation::Conversation;
+use std::fmt;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+/// Bytes of one record, at most: what a file that is no list of conversations may cost.
+pub const RECORD_LIMIT_BYTES: usize = 64 << 20;
+/// Files in one dataset, at most.
+pub const FILES_LIMIT: usize = 10_000;
+
+const EXTENSIONS: [&str; 3] = ["json", "jsonl", "parquet"];
+
+/// Where in a file; both count from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub record: usize,
+    /// Where the record begins; Parquet has no lines.
+    pub line: Option<usize>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            Some(line) => write!(out, "record {} (line {line})", self.record),
+            None => write!(out, "record {}", self.record),
+        }
+    }
+}
+
+/// What is wrong with a file.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    #[error("it cannot be read: {0}; check the path and its permissions")]
+    Io(#[from] std::io::Error),
+    #[error(
+        "it is empty; it should hold {{\"id\", \"conversations\"}} or {{\"messages\"}} records, as a JSON array, as JSON lines or as Parquet"
+    )]
+    Empty,
+    #[error("{at} is not JSON: {detail}; mend it there, or write one record a line")]
+    Json { at: Place, detail: String },
+    #[error("{at}: {detail}")]
+    Array { at: Place, detail: &'static str },
+    #[error("{at} is longer than {limit} bytes; is this a list of conversations? Split the record if it is", limit = RECORD_LIMIT_BYTES)]
+    TooLong { at: Place },
+    #[error("{at}, field {field}: {detail}")]
+    Field { at: Place, field: String, detail: String },
+    #[error("{at} is not readable Parquet: {detail}; write the file again, uncompressed or with Snappy, gzip or zstd")]
+    Parquet { at: Place, detail: String },
+    #[error("there is no .json, .jsonl or .parquet file in this folder; name a file, or put one there")]
+    NoFiles,
+    #[error("there are more than {FILES_LIMIT} files in this folder; join some of them")]
+    TooManyFiles,
+}
+
+/// A file that cannot be read, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {problem}", file.display())]
+pub struct ReadError {
+    pub file: PathBuf,
+    #[source]
+    pub problem: Problem,
+}
+
+impl ReadError {
+    fn new(file: &Path, problem: impl Into<Problem>) -> Self {
+        Self { file: file.to_owned(), problem: problem.into() }
+    }
+}
+
+/// Conversations of one file as they are written there, in order. Ends after the first error.
+pub struct Reader {
+    file: PathBuf,
+    records: Box<dyn Iterator<Item = Result<Conversation, Problem>>>,
+    any: bool,
+    ended: bool,
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Reader").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+impl Reader {
+    /// Opens a file; what it is, its first bytes tell.
+    pub fn open(file: &Path) -> Result<Self, ReadError> {
+        let failed = |problem| ReadError::new(file, problem);
+        let opened = File::open(file).map_err(|error| failed(Problem::Io(error)))?;
+        let records: Box<dyn Iterator<Item = _>> = match is_parquet(&opened).map_err(|error| failed(error.into()))? {
+            true => Box::new(parquet::conversations(opened).map_err(failed)?),
+            false => Box::new(json::conversations(BufReader::with_capacity(1 << 20, opened))),
+        };
+        Ok(Self { file: file.to_owned(), records, any: false, ended: false })
+    }
+
+    /// JSON that is in memory.
+    pub fn of_json(bytes: Vec<u8>) -> Self {
+        let records = Box::new(json::conversations(std::io::Cursor::new(bytes)));
+        Self { file: PathBuf::from("the text"), records, any: false, ended: false }
+    }
+}
+
+impl Iterator for Reader {
+    type Item = Result<Conversation, ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        match self.records.next() {
+            Some(Ok(conversation)) => {
+                self.any = true;
+                return Some(Ok(conversation));
+            }
+            Some(Err(problem)) => {
+                self.ended = true;
+                return Some(Err(ReadError::new(&self.file, problem)));
+            }
+            None => self.ended = true,
+        }
+        (!self.any).then(|| Err(ReadError::new(&self.file, Problem::Empty)))
+    }
+}
+
+fn is_parquet(mut file: &File) -> std::io::Result<bool> {
+    use std::io::Seek;
+    let mut magic = Vec::with_capacity(4);
+    file.take(4).read_to_end(&mut magic)?;
+    file.rewind()?;
+    Ok(magic == b"PAR1")
+}
+
+/// The files of a dataset: the path itself, or every JSON and Parquet file below a folder, by name.
+pub fn files(path: &Path) -> Result<Vec<PathBuf>, ReadError> {
+    if path.is_file() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut found = Vec::new();
+    let mut folders = vec![path.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let failed = |error| ReadError::new(&folder, Problem::Io(error));
+        for entry in std::fs::read_dir(&folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?.path();
+            if entry.is_dir() {
+                folders.push(entry);
+            } else if entry.extension().is_some_and(|end| EXTENSIONS.iter().any(|known| end == *known)) {
+                found.push(entry);
+            }
+        }
+        if found.len() > FILES_LIMIT {
+            return Err(ReadError::new(path, Problem::TooManyFiles));
+        }
+    }
+    found.sort();
+    if found.is_empty() {
+        return Err(ReadError::new(path, Problem::NoFiles));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! What a client asks: OpenAI's request bodies, checked.
+//!
+//! Fields that only describe (`metadata`, `store` …) are ignored; options that would change the answer
+//! and that we do not have are refused, because leaving them out silently would be a wrong answer.
+
+pub mod embeddings;
+mod format;
+mod messages;
+mod sampling;
+#[cfg(test)]
+mod tests;
+pub mod tools;
+mod unsupported;
+
+use super::error::ApiError;
+use super::fields::{Fields, tokens, wrong};
+use crate::config::Limits;
+use serde_json::Value;
+use tools::Tools;
+use vicuna_protocol::inference::generate::Format;
+use vicuna_protocol::inference::{Message, ModelOffer, Sampling};
+
+/// Alternatives of each token that a client may ask for.
+const MAX_TOP_LOGPROBS: u32 = 20;
+
+/// A request, whichever of the two endpoints it came by.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ask {
+    pub model: String,
+    /// At least one; several only by /v1/completions.
+    pub prompts: Vec<Prompt>,
+    pub sampling: Sampling,
+    /// Choices wanted of each prompt.
+    pub n: u32,
+    pub stream: bool,
+    /// A last chunk with the usage.
+    pub include_usage: bool,
+    /// Log probabilities of tokens, and of so many alternatives.
+    pub logprobs: Option<u32>,
+    /// The prompt is part of the answer.
+    pub echo: bool,
+    /// Nothing but the prompt is wanted (`max_tokens` 0).
+    pub only_prompt: bool,
+    pub format: Option<Format>,
+    pub tools: Option<Tools>,
+    /// The messages speak of tools, so that the template must know them.
+    pub speaks_of_tools: bool,
+    /// Requests with the same one belong together.
+    pub session: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Prompt {
+    /// /v1/chat/completions
+    Chat(Vec<Message>),
+    /// /v1/completions: the text as it is
+    Text(String),
+    /// /v1/completions: token ids
+    Tokens(Vec<u32>),
+}
+
+impl Ask {
+    pub fn chat(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
+        let fields = Fields::parse(body)?;
+        let messages = messages::messages(fields.required("messages")?)?;
+        let limit = ["max_completion_tokens", "max_tokens"];
+        let limit = limit.into_iter().find(|name| fields.get(name).is_some()).unwrap_or("max_tokens");
+        let tools = tools::tools(&fields)?;
+        Ok(Self {
+            logprobs: chat_logprobs(&fields)?,
+            format: format::format(&fields, tools.as_ref())?,
+            speaks_of_tools: messages.iter().any(messages::speaks_of_tools),
+            tools,
+            ..Self::new(&fields, vec![Prompt::Chat(messages)], sampling::sampling(&fields, limit, 0, 1)?, limits)?
+        })
+    }
+
+    pub fn completion(body: &[u8], limits: &Limits) -> Result<Self, ApiError> {
+        let fields = Fields::parse(body)?;
+        let prompts = prompts(fields.required("prompt")?, limits.max_prompts)?;
+        // OpenAI's default for this endpoint.
+        let default_tokens = 16;
+        let echo = fields.boolean("echo")?;
+        let mut sampling = sampling::sampling(&fields, "max_tokens", default_tokens, u32::from(!echo))?;
+        let only_prompt = sampling.max_tokens == 0;
+        if only_prompt {
+            // A worker generates at least one, which is left out.
+            sampling.max_tokens = 1;
+        }
+        Ok(Self {
+            logprobs: completion_logprobs(&fields)?,
+            format: format::format(&fields, None)?,
+            echo,
+            only_prompt,
+            ..Self::new(&fields, prompts, sampling, limits)?
+        })
+    }
+
+    fn new(fields: &Fields, prompts: Vec<Prompt>, sampling: Sampling, limits: &Limits) -> Result<Self, ApiError> {
+        unsupported::refuse(fields)?;
+        let n = fields.integer("n", 1, 1..=limits.max_choices)?;
+        if fields.integer("best_of", n, 1..=limits.max_choices)? != n {
+            return Err(fields.wrong("best_of", "what n is, or left out"));
+        }
+        Ok(Self {
+            model: fields.string("model")?.to_owned(),
+            prompts,
+            sampling,
+            n,
+            stream: fields.boolean("stream")?,
+            include_usage: match fields.object("stream_options")? {
+                Some(options) => options.boolean("include_usage")?,
+                None => false,
+            },
+            logprobs: None,
+            echo: false,
+            only_prompt: false,
+            format: None,
+            tools: None,
+            speaks_of_tools: false,
+            session: session(fields)?,
+        })
+    }
+
+    /// Whether a model can do what is asked. Of one that has never had a worker nobody knows: what not
+    /// every model can do has to wait until it has.
+    pub fn check(&self, offer: Option<&ModelOffer>) -> Result<(), ApiError> {
+        let Some(offer) = offer else {
+            let plain = self.tools.is_none() && !self.speaks_of_tools && self.format.is_none();
+            return if plain { Ok(()) } else { Err(ApiError::no_capacity(&self.model)) };
+        };
+        let cannot = |field: &str, what: &str| {
+            let message = format!("The model {} {what}; leave `{field}` out or choose another.", self.model);
+            Err(ApiError::unsupported(field, &message))
+        };
+        if self.tools.is_some() && !offer.tools {
+            return cannot("tools", "has no template for tools");
+        }
+        if self.speaks_of_tools && !offer.tools {
+            return cannot("messages", "has no template for tools");
+        }
+        if self.format.is_some() && !offer.json_schema {
+            let required = self.tools.as_ref().is_some_and(|tools| tools.schema.is_some());
+            return cannot(if required { "tool_choice" } else { "response_format" }, "cannot be held to a schema");
+        }
+        let longest = self.prompts.iter().filter_map(|prompt| match prompt {
+            Prompt::Tokens(tokens) => Some(tokens.len()),
+            _ => None,
+        });
+        match longest.max() {
+            Some(length) if length >= offer.max_length as usize => {
+                let expected =
+                    format!("shorter than the model's {} tokens, of which some are the answer", offer.max_length);
+                Err(wrong("prompt", &expected))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn chat_logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
+    let wanted = fields.boolean("logprobs")?;
+    let top = fields.integer("top_logprobs", 0, 0..=MAX_TOP_LOGPROBS)?;
+    match (wanted, top) {
+        (true, top) => Ok(Some(top)),
+        (false, 0) => Ok(None),
+        (false, _) => Err(wrong("top_logprobs", "left out unless `logprobs` is true")),
+    }
+}
+
+fn completion_logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
+    // Some clients send the other endpoint's false.
+    match fields.get("logprobs") {
+        None | Some(Value::Bool(false)) => Ok(None),
+        Some(_) => fields.integer("logprobs", 0, 0..=MAX_TOP_LOGPROBS).map(Some),
+    }
+}
+
+/// A text, token ids, or a list of either.
+fn prompts(value: &Value, max_prompts: usize) -> Result<Vec<Prompt>, ApiError> {
+    let expected = format!("a text, a list of token ids, or a list of up to {max_prompts} of either, none empty");
+    let one = |value: &Value| match value {
+        Value::String(text) if !text.is_empty() => Some(Prompt::Text(text.clone())),
+        Value::Array(ids) if !ids.is_empty() => tokens(ids).map(Prompt::Tokens),
+        _ => None,
+    };
+    let prompts = match (one(value), value) {
+        (Some(prompt), _) => Some(vec![prompt]),
+        (None, Value::Array(values)) if !values.is_empty() && values.len() <= max_prompts => {
+            values.iter().map(one).collect()
+        }
+        _ => None,
+    };
+    prompts.ok_or_else(|| wrong("prompt", &expected))
+}
+
+fn session(fields: &Fields) -> Result<Option<String>, ApiError> {
+    let names = ["prompt_cache_key", "safety_identifier", "user"];
+    let Some(name) = names.into_iter().find(|name| fields.get(name).is_some()) else {
+        return Ok(None);
+    };
+    fields.string(name).map(|session| Some(session.to_owned()))
+}

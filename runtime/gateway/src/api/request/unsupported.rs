@@ -1,0 +1,42 @@
+//! Options of OpenAI's API and of other servers that would change the answer, and that we do not have.
+
+use super::super::error::ApiError;
+use super::super::fields::Fields;
+use serde_json::{Value, json};
+
+/// An option, and whether this value of it changes the answer.
+type Unsupported = (&'static str, fn(&Value) -> bool);
+
+const UNSUPPORTED: &[Unsupported] = &[
+    ("functions", not_empty),
+    ("function_call", |value| value != "none"),
+    ("modalities", |value| *value != json!(["text"])),
+    ("audio", |_| true),
+    ("web_search_options", |_| true),
+    ("suffix", |value| value != ""),
+    ("prompt_logprobs", |value| *value != Value::Bool(false)),
+    ("min_tokens", |value| value.as_u64() != Some(0)),
+    ("ignore_eos", |value| *value != Value::Bool(false)),
+    ("use_beam_search", |value| *value != Value::Bool(false)),
+    ("guided_regex", |_| true),
+    ("guided_choice", |_| true),
+    ("guided_grammar", |_| true),
+];
+
+fn not_empty(value: &Value) -> bool {
+    match value {
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(items) => !items.is_empty(),
+        _ => true,
+    }
+}
+
+pub fn refuse(fields: &Fields) -> Result<(), ApiError> {
+    for (name, changes_the_answer) in UNSUPPORTED {
+        if fields.get(name).is_some_and(changes_the_answer) {
+            let message = format!("`{name}` is not supported here; leave it out.");
+            return Err(ApiError::unsupported(name, &message));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,101 @@
+//! So much a minute: a bucket that fills evenly and holds one minute's worth.
+
+use parking_lot::Mutex;
+use std::time::Duration;
+use tokio::time::Instant;
+
+#[derive(Debug)]
+pub struct Quota {
+    /// None: no bound.
+    per_minute: Option<f64>,
+    bucket: Mutex<Bucket>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    /// Below zero: used in advance.
+    left: f64,
+    filled: Instant,
+}
+
+impl Quota {
+    pub fn new(per_minute: Option<u32>, now: Instant) -> Self {
+        let per_minute = per_minute.map(f64::from);
+        Self { per_minute, bucket: Mutex::new(Bucket { left: per_minute.unwrap_or_default(), filled: now }) }
+    }
+
+    /// Takes one, or says after what time there will be one.
+    pub fn take(&self, now: Instant) -> Result<(), Duration> {
+        self.at_least(1.0, 1.0, now)
+    }
+
+    /// Whether anything is left; otherwise after what time there will be.
+    pub fn look(&self, now: Instant) -> Result<(), Duration> {
+        self.at_least(1.0, 0.0, now)
+    }
+
+    /// Takes what has been used, which may be more than is left.
+    pub fn charge(&self, used: u32, now: Instant) {
+        if let Some(per_minute) = self.per_minute {
+            self.filled(per_minute, now).left -= f64::from(used);
+        }
+    }
+
+    fn at_least(&self, needed: f64, taken: f64, now: Instant) -> Result<(), Duration> {
+        let Some(per_minute) = self.per_minute else {
+            return Ok(());
+        };
+        let mut bucket = self.filled(per_minute, now);
+        if bucket.left >= needed {
+            bucket.left -= taken;
+            return Ok(());
+        }
+        let minutes = (needed - bucket.left) / per_minute;
+        // A quota of nothing is not worth waiting for.
+        Err(Duration::try_from_secs_f64(minutes * 60.0).unwrap_or(Duration::from_secs(86_400)))
+    }
+
+    fn filled(&self, per_minute: f64, now: Instant) -> parking_lot::MutexGuard<'_, Bucket> {
+        let mut bucket = self.bucket.lock();
+        let minutes = now.saturating_duration_since(bucket.filled).as_secs_f64() / 60.0;
+        bucket.left = (bucket.left + minutes * per_minute).min(per_minute);
+        bucket.filled = bucket.filled.max(now);
+        bucket
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minute_s_worth_can_be_used_at_once_and_fills_again_evenly() {
+        let start = Instant::now();
+        let quota = Quota::new(Some(6), start);
+        for _ in 0..6 {
+            assert_eq!(quota.take(start), Ok(()));
+        }
+        assert_eq!(quota.take(start), Err(Duration::from_secs(10)));
+        assert_eq!(quota.take(start + Duration::from_secs(10)), Ok(()));
+        assert!(quota.take(start + Duration::from_secs(11)).is_err());
+    }
+
+    #[test]
+    fn what_was_used_in_advance_has_to_come_back_first() {
+        let start = Instant::now();
+        let quota = Quota::new(Some(60), start);
+        quota.charge(89, start);
+        assert_eq!(quota.look(start), Err(Duration::from_secs(30)));
+        assert_eq!(quota.look(start + Duration::from_secs(30)), Ok(()));
+        assert_eq!(quota.look(start + Duration::from_secs(30)), Ok(()), "looking takes nothing");
+    }
+
+    #[test]
+    fn no_quota_never_ends_and_a_quota_of_nothing_never_begins() {
+        let start = Instant::now();
+        let free = Quota::new(None, start);
+        free.charge(u32::MAX, start);
+        assert_eq!(free.take(start), Ok(()));
+        assert!(Quota::new(Some(0), start).take(start).is_err());
+    }
+}

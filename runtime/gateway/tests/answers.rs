@@ -1,0 +1,227 @@
+//! What an answer may hold: log probabilities, echoes, calls of tools, embeddings, counts.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{MODEL, TestGateway, Worker, gateway, in_time, scored, text};
+use vicuna_protocol::inference::gateway_message::Body as FromGateway;
+use vicuna_protocol::inference::generate::Format;
+use vicuna_protocol::inference::worker_message::Body as FromWorker;
+use vicuna_protocol::inference::{Embedding, Embeddings, PromptScores, TokenCount, TokenLogprob};
+
+async fn able_worker(gateway: &TestGateway) -> Worker {
+    let able = |hello: &mut vicuna_protocol::inference::WorkerHello| {
+        hello.models[0].tools = true;
+        hello.models[0].json_schema = true;
+        hello.models[0].embedding_dimensions = 2;
+    };
+    gateway.worker_with("w-1", able).await
+}
+
+/// A request in the background.
+fn ask(gateway: &TestGateway, path: &str, body: Value) -> tokio::task::JoinHandle<(u16, Value)> {
+    let response = gateway.post(path, body);
+    tokio::spawn(async move {
+        let response = response.await;
+        let status = response.status().as_u16();
+        (status, serde_json::from_str(&in_time(response.text()).await.unwrap()).unwrap())
+    })
+}
+
+fn tools() -> Value {
+    json!([{ "type": "function", "function": { "name": "weather", "parameters": { "type": "object" } } }])
+}
+
+#[tokio::test]
+async fn log_probabilities_survive_the_loss_of_a_worker() {
+    let gateway = gateway(&[]).await;
+    let mut first = gateway.worker("w-1").await;
+    let answer = gateway.ask(json!({ "logprobs": true, "top_logprobs": 1 }));
+    let generate = first.generate().await;
+    assert_eq!(generate.logprobs, Some(1));
+    first.speak_scored(&generate, 0..2).await;
+    in_time(async {
+        while !gateway.metrics().await.contains("tokens_total{model=\"team/chat\"} 2") {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    drop(first);
+    let mut second = gateway.worker("w-2").await;
+    let generate = second.generate().await;
+    second.speak_scored(&generate, 2..3).await;
+    second.done(&generate, 3).await;
+    let (status, body) = in_time(answer).await.unwrap();
+    assert_eq!(status, 200);
+    let content = body["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    let said: String = content.iter().map(|entry| entry["token"].as_str().unwrap()).collect();
+    assert_eq!(said, text(0..3));
+    assert_eq!(content[2]["top_logprobs"][0]["token"], "other");
+}
+
+#[tokio::test]
+async fn streamed_log_probabilities_come_with_their_text() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let stream = gateway.stream(json!({ "logprobs": true }));
+    let generate = worker.generate().await;
+    worker.speak_scored(&generate, 0..2).await;
+    worker.speak_scored(&generate, 2..3).await;
+    worker.done(&generate, 3).await;
+    let mut stream = stream.await.unwrap();
+    stream.read_to_end().await;
+    for event in stream.events() {
+        let choice = &event["choices"][0];
+        let content = choice["logprobs"]["content"].as_array().cloned().unwrap_or_default();
+        let scored: String = content.iter().map(|entry| entry["token"].as_str().unwrap()).collect();
+        assert_eq!(scored, choice["delta"]["content"].as_str().unwrap_or_default());
+    }
+    assert_eq!(stream.text(), text(0..3));
+}
+
+#[tokio::test]
+async fn an_echo_scores_the_prompt_and_tokens_alone_are_made_text() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let body = json!({
+        "model": MODEL, "prompt": [[5, 6], [7]], "max_tokens": 0, "echo": true, "logprobs": 1,
+    });
+    let answer = ask(&gateway, "/v1/completions", body);
+    let mut requests = Vec::new();
+    for _ in 0..2 {
+        let generate = worker.generate().await;
+        assert_eq!((generate.prompt_logprobs, generate.sampling.as_ref().unwrap().max_tokens), (Some(1), 1));
+        let tokens = generate
+            .prompt_tokens
+            .iter()
+            .map(|token| TokenLogprob { bytes: format!("t{token}").into_bytes(), ..scored(0) });
+        let scores =
+            PromptScores { request: generate.request.clone(), choice: generate.choice, tokens: tokens.collect() };
+        worker.send(FromWorker::PromptScores(scores)).await;
+        worker.speak_scored(&generate, 0..1).await;
+        worker.done(&generate, 1).await;
+        requests.push(generate.request);
+    }
+    assert_ne!(requests[0], requests[1], "prompts are told apart");
+    let (status, body) = in_time(answer).await.unwrap();
+    assert_eq!(status, 200, "{body}");
+    let choice = &body["choices"][0];
+    assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("t5t6"), &json!("length")));
+    assert_eq!(choice["logprobs"]["tokens"], json!(["t5", "t6"]));
+    assert_eq!(choice["logprobs"]["token_logprobs"], json!([null, -0.5]));
+    assert_eq!(choice["logprobs"]["text_offset"], json!([0, 2]));
+    assert_eq!((&body["choices"][1]["text"], &body["choices"][1]["index"]), (&json!("t7"), &json!(1)));
+    // Both prompts count, each once.
+    assert_eq!(body["usage"]["prompt_tokens"], 14);
+    assert_eq!(body["usage"]["completion_tokens"], 0);
+}
+
+#[tokio::test]
+async fn a_streamed_echo_opens_with_the_prompt() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let body = json!({ "model": MODEL, "prompt": "Once ", "echo": true, "stream": true });
+    let response = tokio::spawn(gateway.post("/v1/completions", body));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..2).await;
+    worker.done(&generate, 2).await;
+    let raw = response.await.unwrap().text().await.unwrap();
+    let data = raw.lines().filter_map(|line| line.strip_prefix("data: {"));
+    let events = data.map(|data| serde_json::from_str::<Value>(&format!("{{{data}")).unwrap());
+    let said: String = events.map(|event| event["choices"][0]["text"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(said, format!("Once {}", text(0..2)));
+}
+
+#[tokio::test]
+async fn calls_of_tools_are_told_apart_from_text() {
+    let gateway = gateway(&[]).await;
+    let mut worker = able_worker(&gateway).await;
+    let stream = gateway.stream(json!({ "tools": tools() }));
+    let generate = worker.generate().await;
+    assert_eq!(serde_json::from_str::<Value>(&generate.tools_json).unwrap(), tools());
+    let said = ["I look. ", "<tool", "_call>{\"name\":\"weather\",", "\"arguments\":{\"in\":\"Rome\"}}</tool_call>"];
+    for (position, part) in said.iter().enumerate() {
+        worker.say(&generate, position, part).await;
+    }
+    worker.done(&generate, 4).await;
+    let mut stream = stream.await.unwrap();
+    stream.read_to_end().await;
+    assert_eq!(stream.text(), "I look.");
+    let events = stream.events();
+    let calls: Vec<_> = events.iter().map(|event| &event["choices"][0]["delta"]["tool_calls"]).collect();
+    let calls: Vec<_> = calls.into_iter().filter(|calls| !calls.is_null()).collect();
+    assert_eq!(calls.len(), 1);
+    assert_eq!(calls[0][0]["function"], json!({ "name": "weather", "arguments": "{\"in\":\"Rome\"}" }));
+    assert_eq!(calls[0][0]["index"], 0);
+    assert!(events.iter().any(|event| event["choices"][0]["finish_reason"] == "tool_calls"));
+}
+
+#[tokio::test]
+async fn a_call_that_must_be_made_is_held_to_its_schema() {
+    let gateway = gateway(&[]).await;
+    let mut worker = able_worker(&gateway).await;
+    let answer = gateway.ask(json!({ "tools": tools(), "tool_choice": "required" }));
+    let generate = worker.generate().await;
+    assert!(matches!(&generate.format, Some(Format::JsonSchema(schema)) if schema.contains("weather")));
+    worker.say(&generate, 0, r#"{"name": "weather", "arguments": {"in": "Rome"}}"#).await;
+    worker.done(&generate, 1).await;
+    let (_, body) = in_time(answer).await.unwrap();
+    let choice = &body["choices"][0];
+    assert_eq!((&choice["finish_reason"], &choice["message"]["content"]), (&json!("tool_calls"), &Value::Null));
+    assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], "weather");
+    assert!(choice["message"]["tool_calls"][0]["id"].as_str().unwrap().starts_with("call_"));
+}
+
+#[tokio::test]
+async fn embeddings_come_as_numbers_or_base64() {
+    let gateway = gateway(&[]).await;
+    let mut worker = able_worker(&gateway).await;
+    for format in ["float", "base64"] {
+        let body = json!({ "model": MODEL, "input": ["a", [1, 2]], "encoding_format": format });
+        let answer = ask(&gateway, "/v1/embeddings", body);
+        let FromGateway::Embed(embed) = worker.next().await.unwrap() else {
+            panic!("expected a question");
+        };
+        assert_eq!((embed.inputs[0].text.as_str(), embed.inputs[1].tokens.as_slice()), ("a", &[1, 2][..]));
+        let vectors = vec![Embedding { values: vec![1.0, 0.0] }, Embedding { values: vec![0.0, -1.0] }];
+        let embeddings = Embeddings { request: embed.request, vectors, prompt_tokens: 5 };
+        worker.send(FromWorker::Embeddings(embeddings)).await;
+        let (status, body) = in_time(answer).await.unwrap();
+        assert_eq!((status, &body["usage"]["total_tokens"]), (200, &json!(5)));
+        let second = &body["data"][1]["embedding"];
+        assert_eq!(*second, if format == "float" { json!([0.0, -1.0]) } else { json!("AAAAAAAAgL8=") });
+    }
+}
+
+#[tokio::test]
+async fn a_question_goes_to_another_worker_when_the_first_dies() {
+    let gateway = gateway(&[]).await;
+    let mut first = able_worker(&gateway).await;
+    let answer = ask(&gateway, "/v1/embeddings", json!({ "model": MODEL, "input": "a" }));
+    assert!(matches!(first.next().await.unwrap(), FromGateway::Embed(_)));
+    drop(first);
+    let mut second = gateway.worker("w-2").await;
+    let FromGateway::Embed(embed) = second.next().await.unwrap() else {
+        panic!("expected the question");
+    };
+    let vectors = vec![Embedding { values: vec![1.0, 0.0] }];
+    second.send(FromWorker::Embeddings(Embeddings { request: embed.request, vectors, prompt_tokens: 1 })).await;
+    assert_eq!(in_time(answer).await.unwrap().0, 200);
+}
+
+#[tokio::test]
+async fn fastchat_s_clients_can_check_whether_a_prompt_fits() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let prompts = json!([{ "model": MODEL, "prompt": "Hi", "max_tokens": 60 }]);
+    let answer = ask(&gateway, "/api/v1/token_check", json!({ "prompts": prompts }));
+    let FromGateway::CountTokens(question) = worker.next().await.unwrap() else {
+        panic!("expected a question");
+    };
+    assert_eq!(question.prompt.as_deref(), Some("Hi"));
+    worker.send(FromWorker::TokenCount(TokenCount { request: question.request, tokens: 5, max_length: 64 })).await;
+    let (_, body) = in_time(answer).await.unwrap();
+    assert_eq!(body, json!({ "prompts": [{ "fits": false, "tokenCount": 5, "contextLength": 64 }] }));
+}

@@ -1,0 +1,109 @@
+//! OpenAI's own clients, unchanged. The Python one needs an interpreter that has it, named in
+//! VICUNA_OPENAI_PYTHON, the JavaScript one a folder with node_modules that has it, named in
+//! VICUNA_OPENAI_NODE; a test says so where there is none.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod support;
+
+use serde_json::json;
+use support::{MODEL, TestGateway, Worker, gateway, scored};
+use vicuna_protocol::inference::gateway_message::Body as FromGateway;
+use vicuna_protocol::inference::worker_message::Body as FromWorker;
+use vicuna_protocol::inference::{Embedding, Embeddings, Generate, PromptScores};
+
+const WORDS: usize = 4;
+/// SHA-256 of sk-team.
+const TEAM: &str = "3fc923743166bae134970eb2789df5145d8b8041e050acf18067986818f41d13";
+
+async fn able_worker(gateway: &TestGateway, name: &str) -> Worker {
+    let able = |hello: &mut vicuna_protocol::inference::WorkerHello| {
+        hello.models[0].tools = true;
+        hello.models[0].json_schema = true;
+        hello.models[0].embedding_dimensions = 2;
+    };
+    gateway.worker_with(name, able).await
+}
+
+/// Answers everything until it is lost; tells the request with which that is to happen.
+async fn serve(worker: &mut Worker) -> Generate {
+    loop {
+        match worker.next().await.unwrap() {
+            FromGateway::Generate(generate) => {
+                let moves = generate.messages.iter().any(|message| message.content == "move");
+                if moves && generate.generated.is_empty() {
+                    worker.speak(&generate, 0..2).await;
+                    return generate;
+                }
+                answer(worker, &generate).await;
+            }
+            FromGateway::Embed(embed) => {
+                let vector = Embedding { values: vec![1.0, 0.0] };
+                let vectors = vec![vector; embed.inputs.len()];
+                worker
+                    .send(FromWorker::Embeddings(Embeddings { request: embed.request, vectors, prompt_tokens: 2 }))
+                    .await;
+            }
+            _ => {}
+        }
+    }
+}
+
+async fn answer(worker: &Worker, generate: &Generate) {
+    if generate.prompt_logprobs.is_some() {
+        let (request, choice) = (generate.request.clone(), generate.choice);
+        let scores = PromptScores { request, choice, tokens: vec![scored(0), scored(1)] };
+        worker.send(FromWorker::PromptScores(scores)).await;
+    }
+    let have = generate.generated.len();
+    if !generate.tools_json.is_empty() {
+        worker.say(generate, 0, r#"<tool_call>{"name": "weather", "arguments": {"in": "Rome"}}</tool_call>"#).await;
+        return worker.done(generate, 1).await;
+    }
+    match generate.logprobs {
+        Some(_) => worker.speak_scored(generate, have..WORDS).await,
+        None => worker.speak(generate, have..WORDS).await,
+    }
+    worker.done(generate, WORDS as u32).await;
+}
+
+#[tokio::test]
+async fn openai_s_python_client_works_unchanged() {
+    match std::env::var("VICUNA_OPENAI_PYTHON") {
+        Ok(python) => drive(&python, "openai_client.py", None).await,
+        Err(_) => eprintln!("VICUNA_OPENAI_PYTHON is not set: OpenAI's Python client is not tried"),
+    }
+}
+
+#[tokio::test]
+async fn openai_s_javascript_client_works_unchanged() {
+    match std::env::var("VICUNA_OPENAI_NODE") {
+        Ok(folder) => drive("node", "openai_client.mjs", Some(&folder)).await,
+        Err(_) => eprintln!("VICUNA_OPENAI_NODE is not set: OpenAI's JavaScript client is not tried"),
+    }
+}
+
+async fn drive(program: &str, script: &str, folder: Option<&str>) {
+    let keys_folder = tempfile::tempdir().unwrap();
+    let keys = keys_folder.path().join("keys.json");
+    std::fs::write(&keys, json!({ "keys": [{ "name": "team", "sha256": TEAM }] }).to_string()).unwrap();
+    let gateway = gateway(&["--api-keys-file", &keys.display().to_string()]).await;
+    let mut first = able_worker(&gateway, "w-1").await;
+    let script = format!("{}/tests/clients/{script}", env!("CARGO_MANIFEST_DIR"));
+    let mut client = tokio::process::Command::new(program)
+        .args([&script, &gateway.url("/v1"), MODEL])
+        .args(folder)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    serve(&mut first).await;
+    // Long enough for the client to hear that it waits.
+    tokio::time::sleep(std::time::Duration::from_millis(5500)).await;
+    drop(first);
+    let mut second = able_worker(&gateway, "w-2").await;
+    let status = tokio::select! {
+        status = client.wait() => status.unwrap(),
+        _ = serve(&mut second) => panic!("one move is enough"),
+    };
+    assert!(status.success());
+}

@@ -1,0 +1,83 @@
+"""Drives a gateway with OpenAI's own client. The worker behind it says "w0 w1 w2 w3 " to everything, except
+where tools or a schema ask for more; it is lost once, in the middle of the request that says "move"."""
+
+import sys
+import time
+
+import openai
+
+base_url, model = sys.argv[1:3]
+client = openai.OpenAI(base_url=base_url, api_key="sk-team", max_retries=0)
+SAID = "w0 w1 w2 w3 "
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def chat(words="Hi", **extra):
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": words}], **extra)
+
+
+def refused(kind, field=None, **extra):
+    try:
+        chat(**extra)
+    except kind as error:
+        assert field is None or error.param == field, error
+        return error
+    raise AssertionError(f"{extra} was not refused")
+
+
+assert [entry.id for entry in client.models.list()] == [model]
+assert client.models.retrieve(model).owned_by == "team"
+
+answer = chat(
+    temperature=0.5, top_p=0.9, seed=1, n=2, stop=["never"], logit_bias={"7": -1}, frequency_penalty=0.1,
+    presence_penalty=0.1, max_completion_tokens=9, logprobs=True, top_logprobs=1, user="someone",
+    extra_body={"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [3]},
+)
+assert [choice.message.content for choice in answer.choices] == [SAID, SAID]
+assert answer.usage.completion_tokens == 8 and answer.usage.prompt_tokens == 7
+assert answer.choices[0].logprobs.content[0].top_logprobs[0].token == "other"
+
+chunks = list(chat(stream=True, stream_options={"include_usage": True}))
+assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == SAID
+assert chunks[-1].usage.total_tokens == 11
+
+# Comments come while nothing else does, and the client must not stumble over them.
+text, gap, last = "", 0.0, time.monotonic()
+for chunk in chat("move", stream=True):
+    gap, last = max(gap, time.monotonic() - last), time.monotonic()
+    text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+assert text == SAID and gap > 5, (text, gap)
+
+called = chat(tools=TOOLS).choices[0]
+assert called.finish_reason == "tool_calls" and called.message.tool_calls[0].function.name == "weather"
+history = [
+    {"role": "user", "content": "Hi"},
+    called.message,
+    {"role": "tool", "tool_call_id": called.message.tool_calls[0].id, "content": "sunny"},
+]
+assert client.chat.completions.create(model=model, messages=history).choices[0].message.content == SAID
+with client.chat.completions.stream(model=model, messages=history[:1], tools=TOOLS) as stream:
+    final = stream.get_final_completion()
+assert final.choices[0].message.tool_calls[0].function.arguments == '{"in":"Rome"}'
+
+schema = {"name": "s", "schema": {"type": "object"}, "strict": True}
+chat(response_format={"type": "json_schema", "json_schema": schema})
+
+completion = client.completions.create(model=model, prompt=["Once", "Twice"], echo=True, logprobs=1)
+assert [choice.text for choice in completion.choices] == ["Once" + SAID, "Twice" + SAID]
+assert completion.choices[0].logprobs.token_logprobs[0] is None
+streamed = client.completions.create(model=model, prompt="Once", stream=True)
+assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == SAID
+
+vectors = client.embeddings.create(model=model, input=["a", "b"])
+assert [entry.embedding for entry in vectors.data] == [[1.0, 0.0], [1.0, 0.0]]
+
+refused(openai.BadRequestError, "temperature", temperature=3)
+refused(openai.BadRequestError, "top_logprobs", logprobs=True, top_logprobs=50)
+assert refused(openai.NotFoundError, "model", extra_body={"model": "team/none"}).code == "model_not_found"
+try:
+    openai.OpenAI(base_url=base_url, api_key="sk-nobody", max_retries=0).models.list()
+    raise AssertionError("a stranger got in")
+except openai.AuthenticationError as error:
+    assert error.code == "invalid_api_key"
+print("all as it should be")

@@ -1,0 +1,134 @@
+//! API keys, quotas and priorities, as clients meet them.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod support;
+
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use support::{MODEL, chat, gateway, in_time};
+
+/// SHA-256 of sk-team, sk-rival and sk-urgent.
+const TEAM: &str = "3fc923743166bae134970eb2789df5145d8b8041e050acf18067986818f41d13";
+const RIVAL: &str = "d491c3232d1533b3ef21c3173f6b486c4a63bd887dab8a0567384baa11201004";
+const URGENT: &str = "bfaff3c907e01159c70821aa1dcc3830bf2ba6e5f99f23410791349e945ad138";
+
+fn keys_file(folder: &tempfile::TempDir, keys: Value) -> String {
+    let path: PathBuf = folder.path().join("keys.json");
+    std::fs::write(&path, json!({ "keys": keys }).to_string()).unwrap();
+    path.display().to_string()
+}
+
+async fn post(url: &str, key: Option<&str>, body: Value) -> (u16, Value, reqwest::header::HeaderMap) {
+    let mut request = reqwest::Client::new().post(url).body(body.to_string());
+    if let Some(key) = key {
+        request = request.bearer_auth(key);
+    }
+    let response = in_time(request.send()).await.unwrap();
+    let (status, headers) = (response.status().as_u16(), response.headers().clone());
+    (status, serde_json::from_str(&response.text().await.unwrap()).unwrap(), headers)
+}
+
+#[tokio::test]
+async fn only_known_keys_get_in_and_see_only_their_models() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = keys_file(
+        &folder,
+        json!([
+            { "name": "team", "sha256": TEAM, "models": ["team/*"] },
+            { "name": "rival", "sha256": RIVAL, "models": ["rival/*"] },
+        ]),
+    );
+    let gateway = gateway(&["--api-keys-file", &file]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let url = gateway.url("/v1/chat/completions");
+    for stranger in [None, Some("sk-nobody")] {
+        let (status, body, _) = post(&url, stranger, chat(json!({}))).await;
+        assert_eq!((status, &body["error"]["code"]), (401, &json!("invalid_api_key")));
+        assert!(!body.to_string().contains("sk-nobody"));
+    }
+    let (status, body, _) = post(&url, Some("sk-rival"), chat(json!({}))).await;
+    assert_eq!(status, 404);
+    assert!(!body["error"]["message"].as_str().unwrap().contains("available: team"), "{body}");
+    let list = reqwest::Client::new().get(gateway.url("/v1/models")).bearer_auth("sk-rival").send();
+    let list: Value = serde_json::from_str(&list.await.unwrap().text().await.unwrap()).unwrap();
+    assert_eq!(list["data"], json!([]));
+
+    let answer = tokio::spawn(async move { post(&url, Some("sk-team"), chat(json!({}))).await });
+    let generate = worker.generate().await;
+    worker.done(&generate, 0).await;
+    assert_eq!(in_time(answer).await.unwrap().0, 200);
+    let page = reqwest::get(gateway.url("/")).await.unwrap();
+    assert_eq!(page.status(), 200, "the page itself needs no key");
+}
+
+#[tokio::test]
+async fn used_up_quotas_are_429_with_the_time_to_wait() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = keys_file(
+        &folder,
+        json!([
+            { "name": "team", "sha256": TEAM, "requestsPerMinute": 1 },
+            { "name": "rival", "sha256": RIVAL, "models": [MODEL], "tokensPerMinute": 10 },
+        ]),
+    );
+    let gateway = gateway(&["--api-keys-file", &file]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let url = gateway.url("/v1/chat/completions");
+    for (key, used) in [("sk-team", "requests"), ("sk-rival", "tokens")] {
+        let asked = url.clone();
+        let answer = tokio::spawn(async move { post(&asked, Some(key), chat(json!({}))).await });
+        let generate = worker.generate().await;
+        // Seven of the prompt: 47 together.
+        worker.speak(&generate, 0..40).await;
+        worker.done(&generate, 40).await;
+        assert_eq!(in_time(answer).await.unwrap().0, 200);
+        let (status, body, headers) = post(&url, Some(key), chat(json!({}))).await;
+        assert_eq!((status, &body["error"]["code"]), (429, &json!("rate_limit_exceeded")));
+        assert!(body["error"]["message"].as_str().unwrap().contains(used), "{body}");
+        assert!(headers["retry-after"].to_str().unwrap().parse::<u32>().unwrap() > 1);
+    }
+    assert!(gateway.metrics().await.contains("vicuna_gateway_over_quota_total 2"));
+}
+
+#[tokio::test]
+async fn urgent_requests_go_first_and_make_room_in_a_full_queue() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = keys_file(
+        &folder,
+        json!([{ "name": "team", "sha256": TEAM }, { "name": "urgent", "sha256": URGENT, "priority": 10 }]),
+    );
+    let gateway = gateway(&["--api-keys-file", &file, "--max-queue", "2"]).await;
+    let mut worker = gateway.worker_with("w-1", |hello| hello.slots = 1).await;
+    let ask = |key: &'static str, user: &str| {
+        let (url, body) = (gateway.url("/v1/chat/completions"), chat(json!({ "seed": user.len() })));
+        tokio::spawn(async move { post(&url, Some(key), body).await })
+    };
+    let loads = gateway.running.gateway.loads.clone();
+    let queued = async |count| {
+        in_time(async {
+            while loads.demand(MODEL).queued != count {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    };
+    let running = ask("sk-team", "1");
+    let generate = worker.generate().await;
+    let older = ask("sk-team", "22");
+    queued(1).await;
+    let younger = ask("sk-team", "333");
+    queued(2).await;
+    let urgent = ask("sk-urgent", "4444");
+    let (status, body, _) = in_time(younger).await.unwrap();
+    assert_eq!((status, &body["error"]["code"]), (429, &json!("queue_full")), "it made room");
+    worker.done(&generate, 0).await;
+    let next = worker.generate().await;
+    assert_eq!((next.sampling.as_ref().unwrap().seed, next.priority), (4, 10));
+    worker.done(&next, 0).await;
+    let last = worker.generate().await;
+    worker.done(&last, 0).await;
+    for answer in [running, older, urgent] {
+        assert_eq!(in_time(answer).await.unwrap().0, 200);
+    }
+}

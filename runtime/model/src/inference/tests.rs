@@ -1,0 +1,162 @@
+use super::*;
+use crate::tiny::tiny;
+use tch::Tensor;
+
+fn options(precision: Precision) -> EngineOptions {
+    EngineOptions { device: Device::Cpu, precision, max_length: None, cache_bytes: 1 << 20, threads: 2 }
+}
+
+fn cpu(precision: Precision) -> Engine {
+    Engine::new(&tiny(3), &options(precision)).unwrap()
+}
+
+/// The engine for GPUs, on the CPU.
+fn torch() -> Engine {
+    let engine = cpu(Precision::Fp32);
+    let backend = TorchEngine::new(&tiny(3), Device::Cpu, Kind::Float, engine.max_length, engine.blocks).unwrap();
+    Engine { backend: Backend::Torch(Box::new(backend)), ..engine }
+}
+
+fn ids(length: u32) -> Vec<u32> {
+    (0..length).map(|index| 3 + index * 37 % 280).collect()
+}
+
+/// Logits of every position by the training path.
+fn reference(ids: &[u32]) -> Vec<Vec<f32>> {
+    let model = tiny(3);
+    let logits = crate::logits(&model.config, &model.tensors, ids).unwrap();
+    (0..ids.len() as i64).map(|row| Vec::try_from(logits.get(row)).unwrap()).collect()
+}
+
+fn difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Logits of every position, computed in pieces of these lengths.
+fn in_pieces(engine: &mut Engine, ids: &[u32], blocks: &[u32], lengths: &[usize]) -> Vec<Vec<f32>> {
+    let mut outputs = Outputs::default();
+    let mut found = Vec::new();
+    let mut past = 0;
+    for length in lengths {
+        let piece = Piece { tokens: &ids[past..past + length], past, blocks, want: Want::Every };
+        engine.step(&[piece], &mut outputs).unwrap();
+        found.extend(outputs.logits(0).map(|row| row.to_vec()));
+        past += length;
+    }
+    assert_eq!(past, ids.len());
+    found
+}
+
+const BLOCKS: [u32; 10] = [4, 0, 9, 17, 2, 3, 20, 6, 11, 8];
+
+#[test]
+fn cached_logits_equal_those_of_the_training_path() {
+    let ids = ids(160);
+    let expected = reference(&ids);
+    for mut engine in [cpu(Precision::Fp32), torch()] {
+        let found = in_pieces(&mut engine, &ids, &BLOCKS, &[50, 1, 1, 70, 1, 37]);
+        for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert!(difference(found, expected) < 1e-5, "at {position}");
+        }
+    }
+}
+
+#[test]
+fn on_the_cpu_pieces_blocks_and_threads_do_not_change_a_bit() {
+    let ids = ids(100);
+    for precision in [Precision::Fp32, Precision::Bf16, Precision::Int8, Precision::Int4] {
+        let whole = in_pieces(&mut cpu(precision), &ids, &BLOCKS, &[100]);
+        let ones = in_pieces(&mut cpu(precision), &ids, &[0, 1, 2, 3, 4, 5, 6], &[1; 100]);
+        assert_eq!(whole, ones, "{precision:?}");
+        let mut alone = Engine::new(&tiny(3), &EngineOptions { threads: 1, ..options(precision) }).unwrap();
+        assert_eq!(whole, in_pieces(&mut alone, &ids, &BLOCKS, &[13, 30, 57]), "{precision:?}");
+    }
+}
+
+#[test]
+fn a_batch_computes_each_sequence_as_if_it_were_alone() {
+    let prompts = [ids(3), ids(60), ids(31)];
+    let tables: [&[u32]; 3] = [&[0], &[5, 1, 2, 3], &[7, 8]];
+    let batch = |engine: &mut Engine| {
+        let mut outputs = Outputs::default();
+        let piece = |index: usize, tokens, past, want| Piece { tokens, past, blocks: tables[index], want };
+        let first = [
+            piece(0, &prompts[0], 0, Want::Last),
+            piece(1, &prompts[1][..59], 0, Want::Nothing),
+            piece(2, &prompts[2][..20], 0, Want::Nothing),
+        ];
+        engine.step(&first, &mut outputs).unwrap();
+        let mut found: Vec<Vec<f32>> = outputs.logits(0).map(|row| row.to_vec()).collect();
+        let second = [piece(1, &prompts[1][59..], 59, Want::Last), piece(2, &prompts[2][20..], 20, Want::Every)];
+        engine.step(&second, &mut outputs).unwrap();
+        found.extend(outputs.logits(0).map(|row| row.to_vec()));
+        found.extend(outputs.logits(1).map(|row| row.to_vec()));
+        found
+    };
+    let on_cpu = batch(&mut cpu(Precision::Int4));
+    let mut alone = Vec::new();
+    for (prompt, kept) in prompts.iter().zip([1, 1, 11]) {
+        let rows = in_pieces(&mut cpu(Precision::Int4), prompt, &BLOCKS, &[prompt.len()]);
+        alone.extend_from_slice(&rows[rows.len() - kept..]);
+    }
+    assert_eq!(on_cpu, alone);
+    let (fp32, in_torch) = (batch(&mut cpu(Precision::Fp32)), batch(&mut torch()));
+    assert!(fp32.iter().zip(&in_torch).all(|(a, b)| difference(a, b) < 1e-5));
+}
+
+#[test]
+fn fewer_bits_cost_as_little_as_they_should() {
+    let ids = ids(40);
+    let expected = reference(&ids);
+    let scale = expected.iter().flatten().fold(0.0, |largest: f32, value| largest.max(value.abs()));
+    for (precision, share) in [(Precision::Bf16, 0.02), (Precision::Int8, 0.02), (Precision::Int4, 0.4)] {
+        let found = in_pieces(&mut cpu(precision), &ids, &BLOCKS, &[40]);
+        let worst = found.iter().zip(&expected).map(|(a, b)| difference(a, b)).fold(0.0, f32::max);
+        assert!(worst > 0.0 && worst < share * scale, "{precision:?}: {worst} of {scale}");
+    }
+}
+
+#[test]
+fn hidden_states_are_summed_for_the_piece_that_wants_them() {
+    let ids = ids(20);
+    let piece = |tokens, blocks, want| Piece { tokens, past: 0, blocks, want };
+    let sums = |mut engine: Engine| {
+        let mut outputs = Outputs::default();
+        let pieces = [piece(&ids[..5], &[3], Want::Last), piece(&ids, &[0, 1], Want::Hidden)];
+        engine.step(&pieces, &mut outputs).unwrap();
+        assert_eq!((outputs.logits(0).len(), outputs.logits(1).len(), outputs.hidden(0).len()), (1, 0, 0));
+        outputs.hidden(1).to_vec()
+    };
+    let found = sums(cpu(Precision::Fp32));
+    assert!(difference(&found, &sums(torch())) < 1e-4);
+    // The head is linear: the sum's logits are the sum of the logits.
+    let head = &tiny(3).tensors[crate::parameters::EMBEDDING];
+    let logits = Vec::<f32>::try_from(head.matmul(&Tensor::from_slice(&found))).unwrap();
+    let expected = reference(&ids).into_iter().reduce(|a, b| a.iter().zip(&b).map(|(a, b)| a + b).collect());
+    assert!(difference(&logits, &expected.unwrap()) < 1e-3);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_computed() {
+    let mut engine =
+        Engine::new(&tiny(3), &EngineOptions { max_length: Some(10), ..options(Precision::Fp32) }).unwrap();
+    let ids = ids(11);
+    let mut outputs = Outputs::default();
+    let mut refused = |tokens, past, blocks| {
+        engine.step(&[Piece { tokens, past, blocks, want: Want::Last }], &mut outputs).unwrap_err()
+    };
+    assert!(matches!(refused(&ids, 0, &[0]), ModelError::TooLong { tokens: 11, max_length: 10 }));
+    assert!(matches!(refused(&ids[..1], 10, &[0]), ModelError::TooLong { .. }));
+    assert!(matches!(refused(&[], 0, &[0]), ModelError::TooLong { .. }));
+    assert!(matches!(refused(&[9999], 0, &[0]), ModelError::UnknownToken { .. }));
+    assert!(matches!(refused(&ids[..3], 0, &[]), ModelError::Blocks { .. }));
+    assert!(matches!(refused(&ids[..3], 0, &[u32::MAX]), ModelError::Blocks { .. }));
+}
+
+#[test]
+fn the_cache_holds_one_whole_sequence_however_little_memory_there_is() {
+    let engine = Engine::new(&tiny(3), &EngineOptions { cache_bytes: 0, ..options(Precision::Fp32) }).unwrap();
+    assert_eq!(engine.blocks() * BLOCK_TOKENS, engine.max_length());
+    assert!(cpu(Precision::Fp32).blocks() > engine.blocks());
+}

@@ -1,0 +1,247 @@
+//! Inference in torch, for GPUs. The projections of a step are shared by all rows; single tokens
+//! attend together over their gathered blocks, prompts one after another.
+
+use super::{BLOCK_TOKENS, Outputs, Piece, Want, missing_if_none};
+use crate::layers::{LayerWeights, Rope, attention, embed, feed_forward, head_logits, linear, rms_norm, shared};
+use crate::parameters::{EMBEDDING, FINAL_NORM, head_name};
+use crate::{Config, ModelError, Pretrained};
+use std::collections::BTreeMap;
+use tch::{Device, Kind, Tensor};
+
+#[derive(Debug)]
+pub struct TorchEngine {
+    config: Config,
+    embedding: Tensor,
+    layers: Vec<LayerWeights>,
+    norm: Tensor,
+    head: Tensor,
+    rope: Rope,
+    caches: Vec<LayerCache>,
+}
+
+/// `[blocks · BLOCK_TOKENS, kv_heads, head_dim]` each.
+#[derive(Debug)]
+struct LayerCache {
+    keys: Tensor,
+    values: Tensor,
+}
+
+/// What the layers of a step have in common.
+struct Batch {
+    /// Sines and cosines of each row's position, `[rows, 1, head_dim / 2]`.
+    rope: Rope,
+    /// Place of each row in the cache.
+    slots: Tensor,
+    singles: Option<Singles>,
+    prompts: Vec<Prompt>,
+}
+
+/// Rows that are the only one of their piece.
+struct Singles {
+    rows: Tensor,
+    /// `[pieces, longest]`.
+    slots: Tensor,
+    /// `[pieces, 1, 1, longest]`: what is seen of it.
+    seen: Tensor,
+}
+
+/// Rows of one piece.
+struct Prompt {
+    first: i64,
+    length: i64,
+    /// All positions up to the last.
+    slots: Tensor,
+    /// `[length, past + length]`.
+    seen: Tensor,
+}
+
+impl TorchEngine {
+    pub fn new(
+        model: &Pretrained,
+        device: Device,
+        kind: Kind,
+        max_length: usize,
+        blocks: usize,
+    ) -> Result<Self, ModelError> {
+        let config = &model.config;
+        let moved: BTreeMap<String, Tensor> = model
+            .tensors
+            .iter()
+            .map(|(name, tensor)| Ok((name.clone(), tensor.f_to_device(device)?.f_to_kind(kind)?.detach())))
+            .collect::<Result<_, ModelError>>()?;
+        let take = |name: &str| missing_if_none(name, moved.get(name).map(Tensor::shallow_clone));
+        let layer = |index| missing_if_none(&format!("model.layers.{index}"), LayerWeights::from_map(&moved, index));
+        let shape = [(blocks * BLOCK_TOKENS) as i64, config.kv_heads as i64, config.head_dim as i64];
+        let zeros = || Tensor::f_zeros(shape, (kind, device));
+        let cache = |_| Ok(LayerCache { keys: zeros()?, values: zeros()? });
+        Ok(Self {
+            embedding: take(EMBEDDING)?,
+            layers: (0..config.layers).map(layer).collect::<Result<_, _>>()?,
+            norm: take(FINAL_NORM)?,
+            head: take(head_name(config))?,
+            rope: Rope::new(config, max_length, device, kind),
+            caches: (0..config.layers).map(cache).collect::<Result<_, ModelError>>()?,
+            config: config.clone(),
+        })
+    }
+
+    /// Bytes of keys and values of one token.
+    pub fn token_bytes(config: &Config, kind: Kind) -> usize {
+        2 * config.layers * config.kv_heads * config.head_dim * kind.elt_size_in_bytes()
+    }
+
+    pub fn step(&mut self, pieces: &[Piece<'_>], outputs: &mut Outputs) -> Result<(), ModelError> {
+        outputs.begin(self.config.vocab, pieces);
+        tch::no_grad(|| {
+            let batch = self.batch(pieces);
+            let ids: Vec<i64> = pieces.iter().flat_map(|piece| piece.tokens).map(|id| i64::from(*id)).collect();
+            let mut x = embed(&self.embedding, &self.to_device(&ids));
+            for (weights, cache) in self.layers.iter().zip(&self.caches) {
+                x = self.layer(weights, cache, x, &batch);
+            }
+            self.produce(pieces, &x, outputs)
+        })
+    }
+
+    fn to_device(&self, numbers: &[i64]) -> Tensor {
+        Tensor::from_slice(numbers).to_device(self.embedding.device())
+    }
+
+    fn batch(&self, pieces: &[Piece<'_>]) -> Batch {
+        let mut positions = Vec::new();
+        let mut slots = Vec::new();
+        let mut prompts = Vec::new();
+        for piece in pieces {
+            let (first, end) = (positions.len() as i64, piece.past + piece.tokens.len());
+            positions.extend((piece.past..end).map(|position| position as i64));
+            slots.extend((piece.past..end).map(|position| slot(piece, position)));
+            if piece.tokens.len() > 1 {
+                prompts.push(self.prompt(piece, first));
+            }
+        }
+        Batch {
+            rope: self.rope.at(&self.to_device(&positions)),
+            slots: self.to_device(&slots),
+            singles: self.singles(pieces),
+            prompts,
+        }
+    }
+
+    fn prompt(&self, piece: &Piece<'_>, first: i64) -> Prompt {
+        let (past, length) = (piece.past as i64, piece.tokens.len() as i64);
+        let slots: Vec<i64> = (0..piece.past + piece.tokens.len()).map(|position| slot(piece, position)).collect();
+        let all = Tensor::ones([length, past + length], (Kind::Bool, self.embedding.device()));
+        Prompt { first, length, slots: self.to_device(&slots), seen: all.tril(past) }
+    }
+
+    fn singles(&self, pieces: &[Piece<'_>]) -> Option<Singles> {
+        let longest = pieces.iter().filter(|piece| piece.tokens.len() == 1).map(|piece| piece.past + 1).max()?;
+        let (mut rows, mut slots, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        let mut row = 0;
+        for piece in pieces {
+            if piece.tokens.len() == 1 {
+                rows.push(row);
+                lengths.push(piece.past as i64 + 1);
+                let place = |position: usize| if position <= piece.past { slot(piece, position) } else { 0 };
+                slots.extend((0..longest).map(place));
+            }
+            row += piece.tokens.len() as i64;
+        }
+        let count = rows.len() as i64;
+        let positions = Tensor::arange(longest as i64, (Kind::Int64, self.embedding.device()));
+        let seen = positions.unsqueeze(0).less_tensor(&self.to_device(&lengths).unsqueeze(1));
+        Some(Singles {
+            rows: self.to_device(&rows),
+            slots: self.to_device(&slots).view([count, longest as i64]),
+            seen: seen.view([count, 1, 1, longest as i64]),
+        })
+    }
+
+    fn layer(&self, weights: &LayerWeights, cache: &LayerCache, x: Tensor, batch: &Batch) -> Tensor {
+        let config = &self.config;
+        let normed = rms_norm(&x, &weights.input_norm, config.eps);
+        let heads = |projection: &Tensor, count: usize| {
+            linear(&normed, projection).view([-1, count as i64, config.head_dim as i64])
+        };
+        let queries = batch.rope.rotate(&heads(&weights.query, config.heads));
+        let keys = batch.rope.rotate(&heads(&weights.key, config.kv_heads));
+        cache.write(&batch.slots, &keys, &heads(&weights.value, config.kv_heads));
+        let mixed = self.mix(cache, &queries, batch);
+        let x = x + linear(&mixed, &weights.output);
+        let normed = rms_norm(&x, &weights.post_norm, config.eps);
+        x + feed_forward(weights, &normed)
+    }
+
+    /// Attention of `queries [rows, heads, head_dim]`.
+    fn mix(&self, cache: &LayerCache, queries: &Tensor, batch: &Batch) -> Tensor {
+        let width = (self.config.heads * self.config.head_dim) as i64;
+        let mut mixed = queries.empty_like().view([-1, width]);
+        if let Some(singles) = &batch.singles {
+            let found = self.mix_singles(cache, &queries.index_select(0, &singles.rows), singles);
+            mixed = mixed.index_copy_(0, &singles.rows, &found.view([-1, width]));
+        }
+        for prompt in &batch.prompts {
+            let query = queries.narrow(0, prompt.first, prompt.length).transpose(0, 1).unsqueeze(0);
+            let (keys, values) = cache.read(&prompt.slots);
+            let heads = |x: &Tensor| shared(&self.config, &x.transpose(0, 1).unsqueeze(0));
+            let found = attention(&query, &heads(&keys), &heads(&values), Some(&prompt.seen), false);
+            let found = found.squeeze_dim(0).transpose(0, 1).reshape([-1, width]);
+            mixed.narrow(0, prompt.first, prompt.length).copy_(&found);
+        }
+        mixed
+    }
+
+    /// One new position each. The queries of a key-value head take the place of positions, so that
+    /// its keys are not repeated.
+    fn mix_singles(&self, cache: &LayerCache, queries: &Tensor, singles: &Singles) -> Tensor {
+        let (count, longest) = singles.slots.size2().unwrap_or((0, 0));
+        let (kv_heads, head_dim) = (self.config.kv_heads as i64, self.config.head_dim as i64);
+        let group = (self.config.heads / self.config.kv_heads) as i64;
+        let (keys, values) = cache.read(&singles.slots.view([-1]));
+        let heads = |x: &Tensor| x.view([count, longest, kv_heads, head_dim]).transpose(1, 2);
+        let queries = queries.view([count, kv_heads, group, head_dim]);
+        let seen = singles.seen.expand([count, kv_heads, group, longest], false);
+        attention(&queries, &heads(&keys), &heads(&values), Some(&seen), false).contiguous()
+    }
+
+    fn produce(&self, pieces: &[Piece<'_>], x: &Tensor, outputs: &mut Outputs) -> Result<(), ModelError> {
+        let mut rows = Vec::new();
+        let mut first = 0;
+        for (index, piece) in pieces.iter().enumerate() {
+            let length = piece.tokens.len() as i64;
+            match piece.want {
+                Want::Nothing => {}
+                Want::Last => rows.push(first + length - 1),
+                Want::Every => rows.extend(first..first + length),
+                Want::Hidden => {
+                    let normed = rms_norm(&x.narrow(0, first, length), &self.norm, self.config.eps);
+                    outputs.hidden[index] = Vec::try_from(normed.sum_dim_intlist(0i64, false, Kind::Float))?;
+                }
+            }
+            first += length;
+        }
+        if !rows.is_empty() {
+            let chosen = x.index_select(0, &self.to_device(&rows));
+            let logits = head_logits(&self.config, &chosen, &self.norm, &self.head).to_kind(Kind::Float);
+            let count = outputs.logits.len();
+            logits.to_device(Device::Cpu).contiguous().f_copy_data(&mut outputs.logits, count)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a position's keys and values are in the cache.
+fn slot(piece: &Piece<'_>, position: usize) -> i64 {
+    i64::from(piece.blocks[position / BLOCK_TOKENS]) * BLOCK_TOKENS as i64 + (position % BLOCK_TOKENS) as i64
+}
+
+impl LayerCache {
+    fn write(&self, slots: &Tensor, keys: &Tensor, values: &Tensor) {
+        let _ = self.keys.shallow_clone().index_copy_(0, slots, keys);
+        let _ = self.values.shallow_clone().index_copy_(0, slots, values);
+    }
+
+    fn read(&self, slots: &Tensor) -> (Tensor, Tensor) {
+        (self.keys.index_select(0, slots), self.values.index_select(0, slots))
+    }
+}

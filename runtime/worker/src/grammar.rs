@@ -1,0 +1,143 @@
+//! Completions that must be JSON: which tokens may come next (`llguidance`). The state is a function
+//! of the tokens so far, so that a completion continues elsewhere.
+
+use crate::detokenize::TokenBytes;
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{Matcher, ParserFactory};
+use std::fmt;
+use std::sync::Arc;
+use vicuna_protocol::inference::generate::Format;
+
+/// Bytes of a schema at most.
+const MAX_SCHEMA: usize = 1 << 16;
+
+/// Makes grammars for one vocabulary.
+#[derive(Clone)]
+pub struct Grammars {
+    factory: Arc<ParserFactory>,
+    /// Stands for all tokens that may end a completion.
+    end_token: u32,
+}
+
+impl fmt::Debug for Grammars {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Grammars").field("end_token", &self.end_token).finish_non_exhaustive()
+    }
+}
+
+impl Grammars {
+    /// `size` tokens, of which `end_token` ends a completion.
+    pub fn new(bytes: &TokenBytes, size: usize, end_token: u32) -> Result<Self, String> {
+        let words: Vec<Vec<u8>> = (0..size as u32).map(|id| bytes.get(id).to_vec()).collect();
+        let trie = TokTrie::from(&TokRxInfo::new(size as u32, end_token), &words);
+        let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let mut factory = ParserFactory::new_simple(&environment).map_err(|error| error.to_string())?;
+        factory.quiet();
+        Ok(Self { factory: Arc::new(factory), end_token })
+    }
+
+    /// The error is for the client.
+    pub fn of(&self, format: &Format) -> Result<Option<Grammar>, String> {
+        let schema = match format {
+            Format::JsonObject(false) => return Ok(None),
+            Format::JsonObject(true) => serde_json::json!({ "type": "object" }),
+            Format::JsonSchema(text) if text.len() > MAX_SCHEMA => {
+                return Err(format!("the JSON schema has {} bytes; at most {MAX_SCHEMA} are allowed", text.len()));
+            }
+            Format::JsonSchema(text) => {
+                serde_json::from_str(text).map_err(|error| format!("the JSON schema is not valid JSON: {error}"))?
+            }
+        };
+        let parser = self.factory.create_parser(TopLevelGrammar::from_json_schema(schema));
+        let parser = parser.map_err(|error| format!("the JSON schema cannot be used: {error}"))?;
+        Ok(Some(Grammar { matcher: Matcher::new(Ok(parser)), end_token: self.end_token }))
+    }
+}
+
+/// Where one completion is in its grammar.
+pub struct Grammar {
+    matcher: Matcher,
+    end_token: u32,
+}
+
+impl fmt::Debug for Grammar {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Grammar").field("complete", &self.is_complete()).finish_non_exhaustive()
+    }
+}
+
+impl Grammar {
+    /// Makes the logits of tokens that may not come next -∞. `end_tokens` may where the text is whole.
+    pub fn restrict(&mut self, logits: &mut [f32], end_tokens: &[u32]) -> Result<(), String> {
+        let allowed = self.matcher.compute_mask_or_eos().map_err(|error| format!("the grammar failed: {error}"))?;
+        let may_end = allowed.is_allowed(self.end_token);
+        for (id, logit) in logits.iter_mut().enumerate() {
+            let ends = end_tokens.contains(&(id as u32));
+            if !(allowed.get(id) || ends && may_end) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the next token of the completion.
+    pub fn take(&mut self, token: u32) -> Result<(), String> {
+        self.matcher.consume_token(token).map_err(|error| format!("the completion leaves its grammar: {error}"))
+    }
+
+    /// Nothing can follow.
+    pub fn is_complete(&self) -> bool {
+        self.matcher.is_stopped()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vicuna_model::tiny;
+
+    fn grammars() -> Grammars {
+        Grammars::new(&TokenBytes::of(&tiny::tokenizer()), tiny::config().vocab, 2).unwrap()
+    }
+
+    fn allowed(grammar: &mut Grammar) -> String {
+        let tokenizer = tiny::tokenizer();
+        let mut logits = vec![0.0; tiny::config().vocab];
+        grammar.restrict(&mut logits, &[2]).unwrap();
+        let texts = (0..logits.len() as u32).filter(|id| logits[*id as usize] == 0.0).map(|id| match id {
+            2 => "END".to_owned(),
+            id => tokenizer.decode(&[id], false).unwrap(),
+        });
+        texts.collect()
+    }
+
+    #[test]
+    fn only_what_the_schema_allows_may_come_and_the_end_only_when_it_is_whole() {
+        let schema = r#"{"enum": ["yes", "no"]}"#.to_owned();
+        let mut grammar = grammars().of(&Format::JsonSchema(schema)).unwrap().unwrap();
+        let tokenizer = tiny::tokenizer();
+        assert_eq!(allowed(&mut grammar), "\"");
+        for id in tokenizer.encode("\"no\"", false).unwrap().get_ids() {
+            assert!(!grammar.is_complete());
+            grammar.take(*id).unwrap();
+        }
+        assert!(grammar.is_complete() || allowed(&mut grammar) == "END");
+    }
+
+    #[test]
+    fn a_token_outside_the_grammar_is_an_error() {
+        let mut grammar = grammars().of(&Format::JsonObject(true)).unwrap().unwrap();
+        let ids = tiny::tokenizer().encode("x", false).unwrap().get_ids().to_vec();
+        assert!(grammar.take(ids[0]).is_err());
+    }
+
+    #[test]
+    fn a_schema_that_is_none_is_the_clients_mistake() {
+        let refused = |text: &str| grammars().of(&Format::JsonSchema(text.to_owned())).unwrap_err();
+        assert!(refused("{").contains("not valid JSON"));
+        assert!(refused(r#"{"type": "wizard"}"#).contains("cannot be used"));
+        assert!(refused(&" ".repeat(MAX_SCHEMA + 1)).contains("bytes"));
+        assert!(grammars().of(&Format::JsonObject(false)).unwrap().is_none());
+    }
+}
