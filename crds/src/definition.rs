@@ -39,6 +39,10 @@ fn polish(schema: &mut JSONSchemaProps) {
     if let Some(choices) = &mut schema.enum_ {
         choices.retain(|choice| !choice.0.is_null());
     }
+    // Objects keep the order of their fields or not, as some dependency of the build wishes: the text must not.
+    if let Some(default) = &mut schema.default {
+        default.0.sort_all_objects();
+    }
     let integer = schema.type_.as_deref() == Some("integer");
     if integer {
         schema.format.take_if(|format| !KNOWN_INTEGER_FORMATS.contains(&format.as_str()));
