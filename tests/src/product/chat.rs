@@ -14,6 +14,8 @@ pub struct Chat {
     pub gateway: SocketAddr,
     pub model: String,
     pub max_tokens: u32,
+    /// Tokens that may not come: without its end a stream goes on to `max_tokens`.
+    pub banned: Vec<u32>,
 }
 
 /// What a stream gave, in order.
@@ -50,12 +52,14 @@ pub struct Answer {
 
 impl Chat {
     pub fn new(gateway: SocketAddr, model: &str) -> Self {
-        Self { gateway, model: model.to_owned(), max_tokens: 48 }
+        Self { gateway, model: model.to_owned(), max_tokens: 48, banned: Vec::new() }
     }
 
     /// Starts a greedy stream; `words` is the user's message.
     pub fn stream(&self, words: &str) -> Result<Stream> {
+        let bias: serde_json::Map<_, _> = self.banned.iter().map(|id| (id.to_string(), json!(-100))).collect();
         let body = json!({
+            "logit_bias": bias,
             "model": self.model,
             "messages": [{"role": "user", "content": words}],
             "max_tokens": self.max_tokens,

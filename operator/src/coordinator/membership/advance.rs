@@ -240,7 +240,7 @@ impl Membership {
     }
 
     /// From here on time counts as recovery.
-    fn interrupt(&mut self, now: Millis) {
+    pub(super) fn interrupt(&mut self, now: Millis) {
         if self.progress.is_some() && !self.interrupted {
             self.interrupted = true;
             self.recovery = Stages { detected: Some(now), ..Stages::default() };

@@ -283,6 +283,7 @@ impl Membership {
             rank.holding = said.holding;
         }
         if !matches!(self.state, State::Collecting { .. }) {
+            self.interrupt(now);
             self.collect(now, false, "a rank lost its peers".to_owned(), 0);
         }
         self.answered(pod);
