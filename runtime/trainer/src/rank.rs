@@ -470,7 +470,7 @@ fn assignment(form: wire::Form) -> Option<Assignment> {
         (None, None) => Start::Model,
         _ => return None,
     };
-    (rank < members.len()).then(|| Assignment {
+    (rank < members.len()).then_some(Assignment {
         membership: Membership { generation: form.generation, rank, members, key },
         nodes,
         start,

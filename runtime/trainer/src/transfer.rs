@@ -170,8 +170,8 @@ mod tests {
                 prop_assert!(!holders[it.block].contains(&it.to), "it is sent once, and only where it is missing");
                 holders[it.block].push(it.to);
             }
-            for block in 0..holders.len() {
-                prop_assert!((0..world).all(|rank| !layout.keeps(rank, block) || holders[block].contains(&rank)));
+            for (block, holding) in holders.iter().enumerate() {
+                prop_assert!((0..world).all(|rank| !layout.keeps(rank, block) || holding.contains(&rank)));
             }
         }
     }

@@ -1,5 +1,7 @@
 //! The rank's life against a coordinator that the test plays, over real gRPC.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod support;
 
 use parking_lot::Mutex;
@@ -181,7 +183,7 @@ impl Play {
 
     async fn progress(&mut self, generation: u64) -> wire::Progress {
         self.until(|_, body| match body {
-            Body::Progress(progress) if progress.generation == generation => Some(progress.clone()),
+            Body::Progress(progress) if progress.generation == generation => Some(*progress),
             _ => None,
         })
         .await

@@ -2,6 +2,8 @@
 //!
 //! Real ranks in threads, real TCP on loopback, checkpoints on disk, the tiny model.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod support;
 
 use parking_lot::Mutex;
