@@ -2,6 +2,7 @@
 //! bearer tokens and TLS. No torch, no Kubernetes client.
 
 pub mod auth;
+pub mod holding;
 pub mod job;
 pub mod tls;
 

@@ -9,6 +9,7 @@ use crate::layout::{Holders, Layout};
 use crate::state::BlockState;
 use crate::step::{Engine, Peers, StepError};
 use vicuna_protocol::coordinator as wire;
+use vicuna_protocol::holding::bits;
 
 /// Gives every block to those who keep it in the engine's layout and do not have it yet.
 pub fn spread(engine: &mut Engine, holders: &Holders, peers: Peers<'_>) -> Result<(), StepError> {
@@ -82,8 +83,8 @@ pub fn holding(engine: &Engine, data: &Dataset) -> wire::Holding {
     wire::Holding {
         step: engine.step,
         updates: engine.updates,
-        blocks: to_bits(total, engine.blocks.keys().copied()),
-        advancing: to_bits(total, engine.blocks.keys().copied().filter(follows)),
+        blocks: bits(total, engine.blocks.keys().copied()),
+        advancing: bits(total, engine.blocks.keys().copied().filter(follows)),
         weights: engine.weights_step == Some(engine.step),
         last: None,
         norm: engine.committed.norm,
@@ -93,25 +94,8 @@ pub fn holding(engine: &Engine, data: &Dataset) -> wire::Holding {
 
 /// Who has each of `total` blocks once all are at `step`, by what the ranks said.
 pub fn holders(holdings: &[wire::Holding], step: u64, total: usize) -> Holders {
-    let bits = |holding: &wire::Holding| {
-        let level = holding.step == step;
-        if level { holding.blocks.clone() } else { holding.advancing.clone() }
-    };
-    let bits: Vec<Vec<u8>> = holdings.iter().map(bits).collect();
-    let holding = |block: usize| (0..bits.len()).filter(|rank| has_bit(&bits[*rank], block)).collect();
+    let holding = |block: usize| (0..holdings.len()).filter(|rank| holdings[*rank].offers(step, block)).collect();
     (0..total).map(holding).collect()
-}
-
-fn to_bits(total: usize, set: impl Iterator<Item = usize>) -> Vec<u8> {
-    let mut bits = vec![0; total.div_ceil(8)];
-    for index in set {
-        bits[index / 8] |= 1 << (index % 8);
-    }
-    bits
-}
-
-fn has_bit(bits: &[u8], index: usize) -> bool {
-    bits.get(index / 8).is_some_and(|byte| byte >> (index % 8) & 1 != 0)
 }
 
 #[cfg(test)]
@@ -121,14 +105,6 @@ mod tests {
 
     fn nodes(count: usize) -> Vec<String> {
         (0..count).map(|index| format!("node-{index}")).collect()
-    }
-
-    #[test]
-    fn bits_say_what_was_set() {
-        let bits = to_bits(19, [0, 7, 8, 18].into_iter());
-        assert_eq!(bits.len(), 3);
-        let set: Vec<usize> = (0..30).filter(|index| has_bit(&bits, *index)).collect();
-        assert_eq!(set, [0, 7, 8, 18]);
     }
 
     #[test]

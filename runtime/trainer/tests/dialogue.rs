@@ -196,20 +196,8 @@ impl Play {
         }
     }
 
-    async fn stopped(&mut self, generation: u64, count: usize) -> Vec<wire::Stopped> {
-        let mut all = Vec::new();
-        for _ in 0..count {
-            let said = |_: &str, body: &Body| match body {
-                Body::Stopped(stopped) if stopped.generation == generation => Some(stopped.clone()),
-                _ => None,
-            };
-            all.push(self.until(said).await);
-        }
-        all
-    }
-
     /// The answers of these ranks, in this order.
-    async fn stopped_by(&mut self, generation: u64, pods: &[&str]) -> Vec<wire::Stopped> {
+    async fn stopped(&mut self, generation: u64, pods: &[&str]) -> Vec<wire::Stopped> {
         let mut all = HashMap::new();
         while all.len() < pods.len() {
             let said = |pod: &str, body: &Body| match body {
@@ -296,13 +284,13 @@ fn a_disturbed_run_ends_with_the_undisturbed_weights() {
         play.form(1, &["a", "b"], Base::Model).await;
         play.progress(1).await;
         play.stop(1, &["a", "b"], false).await;
-        let mut stopped = play.stopped_by(1, &["a", "b"]).await;
+        let mut stopped = play.stopped(1, &["a", "b"]).await;
         assert!(stopped.iter().all(|stopped| stopped.manifests.is_empty()));
 
         play.form(2, &["a", "b"], Base::memory(&stopped)).await;
         play.progress(2).await;
         play.stop(2, &["a", "b"], true).await;
-        stopped = play.stopped_by(2, &["a", "b"]).await;
+        stopped = play.stopped(2, &["a", "b"]).await;
         let step = stopped[0].step;
         assert!(step < STEPS, "the stop came in time");
         assert!(stopped.iter().all(|one| one.step == step && one.manifests.is_empty()));
@@ -350,7 +338,7 @@ fn a_termination_leaves_all_state_with_those_who_stay() {
         });
         assert_eq!(notice.await.source, "SIGTERM");
         // The coordinator says nothing: the wish travels between the peers.
-        let stopped = play.stopped_by(1, &["a", "b"]).await;
+        let stopped = play.stopped(1, &["a", "b"]).await;
         assert!(stopped.iter().all(|one| one.manifests.is_empty() && one.step == stopped[0].step && one.step > 0));
         let step = stopped[0].step;
         play.form(2, &["a"], Base::memory(&stopped[..1])).await;
@@ -414,7 +402,7 @@ fn an_unloadable_manifest_is_told_and_an_older_base_still_works() {
         assert_eq!((failed.generation, failed.manifest), (2, Some(missing)));
         assert!(failed.message.contains("0000000002-000001"), "{}", failed.message);
         play.stop(2, &["a"], false).await;
-        play.stopped(2, 1).await;
+        play.stopped(2, &["a"]).await;
         play.form(3, &["a"], Base::Model).await;
         assert_eq!(play.finished().await.step, 3);
         play.shut_down(&["a"]).await;

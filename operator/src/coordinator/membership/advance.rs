@@ -1,5 +1,6 @@
 //! What follows from what is known: one function for each state of design.md's table.
 
+use super::base::HeldState;
 use super::{Body, Effect, Formation, Happening, Membership, Millis, PodUid, Stages, State};
 use crate::coordinator::manifest::{Base, extend_history};
 use crate::coordinator::record::{Member, Record};
@@ -123,20 +124,13 @@ impl Membership {
     fn plan(&mut self, now: Millis, candidates: Vec<PodUid>) {
         let generation = self.generation();
         let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
-        let mut base = self.manifests.newest_valid(generation, history).cloned();
-        let mut base_step = base.as_ref().map_or(0, |manifest| manifest.step);
-        let mut with_leavers = candidates.clone();
-        let memory = self.memory_base(&candidates).or_else(|| {
-            // Those who leave are still here: they come along for a step, and hand over what only they have.
-            with_leavers.extend(self.leavers_with_memory(now, &candidates));
-            self.memory_base(&with_leavers)
-        });
-        let memory = memory.filter(|(step, _)| *step >= base_step);
-        let memory = memory.map(|(step, memory)| {
-            (base, base_step) = (None, step);
-            memory
-        });
-        let members = if memory.is_some() { with_leavers } else { candidates };
+        let manifest = self.manifests.newest_valid(generation, history).cloned();
+        let stored_step = manifest.as_ref().map_or(0, |manifest| manifest.step);
+        let held = self.held_state(now, &candidates).filter(|held| held.step >= stored_step);
+        let (base_step, base, members, memory) = match held {
+            Some(HeldState { step, members, memory }) => (step, None, members, Some(memory)),
+            None => (stored_step, manifest, candidates, None),
+        };
         let mut history = history.to_vec();
         extend_history(&mut history, Base { generation: generation + 1, step: base_step });
         let lost = self.step.saturating_sub(base_step);
@@ -151,7 +145,7 @@ impl Membership {
             base_step,
             base,
             in_memory: memory.is_some(),
-            numerics_class: self.numerics_class(),
+            numerics_class: self.numerics_class().to_owned(),
             history,
             finish: None,
         };
@@ -414,17 +408,24 @@ impl Membership {
 
     fn send_stop(&mut self, planned: bool, reason: &str, deadline_ms: Millis, answered: &BTreeSet<PodUid>) {
         let members = self.record.as_ref().map_or(Vec::new(), |record| record.members.clone());
+        let staying = self.candidates();
         for member in members {
             if !answered.contains(&member.pod_uid) {
-                let stop = self.stop_for(&member.pod_uid, planned, reason, deadline_ms);
+                let stop = self.stop_for(&member.pod_uid, &staying, planned, reason, deadline_ms);
                 self.send(&member.pod_uid, Body::Stop(stop));
             }
         }
     }
 
     /// Memory is enough for a change as long as enough ranks stay to hold it.
-    pub(super) fn stop_for(&self, pod: &str, planned: bool, reason: &str, deadline_ms: Millis) -> wire::Stop {
-        let staying = self.candidates();
+    pub(super) fn stop_for(
+        &self,
+        pod: &str,
+        staying: &[PodUid],
+        planned: bool,
+        reason: &str,
+        deadline_ms: Millis,
+    ) -> wire::Stop {
         let suspend = self.target.is_some_and(|target| target.suspend);
         let checkpoint = suspend || staying.len() < self.target.map_or(1, |target| target.min.max(1));
         wire::Stop {

@@ -6,14 +6,32 @@ use crate::coordinator::report::Blockage;
 use std::collections::BTreeMap;
 use vicuna_protocol::coordinator::{Cause, Holding, MemoryBase};
 
+/// State that a generation can start from, and the ranks that hold it together.
+pub(super) struct HeldState {
+    pub step: u64,
+    pub members: Vec<PodUid>,
+    pub memory: MemoryBase,
+}
+
 impl Membership {
+    /// What the candidates hold or, failing that, they together with those who are to leave: these are still here, come
+    /// along for a step, and hand over what only they have.
+    pub(super) fn held_state(&self, now: Millis, candidates: &[PodUid]) -> Option<HeldState> {
+        let with = |members: Vec<PodUid>| {
+            let (step, memory) = self.memory_base(&members)?;
+            Some(HeldState { step, members, memory })
+        };
+        with(candidates.to_vec())
+            .or_else(|| with([candidates, &self.leavers_with_memory(now, candidates)[..]].concat()))
+    }
+
     /// The newest step that anybody has applied, if every block of it is with one of `candidates`:
     /// there already, or a step short of it with the finished gradient.
     ///
     /// Ranks of one generation are never further apart, since nobody begins a step before all have
     /// applied the last one; and whoever has applied a step knows that owner and twin of every block
     /// have its gradient. So this fails only when both are lost.
-    pub(super) fn memory_base(&self, candidates: &[PodUid]) -> Option<(u64, MemoryBase)> {
+    fn memory_base(&self, candidates: &[PodUid]) -> Option<(u64, MemoryBase)> {
         let total = self.blocks?;
         let known = || self.ranks.values().filter_map(|rank| rank.holding.as_ref());
         let ahead = known().max_by_key(|holding| holding.step)?;
@@ -22,7 +40,7 @@ impl Membership {
             .iter()
             .map(|pod| offered(pod).map_or_else(Holding::default, |holding| Holding { last: None, ..holding.clone() }))
             .collect();
-        let covered = (0..total).all(|block| holdings.iter().any(|holding| has(holding, ahead.step, block)));
+        let covered = (0..total).all(|block| holdings.iter().any(|holding| holding.offers(ahead.step, block)));
         covered.then(|| {
             let base = MemoryBase { updates: ahead.updates, norm: ahead.norm, updated: ahead.updated, holdings };
             (ahead.step, base)
@@ -30,7 +48,7 @@ impl Membership {
     }
 
     /// Ranks that are to leave, or to be replaced, and hold state.
-    pub(super) fn leavers_with_memory(&self, now: Millis, staying: &[PodUid]) -> Vec<PodUid> {
+    fn leavers_with_memory(&self, now: Millis, staying: &[PodUid]) -> Vec<PodUid> {
         let late = |pod: &str| self.departure(pod).is_some_and(|it| it.deadline_ms > 0 && it.deadline_ms <= now);
         let leaving = self.ranks.iter().filter(|(pod, rank)| {
             rank.is_fit() && rank.holding.is_some() && !staying.contains(pod) && !self.is_gone(pod) && !late(pod)
@@ -39,18 +57,17 @@ impl Membership {
     }
 
     /// The class of the record or, before there is one, of the rank that was fit first.
-    pub(super) fn numerics_class(&self) -> String {
+    pub(super) fn numerics_class(&self) -> &str {
         let recorded = self.record.as_ref().map(|record| &record.numerics_class).filter(|class| !class.is_empty());
         let first = || {
             let fit = self.ranks.iter().filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod));
             fit.min_by_key(|(_, rank)| rank.order).map(|(_, rank)| &rank.numerics_class)
         };
-        recorded.or_else(first).cloned().unwrap_or_default()
+        recorded.or_else(first).map_or("", String::as_str)
     }
 
-    /// What is in a rank's way, as far as we know.
-    pub(super) fn obstacle_of(&self, rank: &Rank) -> Option<Blockage> {
-        let class = self.numerics_class();
+    /// What is in a rank's way, as far as we know; `class` is the training's.
+    pub(super) fn obstacle_of(rank: &Rank, class: &str) -> Option<Blockage> {
         let differs = rank.prepared && !class.is_empty() && rank.numerics_class != class;
         let message = if rank.mismatched {
             "it computes other bits than the training's other ranks, from the same state".to_owned()
@@ -59,7 +76,7 @@ impl Membership {
             format!(
                 "its numerics class {} is not the training's {}: image, device, driver, instruction set or threads differ",
                 short(&rank.numerics_class),
-                short(&class)
+                short(class)
             )
         } else {
             return rank.blocked.clone();
@@ -87,15 +104,4 @@ impl Membership {
             }
         }
     }
-}
-
-fn has(holding: &Holding, step: u64, block: usize) -> bool {
-    let bits = if holding.step == step {
-        &holding.blocks
-    } else if holding.step + 1 == step {
-        &holding.advancing
-    } else {
-        return false;
-    };
-    bits.get(block / 8).is_some_and(|byte| byte >> (block % 8) & 1 != 0)
 }

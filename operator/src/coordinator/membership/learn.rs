@@ -95,7 +95,7 @@ impl Membership {
             }
             State::Collecting { planned, deadline, reason, answered, .. } if !answered.contains(pod) => {
                 let (planned, reason, deadline) = (*planned, reason.clone(), *deadline);
-                let stop = self.stop_for(pod, planned, &reason, deadline);
+                let stop = self.stop_for(pod, &self.candidates(), planned, &reason, deadline);
                 self.send(pod, Body::Stop(stop));
             }
             _ => {}

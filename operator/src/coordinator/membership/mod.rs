@@ -335,11 +335,13 @@ impl Membership {
 
     /// Where the training stands.
     pub fn report(&self, now: Millis) -> Report {
+        // Once for all ranks: every message from a rank makes a report.
+        let class = self.numerics_class();
         Report {
             phase: self.state.phase(),
             generation: self.generation(),
             members: self.members().to_vec(),
-            ranks: self.ranks.iter().map(|(pod, rank)| (pod.clone(), self.view(pod, rank))).collect(),
+            ranks: self.ranks.iter().map(|(pod, rank)| (pod.clone(), self.view(pod, rank, class))).collect(),
             progress: self.progress.clone(),
             checkpoint: self.checkpoint.clone(),
             disruptions: self.counters,
@@ -354,13 +356,13 @@ impl Membership {
         }
     }
 
-    fn view(&self, pod: &str, rank: &Rank) -> super::report::RankView {
+    fn view(&self, pod: &str, rank: &Rank, class: &str) -> super::report::RankView {
         super::report::RankView {
             connected: rank.connected,
             prepared: rank.prepared,
             leaving: self.leaves_in_a_hurry(pod),
             released: rank.released,
-            blocked: self.obstacle_of(rank),
+            blocked: Self::obstacle_of(rank, class),
         }
     }
 
