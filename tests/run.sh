@@ -3,6 +3,8 @@
 #   tests/run.sh            everything
 #   tests/run.sh unit       only the suite of that name
 #   tests/run.sh cluster browser restart     of the cluster suite only what has one of these words in its name
+#   tests/run.sh matrix [ROW...]             the fault matrix, by name only: it takes most of an hour (MATRIX_ROUNDS=3 runs
+#                                            each row three times, FIRE_SECONDS=600 keeps servings under fire for ten minutes)
 # A suite that ran no test is a failure: it says that something was not found, not that all is well.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -46,6 +48,7 @@ cluster_suite() {
 suite unit cargo test --release --locked --workspace --lib --bins --no-fail-fast
 suite golden golden_suite
 suite cluster cluster_suite "${@:2}"
+if [[ "$only" == matrix ]]; then suite matrix cluster_suite --matrix "${@:2}"; fi
 
 printf '\n%d passed, %d failed\n' "$passed" "$failed"
 ((failed == 0 && passed > 0))

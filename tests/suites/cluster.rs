@@ -9,6 +9,8 @@ mod bad_input;
 mod browser;
 #[path = "cluster/fixture.rs"]
 mod fixture;
+#[path = "cluster/matrix/mod.rs"]
+mod matrix;
 #[path = "cluster/serving.rs"]
 mod serving;
 #[path = "cluster/training.rs"]
@@ -39,6 +41,7 @@ const CASES: &[(&str, Case)] = &[
         training::a_reclaimed_run_has_the_weights_of_an_undisturbed_one,
     ),
     ("a_rank_that_is_cut_off_takes_no_step_with_it", training::a_rank_that_is_cut_off_takes_no_step_with_it),
+    ("a_killed_rank_costs_no_completed_step", matrix::a_killed_rank_costs_no_completed_step),
     (
         "a_suspended_training_gives_its_pods_back_and_goes_on",
         training::a_suspended_training_gives_its_pods_back_and_goes_on,
@@ -51,7 +54,15 @@ const CASES: &[(&str, Case)] = &[
 ];
 
 fn main() {
-    let parts: Vec<_> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let (flags, parts): (Vec<_>, Vec<_>) = std::env::args().skip(1).partition(|word| word.starts_with('-'));
+    let (all, failed) = if flags.iter().any(|flag| flag == "--matrix") { matrix::main(&parts) } else { cases(&parts) };
+    let verdict = if failed == 0 { "ok" } else { "FAILED" };
+    println!("\ntest result: {verdict}. {} passed; {failed} failed; 0 ignored", all - failed);
+    std::process::exit(i32::from(failed > 0));
+}
+
+/// Runs the cases whose names have one of the words, or all; gives how many there were and how many failed.
+fn cases(parts: &[String]) -> (usize, usize) {
     let is_chosen = |name: &str| parts.is_empty() || parts.iter().any(|part| name.contains(part.as_str()));
     let chosen: Vec<_> = CASES.iter().filter(|(name, _)| is_chosen(name)).collect();
     println!("\nrunning {} tests", chosen.len());
@@ -67,9 +78,7 @@ fn main() {
             chosen.len()
         }
     };
-    let verdict = if failed == 0 { "ok" } else { "FAILED" };
-    println!("\ntest result: {verdict}. {} passed; {failed} failed; 0 ignored", chosen.len() - failed);
-    std::process::exit(i32::from(failed > 0));
+    (chosen.len(), failed)
 }
 
 fn passes(fixture: &Fixture, name: &str, case: Case) -> bool {

@@ -27,6 +27,7 @@ use anyhow::{Context, Result, bail};
 
 pub use kubectl::Kubectl;
 pub use layout::{CONTROL_PLANE_IP, repository};
+pub use network::Outage;
 pub use node::{CAPACITY_LABEL, NodeOptions, NodeRecord};
 pub use process::wait_for;
 pub use spot::RECLAIM_TAINT;
@@ -301,6 +302,26 @@ impl Cluster {
 
     pub fn heal(&self, node: &str) -> Result<()> {
         network::set_link(&self.layout, NodeRecord::read(&self.layout, node)?.index, true)
+    }
+
+    /// Cuts one pod's network off, by its address; its node and its neighbours there stay in reach.
+    pub fn cut_pod(&self, address: &str) -> Result<()> {
+        network::set_silence(&self.layout, address, true)
+    }
+
+    /// Ends [`Cluster::cut_pod`]; a pod that is not cut off is an error.
+    pub fn heal_pod(&self, address: &str) -> Result<()> {
+        network::set_silence(&self.layout, address, false)
+    }
+
+    /// Takes the object store away from all pods.
+    pub fn cut_s3(&self, outage: Outage) -> Result<()> {
+        network::begin_outage(&self.layout, storage::S3_PORT, outage)
+    }
+
+    /// Gives the object store back; no error where it was there.
+    pub fn heal_s3(&self) -> Result<()> {
+        network::end_outage(&self.layout)
     }
 
     /// Loads an image archive on the named nodes, or on all and on every node to come.

@@ -98,6 +98,45 @@ pub fn set_link(layout: &Layout, index: u8, up: bool) -> Result<()> {
     ip(Some(&layout.control_plane_namespace()), &format!("link set {} {state}", port(index)))
 }
 
+/// Drops every packet that is routed to the address: connections to and from it fall silent, but on its own node.
+pub fn set_silence(layout: &Layout, address: &str, silent: bool) -> Result<()> {
+    let change = if silent { "replace" } else { "del" };
+    ip(Some(&layout.control_plane_namespace()), &format!("route {change} blackhole {address}/32"))
+}
+
+/// How a service of the control plane is out of reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outage {
+    /// Packets are dropped: nobody answers.
+    Silent,
+    /// Connections are reset, as where nobody listens.
+    Refused,
+}
+
+const OUTAGE_TABLE: &str = "outage";
+
+pub fn begin_outage(layout: &Layout, port: u16, outage: Outage) -> Result<()> {
+    let verdict = match outage {
+        Outage::Silent => "drop",
+        Outage::Refused => "reject with tcp reset",
+    };
+    let chain = "{ type filter hook input priority -10; policy accept; }";
+    let table = format!("add table inet {OUTAGE_TABLE}\nadd chain inet {OUTAGE_TABLE} input {chain}\n");
+    let rule = format!("add rule inet {OUTAGE_TABLE} input iifname {BRIDGE} tcp dport {port} {verdict}\n");
+    nft(layout, &(table + &rule))
+}
+
+pub fn end_outage(layout: &Layout) -> Result<()> {
+    // Adding first makes the deletion of a table that is not there no error.
+    nft(layout, &format!("add table inet {OUTAGE_TABLE}\ndelete table inet {OUTAGE_TABLE}\n"))
+}
+
+fn nft(layout: &Layout, script: &str) -> Result<()> {
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/run/netns/{}", layout.control_plane_namespace())).args(["nft", script]);
+    run(&mut command).map(drop)
+}
+
 /// Takes the node's link, routes and namespace away; what is gone already is no error.
 pub fn remove_node(layout: &Layout, node: &str, index: u8) {
     let center = layout.control_plane_namespace();

@@ -34,11 +34,13 @@ pub struct NodeOptions {
 }
 
 impl NodeOptions {
-    /// A node whose labels follow from its name: `onprem-…` is on-prem, anything else is spot.
+    /// A node whose labels follow from its name: `onprem-…` is on-prem, `system-…` is for the product's own parts, and
+    /// anything else is spot.
     pub fn named(name: &str) -> Self {
-        let (capacity, zone) = match name.strip_prefix("onprem") {
-            Some(_) => ("on-prem", "on-prem".to_owned()),
-            None => ("spot", format!("zone-{}", name.rsplit('-').next().unwrap_or(name))),
+        let (capacity, zone) = match name.split('-').next() {
+            Some("onprem") => ("on-prem", "on-prem".to_owned()),
+            Some("system") => ("system", "on-prem".to_owned()),
+            _ => ("spot", format!("zone-{}", name.rsplit('-').next().unwrap_or(name))),
         };
         let labels = [
             (CAPACITY_LABEL, capacity.to_owned()),

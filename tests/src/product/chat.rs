@@ -36,6 +36,9 @@ pub struct Stream {
     child: Child,
     lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
     pending: Vec<StreamEvent>,
+    /// The event under way: it counts when the empty line behind it has come.
+    event: (Option<String>, Vec<StreamEvent>),
+    last_id: Option<String>,
     started: Instant,
 }
 
@@ -44,6 +47,7 @@ pub struct Stream {
 pub struct Answer {
     pub text: String,
     pub finish_reason: Option<String>,
+    pub completion_tokens: u64,
     pub resumes: u64,
     pub first_token: Option<Duration>,
     pub longest_gap: Duration,
@@ -57,6 +61,11 @@ impl Chat {
 
     /// Starts a greedy stream; `words` is the user's message.
     pub fn stream(&self, words: &str) -> Result<Stream> {
+        self.stream_after(words, None)
+    }
+
+    /// Starts a greedy stream, or goes on with one after the event of that id.
+    pub fn stream_after(&self, words: &str, last_id: Option<&str>) -> Result<Stream> {
         let bias: serde_json::Map<_, _> = self.banned.iter().map(|id| (id.to_string(), json!(-100))).collect();
         let body = json!({
             "logit_bias": bias,
@@ -70,6 +79,7 @@ impl Chat {
         let mut child = Command::new("curl")
             .args(["--silent", "--show-error", "--no-buffer", "--max-time", "300"])
             .args(["--header", "content-type: application/json", "--data", &body.to_string()])
+            .args(last_id.iter().flat_map(|id| ["--header".to_owned(), format!("last-event-id: {id}")]))
             .arg(format!("http://{}/v1/chat/completions", self.gateway))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -77,7 +87,14 @@ impl Chat {
             .spawn()
             .context("cannot start curl")?;
         let output = child.stdout.take().context("curl has no output")?;
-        Ok(Stream { child, lines: BufReader::new(output).lines(), pending: Vec::new(), started: Instant::now() })
+        Ok(Stream {
+            child,
+            lines: BufReader::new(output).lines(),
+            pending: Vec::new(),
+            event: (None, Vec::new()),
+            last_id: last_id.map(str::to_owned),
+            started: Instant::now(),
+        })
     }
 
     /// Streams to the end.
@@ -105,8 +122,28 @@ impl Stream {
                 return Ok(Some(self.pending.remove(0)));
             }
             let Some(line) = self.lines.next() else { return Ok(None) };
-            self.pending = events(&line?)?;
+            self.take(&line?)?;
         }
+    }
+
+    fn take(&mut self, line: &str) -> Result<()> {
+        if line.is_empty() {
+            let (id, events) = std::mem::take(&mut self.event);
+            self.last_id = id.or(self.last_id.take());
+            self.pending = events;
+        } else if let Some(id) = line.strip_prefix("id: ") {
+            self.event.0 = Some(id.to_owned());
+        } else if line.starts_with("data: ") {
+            self.event.1 = events(line)?;
+        } else {
+            self.pending = events(line)?;
+        }
+        Ok(())
+    }
+
+    /// The id of the last event that [`Stream::next_event`] has given or is about to give.
+    pub fn last_id(&self) -> Option<&str> {
+        self.last_id.as_deref()
     }
 
     /// Reads on, telling `watch` of every event; an error of `watch` ends the stream.
@@ -123,7 +160,7 @@ impl Stream {
                     answer.text += &text;
                 }
                 StreamEvent::Finished(reason) => answer.finish_reason = Some(reason),
-                StreamEvent::Usage(usage) => answer.resumes = usage["resumes"].as_u64().unwrap_or(0),
+                StreamEvent::Usage(usage) => answer.count(&usage),
                 StreamEvent::Failed(error) => answer.error = Some(error),
                 StreamEvent::Comment(_) => {}
                 StreamEvent::Done => return Ok(answer),
@@ -133,6 +170,14 @@ impl Stream {
             Some(error) => bail!("the stream failed: {error}"),
             None => bail!("the stream ended without [DONE] after {:?}", answer.text),
         }
+    }
+}
+
+impl Answer {
+    /// Takes the numbers of a stream's last event over.
+    pub fn count(&mut self, usage: &Value) {
+        self.resumes = usage["resumes"].as_u64().unwrap_or(0);
+        self.completion_tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
     }
 }
 

@@ -57,16 +57,26 @@ fn image(told: &str, name: &str) -> Result<Image> {
 
 /// Loads the images on every node and installs both charts.
 pub fn install(cluster: &Cluster, images: &Images) -> Result<()> {
+    install_with(cluster, images, &[])
+}
+
+/// The same with values of the chart, each as `key=value`.
+pub fn install_with(cluster: &Cluster, images: &Images, values: &[&str]) -> Result<()> {
     cluster.load_image(&images.operator.archive, None)?;
     cluster.load_image(&images.runtime.archive, None)?;
     let charts = repository().join("charts");
     helm(cluster, "vicuna-operator-crds", &charts.join("vicuna-operator-crds"), &[])?;
-    install_operator(cluster, &images.operator.reference, &images.runtime.reference)
+    upgrade(cluster, &images.operator.reference, &images.runtime.reference, values)
 }
 
 /// Installs operator and gateway, or upgrades them to these images.
 pub fn install_operator(cluster: &Cluster, operator: &str, runtime: &str) -> Result<()> {
-    let values = [format!("image.operator={operator}"), format!("image.runtime={runtime}")];
+    upgrade(cluster, operator, runtime, &[])
+}
+
+fn upgrade(cluster: &Cluster, operator: &str, runtime: &str, values: &[&str]) -> Result<()> {
+    let mut values: Vec<String> = values.iter().map(ToString::to_string).collect();
+    values.extend([format!("image.operator={operator}"), format!("image.runtime={runtime}")]);
     helm(cluster, "vicuna-operator", &repository().join("charts/vicuna-operator"), &values)
 }
 

@@ -9,8 +9,10 @@ mod prometheus;
 
 pub use bucket::{Bucket, SMOLLM2, smollm2};
 pub use chat::{Answer, Chat, Stream, StreamEvent};
-pub use faults::kill_workers;
-pub use install::{Images, STORAGE_SECRET, SYSTEM_NAMESPACE, gateway, install, install_operator, storage_secret};
+pub use faults::{Signal, kill_workers, signal_pod};
+pub use install::{
+    Images, STORAGE_SECRET, SYSTEM_NAMESPACE, gateway, install, install_operator, install_with, storage_secret,
+};
 pub use objects::{Objects, field};
 pub use prometheus::Prometheus;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use vicuna_tests::cluster::{Cluster, ClusterOptions, repository};
+use vicuna_tests::cluster::{Cluster, ClusterOptions, NodeOptions, repository};
 use vicuna_tests::product::{self, Bucket, Images, Objects};
 
 const NAME: &str = "suite";
@@ -26,10 +26,20 @@ pub struct Fixture {
 
 impl Fixture {
     pub fn up() -> Result<Self> {
+        Self::up_with(&ClusterOptions::named(NAME), &[])
+    }
+
+    /// On nodes of these names, with values of the operator's chart.
+    pub fn up_on(nodes: &[&str], values: &[&str]) -> Result<Self> {
+        let nodes = nodes.iter().map(|node| NodeOptions::named(node)).collect();
+        Self::up_with(&ClusterOptions { nodes, ..ClusterOptions::named(NAME) }, values)
+    }
+
+    fn up_with(options: &ClusterOptions, values: &[&str]) -> Result<Self> {
         Self::remove();
         let images = Images::build()?;
-        let cluster = Cluster::up(&ClusterOptions { prometheus: false, ..ClusterOptions::named(NAME) })?;
-        product::install(&cluster, &images)?;
+        let cluster = Cluster::up(&ClusterOptions { prometheus: false, ..options.clone() })?;
+        product::install_with(&cluster, &images, values)?;
         product::storage_secret(&cluster, NAMESPACE, product::STORAGE_SECRET)?;
         let bucket = Bucket::new(cluster.s3()?);
         upload_model(&bucket)?;

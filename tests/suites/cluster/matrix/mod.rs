@@ -1,0 +1,198 @@
+//! The fault matrix: each row is one thing that befalls a training or a serving on a real cluster, run as often as
+//! `MATRIX_ROUNDS` says (1), and measured. The table is printed, and kept as `target/matrix.md` and `target/matrix.json`.
+
+mod fire;
+mod rows;
+mod run;
+mod table;
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use vicuna_tests::product::SYSTEM_NAMESPACE;
+
+use crate::fixture::{Fixture, SOON};
+use fire::{FIRES, Fire};
+use rows::{Loss, ROWS, Row};
+use run::Run;
+use table::{Measured, Table};
+
+const NODES: [&str; 4] = ["spot-1", "spot-2", "onprem-1", "system-1"];
+/// Operator and gateways are kept off the nodes that faults befall.
+const APART: [&str; 2] =
+    ["operator.nodeSelector.vicuna\\.dev/capacity=system", "gateway.nodeSelector.vicuna\\.dev/capacity=system"];
+
+/// Runs the rows whose names have one of the words, or all; gives how many there were and how many failed.
+pub fn main(words: &[String]) -> (usize, usize) {
+    let is_chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+    let rows: Vec<&Row> = ROWS.iter().filter(|row| is_chosen(row.name)).collect();
+    let fires: Vec<&Fire> = FIRES.iter().filter(|fire| is_chosen(fire.name)).collect();
+    let all = rows.len() + fires.len();
+    println!("\nrunning {all} rows");
+    let matrix = match Fixture::up_on(&NODES, &APART) {
+        Ok(fixture) => Matrix { fixture, references: RefCell::default(), table: RefCell::default() },
+        Err(error) => {
+            println!("the cluster did not come up: {error:#}");
+            Fixture::remove();
+            return (all, all);
+        }
+    };
+    let failed = rows.iter().filter(|row| !matrix.survives(row)).count()
+        + fires.iter().filter(|fire| !matrix.withstands(fire)).count();
+    println!("\n{}", matrix.table.borrow().markdown());
+    matrix.fixture.down(failed > 0);
+    (all, failed)
+}
+
+struct Matrix {
+    fixture: Fixture,
+    /// Digest of the undisturbed run's weights, by steps.
+    references: RefCell<BTreeMap<u64, String>>,
+    table: RefCell<Table>,
+}
+
+impl Matrix {
+    fn survives(&self, row: &Row) -> bool {
+        (0..rounds()).map(|round| self.round(row, round)).fold(true, |all, one| all & one)
+    }
+
+    fn round(&self, row: &Row, round: usize) -> bool {
+        let started = Instant::now();
+        let measured = guarded(|| self.measure(row, round));
+        self.restore();
+        let fine = self.verdict(row.name, started, measured.as_ref().err());
+        let measured = measured.unwrap_or_else(|error| Measured::failed(row.name, format!("{error:#}")));
+        self.keep(measured);
+        fine
+    }
+
+    fn measure(&self, row: &Row, round: usize) -> Result<Measured> {
+        let reference = self.reference(row.shape.steps)?;
+        let run = Run::start(&self.fixture, &format!("{}-{round}", row.name.replace('_', "-")), row.shape)?;
+        let disturbed = (row.fault)(&run);
+        let done = disturbed.and_then(|()| run.finish());
+        let status = done.with_context(|| format!("events: {:#?}", run.notes("Stopping")))?;
+        let measured = Measured::of(row.name, &status, run.recoveries()?, &reference);
+        println!("  {}", measured.in_words());
+        self.fixture.delete("vicunatraining", &run.name)?;
+        judge(row, &measured)?;
+        Ok(measured)
+    }
+
+    /// The digest of a run of so many steps that one rank makes in peace.
+    fn reference(&self, steps: u64) -> Result<String> {
+        if let Some(digest) = self.references.borrow().get(&steps) {
+            return Ok(digest.clone());
+        }
+        let name = format!("undisturbed-{steps}");
+        let run = Run::start(&self.fixture, &name, rows::undisturbed(steps))?;
+        let digest = run.finish()?["result"]["digest"].as_str().context("no digest of the result")?.to_owned();
+        self.fixture.delete("vicunatraining", &name)?;
+        self.references.borrow_mut().insert(steps, digest.clone());
+        Ok(digest)
+    }
+
+    fn withstands(&self, fire: &Fire) -> bool {
+        let started = Instant::now();
+        let burnt = guarded(|| (fire.burn)(&self.fixture));
+        self.restore();
+        let fine = self.verdict(fire.name, started, burnt.as_ref().err());
+        if let Ok(burnt) = burnt {
+            self.table.borrow_mut().fires.push(burnt);
+        }
+        self.write();
+        fine
+    }
+
+    fn verdict(&self, name: &str, started: Instant, error: Option<&anyhow::Error>) -> bool {
+        let seconds = started.elapsed().as_secs_f64();
+        match error {
+            None => println!("test {name} ... ok ({seconds:.1} s)"),
+            Some(error) => {
+                println!("test {name} ... FAILED ({seconds:.1} s)\n{error:?}\n{}", self.fixture.evidence());
+            }
+        }
+        error.is_none()
+    }
+
+    fn keep(&self, measured: Measured) {
+        self.table.borrow_mut().rows.push(measured);
+        self.write();
+    }
+
+    fn write(&self) {
+        if let Err(error) = self.table.borrow().write() {
+            println!("the table could not be written: {error:#}");
+        }
+    }
+
+    /// Whatever a row has left: all nodes and networks are there again for the next one.
+    fn restore(&self) {
+        if let Err(error) = restore(&self.fixture) {
+            println!("the cluster could not be restored: {error:#}");
+        }
+    }
+}
+
+fn rounds() -> usize {
+    std::env::var("MATRIX_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1)
+}
+
+fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(anyhow!("panicked")))
+}
+
+fn judge(row: &Row, measured: &Measured) -> Result<()> {
+    ensure!(measured.equal, "weights differ from the undisturbed run's: {measured:?}");
+    ensure!(row.loss == Loss::ToCheckpoint || measured.lost_steps == 0, "a completed step was lost: {measured:?}");
+    ensure!(measured.application_restarts == 0, "a fault of the cluster spent a retry of the training: {measured:?}");
+    Ok(())
+}
+
+fn restore(fixture: &Fixture) -> Result<()> {
+    let cluster = &fixture.cluster;
+    cluster.heal_s3()?;
+    let running: Vec<String> = cluster.nodes().into_iter().map(|record| record.options.name).collect();
+    for node in NODES {
+        if !running.iter().any(|name| name == node) {
+            cluster.node_add(&cluster.known_node(node))?;
+            continue;
+        }
+        cluster.heal(node)?;
+        // Fails where there is no notice.
+        let _ = cluster.withdraw_notice(node);
+    }
+    wait_until_ready(fixture)
+}
+
+fn wait_until_ready(fixture: &Fixture) -> Result<()> {
+    let limit = format!("--timeout={}s", SOON.as_secs());
+    let kubectl = fixture.cluster.kubectl();
+    let wait = |words: &[&str]| -> Result<()> {
+        let output = kubectl.command()?.arg("--request-timeout=0").args(words).arg(&limit).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    };
+    wait(&["wait", "node", "--all", "--for=condition=Ready"])?;
+    for deployment in ["deployment/vicuna-operator", "deployment/vicuna-gateway"] {
+        wait(&["rollout", "status", deployment, "--namespace", SYSTEM_NAMESPACE])?;
+    }
+    Ok(())
+}
+
+/// A row of the matrix as one of the cluster suite's cases; what it measures is printed.
+pub fn a_killed_rank_costs_no_completed_step(fixture: &Fixture) -> Result<()> {
+    let shape = rows::undisturbed(600);
+    let run = Run::start(fixture, "killed", run::Shape { max: 2, ..shape })?;
+    rows::rank_killed(&run)?;
+    let status = run.finish()?;
+    let reference = fixture.objects.get("vicunatraining", "reclaimed")?;
+    let reference = reference["status"]["result"]["digest"].as_str().context("the reclaimed run has no result")?;
+    let measured = Measured::of("rank_killed", &status, run.recoveries()?, reference);
+    println!("  {}", measured.in_words());
+    ensure!(measured.equal && measured.lost_steps == 0, "{measured:?}");
+    fixture.delete("vicunatraining", "killed")
+}
