@@ -211,6 +211,9 @@ pub struct Recipe {
     #[serde(default = "default_max_length")]
     #[schemars(range(min = 8, max = 131_072))]
     pub max_length: u32,
+    /// What a worker computes in. Fp32: single precision; Bf16: weights and activations of 16 bits, as usual on GPUs. Master weights, optimizer and sums of gradients are fp32 either way; the result has this precision.
+    #[serde(default)]
+    pub precision: Precision,
     /// What shuffles are drawn from.
     #[serde(default)]
     #[schemars(range(min = 0, max = 9_007_199_254_740_991u64))]
@@ -241,6 +244,14 @@ fn default_max_length() -> u32 {
 pub enum Method {
     #[default]
     Full,
+}
+
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Precision {
+    #[default]
+    Fp32,
+    Bf16,
 }
 
 #[allow(missing_docs)]

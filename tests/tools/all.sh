@@ -5,6 +5,7 @@ source "$(dirname "$0")/cache.sh"
 
 download() {
     "$here/libtorch.sh"
+    "$here/cuda_headers.sh"
     "$here/model.sh"
     "$here/seaweedfs.sh"
     "$here/kubectl.sh"

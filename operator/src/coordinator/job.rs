@@ -4,7 +4,8 @@ use kube::{Resource, ResourceExt};
 use vicuna_crds::VicunaTraining;
 use vicuna_crds::training as spec;
 use vicuna_protocol::job::{
-    Checkpointing, DatasetSource, Identity, Method, ModelSource, Prepare, Recipe, RunLength, Schedule, TrainingJob,
+    Checkpointing, DatasetSource, Identity, Method, ModelSource, Precision, Prepare, Recipe, RunLength, Schedule,
+    TrainingJob,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +77,10 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
         gradient_clip: recipe.gradient_clip,
         max_length: recipe.max_length,
         seed: recipe.seed,
+        precision: match recipe.precision {
+            spec::Precision::Fp32 => Precision::Fp32,
+            spec::Precision::Bf16 => Precision::Bf16,
+        },
     })
 }
 

@@ -111,7 +111,6 @@ impl Config {
             "bos_token_id": self.bos,
             "eos_token_id": self.eos_json(),
             "pad_token_id": self.pad,
-            "torch_dtype": "float32",
         })
     }
 

@@ -22,6 +22,15 @@ pub fn open(name: Option<&str>) -> Result<Device, ModelError> {
     Ok(device)
 }
 
+/// [`open`], and on a GPU only kernels that give the same bits each time: for training.
+pub fn open_exact(name: Option<&str>) -> Result<Device, ModelError> {
+    let device = open(name)?;
+    if device.is_cuda() {
+        crate::cuda::be_deterministic()?;
+    }
+    Ok(device)
+}
+
 fn threads(value: Option<&str>) -> Result<i32, ModelError> {
     let value = value.unwrap_or("1");
     match value.parse() {
@@ -45,7 +54,7 @@ fn open_cuda() -> Result<Device, ModelError> {
     Ok(Device::Cuda(0))
 }
 
-fn last_loader_error() -> String {
+pub(crate) fn last_loader_error() -> String {
     // SAFETY: dlerror returns null or a C string that lives until the next call on this thread.
     let message = unsafe { libc::dlerror() };
     if message.is_null() {

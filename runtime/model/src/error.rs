@@ -44,6 +44,8 @@ pub enum ModelError {
     UnknownDevice(String),
     #[error("no CUDA device: {0}")]
     NoCuda(String),
+    #[error("CUDA failed: {0}")]
+    Cuda(String),
     #[error("VICUNA_THREADS={0:?} is not a number of threads from 1 to 1024")]
     Threads(String),
     #[error(transparent)]

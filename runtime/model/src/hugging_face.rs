@@ -2,7 +2,6 @@
 //! tokenizer and its settings.
 
 use crate::config::token_ids;
-use crate::digest::copy_f32_bytes;
 use crate::parameters::{self, LM_HEAD};
 use crate::pretrained::map_file;
 use crate::{Config, ModelError, Pretrained};
@@ -147,7 +146,10 @@ pub fn save(
     parameters::check(config, tensors)?;
     let failed = |source| ModelError::Write { path: directory.to_owned(), source };
     std::fs::create_dir_all(directory).map_err(failed)?;
-    write_json(&directory.join("config.json"), &config.to_hugging_face())?;
+    let mut description = config.to_hugging_face();
+    let all_bf16 = tensors.values().all(|tensor| tensor.kind() == Kind::BFloat16);
+    description["torch_dtype"] = json!(if all_bf16 { "bfloat16" } else { "float32" });
+    write_json(&directory.join("config.json"), &description)?;
     write_json(&directory.join("generation_config.json"), &generation_config(config))?;
     write_json(&directory.join("tokenizer_config.json"), &tokenizer_config(config, tokenizer, chat_template))?;
     write_json(&directory.join("special_tokens_map.json"), &Value::Object(special_tokens(config, tokenizer)))?;
@@ -160,7 +162,7 @@ pub fn save(
 fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<(), ModelError> {
     let views = tensors
         .iter()
-        .map(|(name, tensor)| Ok((name.as_str(), F32View::new(tensor)?)))
+        .map(|(name, tensor)| Ok((name.as_str(), StoredView::new(tensor)?)))
         .collect::<Result<Vec<_>, ModelError>>()?;
     // transformers refuses files that do not say which framework wrote them.
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
@@ -171,23 +173,24 @@ fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<
         .map_err(|source| ModelError::Write { path: path.to_owned(), source })
 }
 
-/// A tensor's values as fp32 bytes, made when they are written.
-struct F32View {
+/// A tensor's values as bytes, made when they are written: bf16 stays so, all else is fp32.
+struct StoredView {
     tensor: Tensor,
     shape: Vec<usize>,
 }
 
-impl F32View {
+impl StoredView {
     fn new(tensor: &Tensor) -> Result<Self, ModelError> {
-        let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+        let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_contiguous()?;
+        let tensor = if tensor.kind() == Kind::BFloat16 { tensor } else { tensor.f_to_kind(Kind::Float)? };
         let shape = tensor.size().iter().map(|size| *size as usize).collect();
         Ok(Self { tensor, shape })
     }
 }
 
-impl View for F32View {
+impl View for StoredView {
     fn dtype(&self) -> Dtype {
-        Dtype::F32
+        if self.tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 }
     }
 
     fn shape(&self) -> &[usize] {
@@ -196,16 +199,17 @@ impl View for F32View {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let mut bytes = Vec::new();
-        // A contiguous fp32 CPU tensor is only copied; a failure would leave the wrong length, which
-        // the writer below refuses.
-        if copy_f32_bytes(&self.tensor, &mut bytes).is_err() {
+        bytes.resize(self.data_len(), 0);
+        // A contiguous CPU tensor is only copied; a failure would leave the wrong length, which the
+        // writer below refuses.
+        if self.tensor.f_copy_data_u8(&mut bytes, self.tensor.numel()).is_err() {
             bytes.clear();
         }
         Cow::Owned(bytes)
     }
 
     fn data_len(&self) -> usize {
-        self.tensor.numel() * 4
+        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
     }
 }
 

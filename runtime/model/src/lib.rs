@@ -8,6 +8,7 @@
 //! can still fail inside them is running out of memory, and then they panic as `tch` does.
 
 pub mod config;
+pub mod cuda;
 pub mod device;
 mod digest;
 mod error;

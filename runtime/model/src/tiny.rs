@@ -5,7 +5,7 @@ use crate::gguf::added_token;
 use crate::{Config, Pretrained, parameter_names, parameter_shape};
 use serde_json::json;
 use std::collections::BTreeMap;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 use tokenizers::Tokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
@@ -58,6 +58,37 @@ pub fn tiny(seed: u64) -> Pretrained {
         packed: BTreeMap::new(),
         tokenizer: tokenizer(),
         chat_template: Some(CHATML.to_owned()),
+    }
+}
+
+/// A model of any shape with random weights, made where they are to be: for benches. The tokenizer is
+/// the tiny one.
+pub fn random(config: Config, kind: Kind, device: Device) -> Pretrained {
+    let tensor = |name: String| {
+        let shape = parameter_shape(&config, &name).unwrap_or_default();
+        let tensor = match shape.len() {
+            1 => Tensor::ones(&shape, (kind, device)),
+            _ => Tensor::randn(&shape, (kind, device)) * 0.02,
+        };
+        (name, tensor)
+    };
+    let tensors = parameter_names(&config).into_iter().map(tensor).collect();
+    Pretrained { config, tensors, packed: BTreeMap::new(), tokenizer: tokenizer(), chat_template: None }
+}
+
+/// LLaMA-7B's shape (Touvron et al. 2023).
+pub fn llama_7b() -> Config {
+    Config {
+        hidden: 4096,
+        intermediate: 11_008,
+        layers: 32,
+        heads: 32,
+        kv_heads: 32,
+        head_dim: 128,
+        vocab: 32_000,
+        max_position: 4096,
+        tie_word_embeddings: false,
+        ..config()
     }
 }
 

@@ -83,6 +83,22 @@ pub struct Recipe {
     /// Tokens in a sequence, at most; longer conversations are cut.
     pub max_length: u32,
     pub seed: u64,
+    #[serde(default, skip_serializing_if = "Precision::is_default")]
+    pub precision: Precision,
+}
+
+/// What forward and backward passes compute in. Masters, moments and sums of gradients are fp32 either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Precision {
+    #[default]
+    Fp32,
+    Bf16,
+}
+
+impl Precision {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -113,7 +113,7 @@ fn start_log() {
 }
 
 async fn run(arguments: RankArguments) -> Result<Exit> {
-    let device = vicuna_model::device::open(arguments.device.as_deref())?;
+    let device = vicuna_model::device::open_exact(arguments.device.as_deref())?;
     let network = Network::listen(&arguments.listen.to_string())
         .with_context(|| format!("cannot listen on {}", arguments.listen))?;
     let status = Status { metrics: Metrics::new()?, ready: Arc::default() };

@@ -410,12 +410,11 @@ fn stand_at_start<'a>(
 }
 
 fn from_model(session: &Session, layout: Layout, rank: usize) -> Result<Engine, GenerationError> {
-    let weights = session.base_weights()?;
-    let mut engine = engine(session, weights, layout);
-    for block in engine.layout.kept(rank).collect::<Vec<_>>() {
-        let state = BlockState::new(engine.weights.read(&session.table.blocks[block])?);
-        engine.blocks.insert(block, state);
-    }
+    let masters = session.base_weights()?;
+    let state = |block: usize| Ok((block, BlockState::new(masters.read(&session.table.blocks[block])?)));
+    let blocks = layout.kept(rank).map(state).collect::<Result<_, GenerationError>>()?;
+    let mut engine = engine(session, masters.to(session.kind(), session.device), layout);
+    engine.blocks = blocks;
     engine.weights_step = Some(0);
     Ok(engine)
 }
@@ -439,7 +438,7 @@ fn from_manifest(
         }
         other => other.into(),
     })?;
-    let mut engine = engine(session, Weights::zeros(&session.table, session.device), layout);
+    let mut engine = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout);
     engine.blocks = loaded.blocks;
     engine.step = loaded.manifest.step;
     engine.updates = loaded.manifest.updates;
@@ -465,7 +464,7 @@ fn from_memory<'a>(
     // A rank that holds something else has nothing to offer, and said so.
     let kept = kept.filter(|engine| (engine.step, engine.updates) == (step, base.updates));
     let mut engine = kept.unwrap_or_else(|| {
-        let mut empty = engine(session, Weights::zeros(&session.table, session.device), layout.clone());
+        let mut empty = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout.clone());
         (empty.step, empty.updates) = (step, base.updates);
         empty
     });

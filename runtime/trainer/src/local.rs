@@ -36,7 +36,7 @@ pub struct Arguments {
 }
 
 pub async fn run(arguments: Arguments) -> Result<()> {
-    let device = vicuna_model::device::open(arguments.device.as_deref())?;
+    let device = vicuna_model::device::open_exact(arguments.device.as_deref())?;
     let text =
         std::fs::read(&arguments.job).with_context(|| format!("cannot read the job {}", arguments.job.display()))?;
     let mut job: TrainingJob =

@@ -26,7 +26,7 @@ pub fn description(device: Device) -> String {
         other => format!("{other:?}"),
     };
     format!(
-        "program={} torch={TORCH} arch={} isa={} threads={threads} kind=fp32 device={device} shapes={SHAPE_RULE}/{LENGTH_STEP}",
+        "program={} torch={TORCH} arch={} isa={} threads={threads} device={device} shapes={SHAPE_RULE}/{LENGTH_STEP}",
         env!("CARGO_PKG_VERSION"),
         std::env::consts::ARCH,
         isa().join("+"),

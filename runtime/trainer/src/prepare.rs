@@ -9,7 +9,7 @@ use crate::state::Weights;
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tch::Device;
+use tch::{Device, Kind};
 use tokio::runtime::Handle;
 use vicuna_checkpoint::manifest::{digest, list_manifests};
 use vicuna_checkpoint::{ManifestRef, Store, StoreError, fetch};
@@ -17,7 +17,7 @@ use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
 use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
 use vicuna_model::{Config, ModelError, Pretrained};
 use vicuna_protocol::coordinator::Cause;
-use vicuna_protocol::job::{RunLength, TrainingJob};
+use vicuna_protocol::job::{Precision, RunLength, TrainingJob};
 
 /// Manifests that a rank reports, at most.
 pub const MANIFESTS: usize = 16;
@@ -294,13 +294,21 @@ impl Session {
         list_manifests(&self.store, &self.job.uid, MANIFESTS).await
     }
 
-    /// The base model's weights on the device; read again when a generation took them before.
+    /// What forward and backward passes compute in.
+    pub fn kind(&self) -> Kind {
+        match self.job.recipe.precision {
+            Precision::Fp32 => Kind::Float,
+            Precision::Bf16 => Kind::BFloat16,
+        }
+    }
+
+    /// The base model's weights, on the CPU; read again when a generation took them before.
     pub fn base_weights(&self) -> Result<Weights, ModelError> {
         let mut tensors = std::mem::take(&mut self.model.lock().tensors);
         if tensors.is_empty() {
             tensors = vicuna_model::load(&self.model_path)?.tensors;
         }
-        Weights::from_map(&self.table, &tensors, self.device)
+        Weights::from_map(&self.table, &tensors)
             .ok_or_else(|| ModelError::Config("the base model lacks parameters".to_owned()))
     }
 

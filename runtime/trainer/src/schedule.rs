@@ -23,7 +23,7 @@ pub fn learning_rate(recipe: &Recipe, step: u64, steps: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vicuna_protocol::job::{Method, RunLength};
+    use vicuna_protocol::job::{Method, Precision, RunLength};
 
     fn recipe(schedule: Schedule, warmup_ratio: f64) -> Recipe {
         Recipe {
@@ -38,6 +38,7 @@ mod tests {
             gradient_clip: 1.0,
             max_length: 64,
             seed: 0,
+            precision: Precision::Fp32,
         }
     }
 

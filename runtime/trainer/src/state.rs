@@ -63,7 +63,7 @@ pub fn floats(bytes: &[u8]) -> Vec<f32> {
     values.iter().map(|value| f32::from_le_bytes(*value)).collect()
 }
 
-/// Compute weights on the device, in canonical order.
+/// Compute weights on the device, in canonical order: fp32, or masters rounded to bf16.
 #[derive(Debug)]
 pub struct Weights {
     pub tensors: Vec<Tensor>,
@@ -71,16 +71,22 @@ pub struct Weights {
 
 impl Weights {
     /// Uninitialised but for what [`Weights::write`] will put there: zeros.
-    pub fn zeros(table: &BlockTable, device: Device) -> Self {
-        let zeros = |shape: &Vec<i64>| Tensor::zeros(shape, (Kind::Float, device));
+    pub fn zeros(table: &BlockTable, kind: Kind, device: Device) -> Self {
+        let zeros = |shape: &Vec<i64>| Tensor::zeros(shape, (kind, device));
         Self { tensors: table.parameters.iter().map(|p| zeros(&p.shape)).collect() }
     }
 
-    /// Takes a model's tensors; `None` if one is missing.
-    pub fn from_map(table: &BlockTable, map: &BTreeMap<String, Tensor>, device: Device) -> Option<Self> {
-        let copy = |name: &String| Some(map.get(name)?.to_device(device).to_kind(Kind::Float).contiguous());
-        let tensors = table.parameters.iter().map(|parameter| copy(&parameter.name)).collect::<Option<_>>()?;
+    /// Takes a model's tensors as they are, in fp32; `None` if one is missing.
+    pub fn from_map(table: &BlockTable, map: &BTreeMap<String, Tensor>) -> Option<Self> {
+        let take = |name: &String| Some(map.get(name)?.to_kind(Kind::Float).contiguous());
+        let tensors = table.parameters.iter().map(|parameter| take(&parameter.name)).collect::<Option<_>>()?;
         Some(Self { tensors })
+    }
+
+    /// For computing with, there.
+    pub fn to(self, kind: Kind, device: Device) -> Self {
+        let tensors = self.tensors.into_iter().map(|tensor| tensor.to_kind(kind).to_device(device)).collect();
+        Self { tensors }
     }
 
     /// By name, on the CPU.
@@ -115,7 +121,7 @@ pub fn read_block<'a>(block: &Block, tensor: impl Fn(usize) -> &'a Tensor) -> Re
     for segment in &block.segments {
         let flat = tensor(segment.parameter).f_view([-1])?;
         let place = flat.f_narrow(0, segment.offset as i64, segment.elements as i64)?;
-        let place = place.f_to_device(Device::Cpu)?;
+        let place = place.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
         place.f_copy_data(&mut values[start..start + segment.elements], segment.elements)?;
         start += segment.elements;
     }
@@ -137,11 +143,27 @@ mod tests {
     }
 
     #[test]
+    fn computing_in_bf16_rounds_the_masters_and_keeps_them() {
+        let model = vicuna_model::tiny::tiny(3);
+        let table = BlockTable::new(&model.config);
+        let masters = Weights::from_map(&table, &model.tensors).unwrap();
+        let block = &table.blocks[1];
+        let state = BlockState::new(masters.read(block).unwrap());
+        let rounded = masters.to(Kind::BFloat16, Device::Cpu);
+        let mut written = Weights::zeros(&table, Kind::BFloat16, Device::Cpu);
+        written.write(block, &state.weights).unwrap();
+        let read = written.read(block).unwrap();
+        assert_eq!(read, rounded.read(block).unwrap());
+        assert_ne!(read, state.weights);
+        assert!(read.iter().zip(&state.weights).all(|(low, full)| (low - full).abs() <= full.abs() / 256.0));
+    }
+
+    #[test]
     fn blocks_read_from_the_weights_write_back_the_same_model() {
         let model = vicuna_model::tiny::tiny(3);
         let table = BlockTable::new(&model.config);
-        let weights = Weights::from_map(&table, &model.tensors, Device::Cpu).unwrap();
-        let mut copy = Weights::zeros(&table, Device::Cpu);
+        let weights = Weights::from_map(&table, &model.tensors).unwrap();
+        let mut copy = Weights::zeros(&table, Kind::Float, Device::Cpu);
         for block in &table.blocks {
             copy.write(block, &weights.read(block).unwrap()).unwrap();
         }

@@ -14,7 +14,7 @@ use support::{Fixture, STEPS, url};
 use tch::Device;
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
 use vicuna_protocol::coordinator::MemoryBase;
-use vicuna_protocol::job::TrainingJob;
+use vicuna_protocol::job::{Precision, TrainingJob};
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
@@ -188,6 +188,28 @@ fn stops_and_changes_of_size_leave_no_trace_in_the_weights() {
     assert_eq!(manifests(&fixture, &session)[0], manifest);
     let third = generation(&session, 4, Some(manifest), None);
     assert_eq!(third.result().digest, undisturbed);
+}
+
+#[test]
+fn in_bf16_too_sizes_and_stops_leave_no_trace() {
+    let fixture = Fixture::new();
+    let session = |bucket: &str| {
+        let mut job = fixture.job(bucket);
+        job.recipe.precision = Precision::Bf16;
+        fixture.session(job)
+    };
+    let undisturbed = generation(&session("undisturbed"), 1, None, None);
+    let losses = undisturbed.watches[0].losses.lock().clone();
+    assert!(losses[STEPS as usize - 1] < losses[0], "it learns: {losses:?}");
+
+    let disturbed = session("disturbed");
+    let (_, manifest) = generation(&disturbed, 3, None, Some(2)).stopped();
+    let resumed = generation(&disturbed, 2, Some(manifest), None);
+    assert_eq!(resumed.result().digest, undisturbed.result().digest);
+    let model = vicuna_model::load(&fixture.path("disturbed/result")).unwrap();
+    assert_eq!(vicuna_model::weights_digest(&model.tensors).unwrap(), resumed.result().digest);
+    let config = std::fs::read_to_string(fixture.path("disturbed/result/config.json")).unwrap();
+    assert!(config.contains(r#""torch_dtype": "bfloat16""#), "{config}");
 }
 
 #[test]

@@ -5,13 +5,24 @@ use anyhow::{Result, bail};
 use clap::Parser;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use tch::Kind;
 use vicuna_model::inference::{BLOCK_TOKENS, Engine, EngineOptions, Outputs, Piece, Precision, Want};
+use vicuna_model::tiny;
 
 #[derive(Parser)]
 struct Options {
     /// Hugging Face directory or GGUF file.
+    #[arg(long, required_unless_present = "random_7b")]
+    model: Option<PathBuf>,
+    /// LLaMA-7B's shape with random weights, on the device that VICUNA_DEVICE names.
     #[arg(long)]
-    model: PathBuf,
+    random_7b: bool,
+    /// Sequences that are decoded together, in turn.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8])]
+    sequences: Vec<usize>,
+    /// Memory for keys and values, in GiB.
+    #[arg(long, default_value_t = 1)]
+    cache: usize,
     /// file, fp32, bf16, int8 or int4.
     #[arg(long, default_value = "file", value_parser = precision)]
     precision: Precision,
@@ -42,12 +53,15 @@ fn precision(name: &str) -> Result<Precision, String> {
 fn main() -> Result<()> {
     let options = Options::parse();
     let device = vicuna_model::device::open(None)?;
-    let model = vicuna_model::load(&options.model)?;
+    let model = match &options.model {
+        Some(path) => vicuna_model::load(path)?,
+        None => tiny::random(tiny::llama_7b(), Kind::BFloat16, device),
+    };
     let engine_options = EngineOptions {
         device,
         precision: options.precision,
         max_length: Some(options.prompt + options.steps + BLOCK_TOKENS),
-        cache_bytes: 1 << 30,
+        cache_bytes: options.cache << 30,
         threads: options.threads,
     };
     let mut bench = Bench { engine: Engine::new(&model, &engine_options)?, outputs: Outputs::default() };
@@ -57,17 +71,21 @@ fn main() -> Result<()> {
         Ok(times.into_iter().min().unwrap_or_default())
     };
     let prompt = best(Box::new(|| bench.prompt(options.prompt)))?;
-    let one = best(Box::new(|| bench.answer(1, options.prompt, options.steps)))?;
-    let eight = best(Box::new(|| bench.answer(8, options.prompt, options.steps)))?;
     println!(
-        "{:?}, {} threads, tokens/s: prompt of {} {:.0}, one sequence {:.1}, eight {:.1}",
+        "{:?}, {device:?}, {} threads: prompt of {}: {:.0} tokens/s",
         options.precision,
         options.threads,
         options.prompt,
         rate(options.prompt, prompt),
-        rate(options.steps, one),
-        rate(8 * options.steps, eight),
     );
+    for sequences in options.sequences.iter().copied() {
+        let answer = best(Box::new(|| bench.answer(sequences, options.prompt, options.steps)))?;
+        println!(
+            "  {sequences} sequences: {:.1} tokens/s, {:.2} ms a step",
+            rate(sequences * options.steps, answer),
+            answer.as_secs_f64() * 1e3 / options.steps as f64,
+        );
+    }
     Ok(())
 }
 

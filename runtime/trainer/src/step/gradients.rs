@@ -15,9 +15,19 @@ use vicuna_model::gradients::{embedding_backward, head_backward, layer_backward}
 use vicuna_model::layers::{LayerWeights, Rope, embed, layer_forward};
 use vicuna_model::{Config, parameters};
 
-/// Gradients of a group's parameters, in order.
+/// Gradients of a group's parameters, in order: fp32, whatever the micro-batch was computed in.
 #[derive(Debug)]
-pub struct GroupGradients(pub Vec<Tensor>);
+pub struct GroupGradients(Vec<Tensor>);
+
+impl GroupGradients {
+    fn new(gradients: impl IntoIterator<Item = Tensor>) -> Self {
+        Self(gradients.into_iter().map(|gradient| gradient.to_kind(Kind::Float)).collect())
+    }
+
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.0
+    }
+}
 
 impl Summand for GroupGradients {
     fn add(&mut self, right: Self) {
@@ -85,8 +95,8 @@ impl Computation<'_> {
             for (index, (input, upstream)) in inputs.iter().zip(&mut upstream).enumerate() {
                 let gradients = layer_backward(self.config, &weights, input, self.rope, upstream);
                 *upstream = gradients.input;
-                let values = gradients.weights.as_array().map(Tensor::shallow_clone).into();
-                sum.push(Node::leaf(first + index as u32), GroupGradients(values));
+                let values = gradients.weights.as_array().map(Tensor::shallow_clone);
+                sum.push(Node::leaf(first + index as u32), GroupGradients::new(values));
             }
             hand_on(partial(BlockTable::layer_group(layer), 0, sum))?;
         }
@@ -142,10 +152,10 @@ impl Computation<'_> {
             upstream.push(gradients.hidden);
             let leaf = Node::leaf(first + index as u32);
             if tied {
-                sum.push(leaf, GroupGradients(vec![gradients.norm]));
-                tied_sum.push(leaf, GroupGradients(vec![gradients.lm_head]));
+                sum.push(leaf, GroupGradients::new([gradients.norm]));
+                tied_sum.push(leaf, GroupGradients::new([gradients.lm_head]));
             } else {
-                sum.push(leaf, GroupGradients(vec![gradients.norm, gradients.lm_head]));
+                sum.push(leaf, GroupGradients::new([gradients.norm, gradients.lm_head]));
             }
         }
         hand_on(partial(self.table.head_group(), 0, sum))?;
@@ -165,7 +175,7 @@ impl Computation<'_> {
         let mut sum = TreeSum::default();
         for (index, (batch, upstream)) in batches.iter().zip(upstream).enumerate() {
             let gradient = embedding_backward(self.config, &batch.ids, upstream);
-            sum.push(Node::leaf(first + index as u32), GroupGradients(vec![gradient]));
+            sum.push(Node::leaf(first + index as u32), GroupGradients::new([gradient]));
         }
         hand_on(partial(EMBEDDING_GROUP, u8::from(self.config.tie_word_embeddings), sum))
     }
@@ -176,8 +186,8 @@ fn partial(group: usize, part: u8, sum: TreeSum<GroupGradients>) -> Partial {
 }
 
 /// Rotary tables for sequences of up to `length` tokens.
-pub fn rope(config: &Config, length: usize, device: Device) -> Rope {
-    Rope::new(config, length, device, Kind::Float)
+pub fn rope(config: &Config, length: usize, kind: Kind, device: Device) -> Rope {
+    Rope::new(config, length, device, kind)
 }
 
 /// Names that [`Weights`] must hold first and last; checked once, so that indexing is safe.

@@ -115,7 +115,8 @@ impl Engine {
         device: Device,
     ) -> Self {
         debug_assert!(gradients::is_canonical(&table));
-        let rope = gradients::rope(&config, longest, device);
+        let kind = weights.tensors.first().map_or(tch::Kind::Float, tch::Tensor::kind);
+        let rope = gradients::rope(&config, longest, kind, device);
         Self {
             config,
             table,
@@ -319,7 +320,8 @@ impl Engine {
             let first = self.table.group_parameters(partial.group).start;
             for (_, gradients) in &partial.sums {
                 for index in self.table.group_blocks(partial.group) {
-                    let values = read_block(&self.table.blocks[index], |parameter| &gradients.0[parameter - first])?;
+                    let values =
+                        read_block(&self.table.blocks[index], |parameter| &gradients.tensors()[parameter - first])?;
                     hasher.update(bytemuck::cast_slice(&values));
                 }
             }

@@ -98,7 +98,7 @@ impl<'a> Reduction<'a> {
             let (block, to) = (&table.blocks[index], layout.owner(index));
             let mut kept = Vec::new();
             for (node, (_, gradients)) in partial.sums.iter().enumerate() {
-                let values = read_block(block, |parameter| &gradients.0[parameter - first])?;
+                let values = read_block(block, |parameter| &gradients.tensors()[parameter - first])?;
                 if to == rank {
                     kept.push(values);
                 } else {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tch::Device;
 use vicuna_data::{Conversation, identity};
 use vicuna_protocol::job::{
-    Checkpointing, DatasetSource, Method, ModelSource, Prepare, Recipe, RunLength, Schedule, TrainingJob,
+    Checkpointing, DatasetSource, Method, ModelSource, Precision, Prepare, Recipe, RunLength, Schedule, TrainingJob,
 };
 use vicuna_trainer::prepare::{Place, Session, prepare};
 
@@ -21,7 +21,7 @@ pub struct Fixture {
 
 /// `VICUNA_DEVICE=cuda` runs the suite on a GPU, all ranks on the one that there is.
 fn device() -> Device {
-    vicuna_model::device::open(std::env::var("VICUNA_DEVICE").ok().as_deref()).unwrap()
+    vicuna_model::device::open_exact(std::env::var("VICUNA_DEVICE").ok().as_deref()).unwrap()
 }
 
 pub fn url(path: &Path) -> String {
@@ -69,6 +69,7 @@ impl Fixture {
                 gradient_clip: 1.0,
                 max_length: 96,
                 seed: 3,
+                precision: Precision::Fp32,
             },
             checkpoint: Checkpointing { to: url(&self.path(bucket)), interval_seconds: DAY, keep: 3 },
         }

@@ -1,25 +1,50 @@
 //! Inference in torch, for GPUs. The projections of a step are shared by all rows; single tokens
-//! attend together over their gathered blocks, prompts one after another.
+//! attend together over their gathered blocks, prompts one after another. Steps that only decode are
+//! recorded and replayed ([`decode`]).
+
+mod decode;
 
 use super::{BLOCK_TOKENS, Outputs, Piece, Want, missing_if_none};
-use crate::layers::{LayerWeights, Rope, attention, embed, feed_forward, head_logits, linear, rms_norm, shared};
+use crate::layers::{LayerWeights, Rope, attention, embed, head_logits, linear, rms_norm, shared};
 use crate::parameters::{EMBEDDING, FINAL_NORM, head_name};
 use crate::{Config, ModelError, Pretrained};
-use std::collections::BTreeMap;
+use decode::Decoder;
 use tch::{Device, Kind, Tensor};
 
 #[derive(Debug)]
 pub struct TorchEngine {
+    net: Net,
+    /// `None` where there are no CUDA graphs.
+    decoder: Option<Decoder>,
+}
+
+/// Weights and cache on their device.
+#[derive(Debug)]
+struct Net {
     config: Config,
     embedding: Tensor,
-    layers: Vec<LayerWeights>,
+    layers: Vec<Layer>,
     norm: Tensor,
     head: Tensor,
     rope: Rope,
     caches: Vec<LayerCache>,
 }
 
-/// `[blocks · BLOCK_TOKENS, kv_heads, head_dim]` each.
+/// A layer's weights; projections of one input are one matrix.
+#[derive(Debug)]
+struct Layer {
+    input_norm: Tensor,
+    /// Of queries, keys and values: `[(heads + 2 · kv_heads) · head_dim, H]`.
+    attention: Tensor,
+    output: Tensor,
+    post_norm: Tensor,
+    /// Gate and up: `[2 · I, H]`.
+    feed_forward: Tensor,
+    down: Tensor,
+}
+
+/// `[(blocks + 1) · BLOCK_TOKENS, kv_heads, head_dim]` each; the last block is nobody's, for rows
+/// that only fill up a batch.
 #[derive(Debug)]
 struct LayerCache {
     keys: Tensor,
@@ -63,15 +88,62 @@ impl TorchEngine {
         max_length: usize,
         blocks: usize,
     ) -> Result<Self, ModelError> {
+        let decoder = if device.is_cuda() { Some(Decoder::new(max_length, blocks)?) } else { None };
+        Ok(Self { net: Net::new(model, device, kind, max_length, blocks)?, decoder })
+    }
+
+    /// Bytes of keys and values of one token.
+    pub fn token_bytes(config: &Config, kind: Kind) -> usize {
+        2 * config.layers * config.kv_heads * config.head_dim * kind.elt_size_in_bytes()
+    }
+
+    pub fn step(&mut self, pieces: &[Piece<'_>], outputs: &mut Outputs) -> Result<(), ModelError> {
+        outputs.begin(self.net.config.vocab, pieces);
+        let decodes = pieces.iter().all(|piece| piece.tokens.len() == 1 && piece.want == Want::Last);
+        tch::no_grad(|| match &mut self.decoder {
+            Some(decoder) if decodes => decoder.step(&self.net, pieces, outputs),
+            _ => self.net.step(pieces, outputs),
+        })
+    }
+}
+
+impl Layer {
+    /// On `device`, as `kind`.
+    fn new(weights: &LayerWeights, device: Device, kind: Kind) -> Result<Self, ModelError> {
+        let moved = |tensor: &Tensor| Ok::<_, ModelError>(tensor.f_to_device(device)?.f_to_kind(kind)?.detach());
+        let one = |parts: &[&Tensor]| {
+            let parts = parts.iter().map(|part| moved(part)).collect::<Result<Vec<_>, _>>()?;
+            Ok::<_, ModelError>(Tensor::f_cat(&parts, 0)?)
+        };
+        Ok(Self {
+            input_norm: moved(&weights.input_norm)?,
+            attention: one(&[&weights.query, &weights.key, &weights.value])?,
+            output: moved(&weights.output)?,
+            post_norm: moved(&weights.post_norm)?,
+            feed_forward: one(&[&weights.gate, &weights.up])?,
+            down: moved(&weights.down)?,
+        })
+    }
+}
+
+impl Net {
+    fn new(
+        model: &Pretrained,
+        device: Device,
+        kind: Kind,
+        max_length: usize,
+        blocks: usize,
+    ) -> Result<Self, ModelError> {
         let config = &model.config;
-        let moved: BTreeMap<String, Tensor> = model
-            .tensors
-            .iter()
-            .map(|(name, tensor)| Ok((name.clone(), tensor.f_to_device(device)?.f_to_kind(kind)?.detach())))
-            .collect::<Result<_, ModelError>>()?;
-        let take = |name: &str| missing_if_none(name, moved.get(name).map(Tensor::shallow_clone));
-        let layer = |index| missing_if_none(&format!("model.layers.{index}"), LayerWeights::from_map(&moved, index));
-        let shape = [(blocks * BLOCK_TOKENS) as i64, config.kv_heads as i64, config.head_dim as i64];
+        let take = |name: &str| {
+            let tensor = missing_if_none(name, model.tensors.get(name))?;
+            Ok::<_, ModelError>(tensor.f_to_device(device)?.f_to_kind(kind)?.detach())
+        };
+        let layer = |index| {
+            let found = LayerWeights::from_map(&model.tensors, index);
+            Layer::new(&missing_if_none(&format!("model.layers.{index}"), found)?, device, kind)
+        };
+        let shape = [((blocks + 1) * BLOCK_TOKENS) as i64, config.kv_heads as i64, config.head_dim as i64];
         let zeros = || Tensor::f_zeros(shape, (kind, device));
         let cache = |_| Ok(LayerCache { keys: zeros()?, values: zeros()? });
         Ok(Self {
@@ -85,22 +157,17 @@ impl TorchEngine {
         })
     }
 
-    /// Bytes of keys and values of one token.
-    pub fn token_bytes(config: &Config, kind: Kind) -> usize {
-        2 * config.layers * config.kv_heads * config.head_dim * kind.elt_size_in_bytes()
+    fn step(&self, pieces: &[Piece<'_>], outputs: &mut Outputs) -> Result<(), ModelError> {
+        let batch = self.batch(pieces);
+        let ids: Vec<i64> = pieces.iter().flat_map(|piece| piece.tokens).map(|id| i64::from(*id)).collect();
+        let x = self.forward(&self.to_device(&ids), &batch);
+        self.produce(pieces, &x, outputs)
     }
 
-    pub fn step(&mut self, pieces: &[Piece<'_>], outputs: &mut Outputs) -> Result<(), ModelError> {
-        outputs.begin(self.config.vocab, pieces);
-        tch::no_grad(|| {
-            let batch = self.batch(pieces);
-            let ids: Vec<i64> = pieces.iter().flat_map(|piece| piece.tokens).map(|id| i64::from(*id)).collect();
-            let mut x = embed(&self.embedding, &self.to_device(&ids));
-            for (weights, cache) in self.layers.iter().zip(&self.caches) {
-                x = self.layer(weights, cache, x, &batch);
-            }
-            self.produce(pieces, &x, outputs)
-        })
+    /// What comes out of the last layer, `[rows, H]`.
+    fn forward(&self, ids: &Tensor, batch: &Batch) -> Tensor {
+        let x = embed(&self.embedding, ids);
+        self.layers.iter().zip(&self.caches).fold(x, |x, (weights, cache)| self.layer(weights, cache, x, batch))
     }
 
     fn to_device(&self, numbers: &[i64]) -> Tensor {
@@ -157,25 +224,33 @@ impl TorchEngine {
         })
     }
 
-    fn layer(&self, weights: &LayerWeights, cache: &LayerCache, x: Tensor, batch: &Batch) -> Tensor {
-        let config = &self.config;
+    fn layer(&self, weights: &Layer, cache: &LayerCache, x: Tensor, batch: &Batch) -> Tensor {
+        let (config, head_dim) = (&self.config, self.config.head_dim as i64);
+        let (heads, kv_heads) = (config.heads as i64, config.kv_heads as i64);
         let normed = rms_norm(&x, &weights.input_norm, config.eps);
-        let heads = |projection: &Tensor, count: usize| {
-            linear(&normed, projection).view([-1, count as i64, config.head_dim as i64])
-        };
-        let queries = batch.rope.rotate(&heads(&weights.query, config.heads));
-        let keys = batch.rope.rotate(&heads(&weights.key, config.kv_heads));
-        cache.write(&batch.slots, &keys, &heads(&weights.value, config.kv_heads));
-        let mixed = self.mix(cache, &queries, batch);
+        let projected = linear(&normed, &weights.attention).view([-1, heads + 2 * kv_heads, head_dim]);
+        let rotated = batch.rope.rotate(&projected.narrow(1, 0, heads + kv_heads));
+        cache.write(
+            &batch.slots,
+            &rotated.narrow(1, heads, kv_heads),
+            &projected.narrow(1, heads + kv_heads, kv_heads),
+        );
+        let mixed = self.mix(cache, &rotated.narrow(1, 0, heads), batch);
         let x = x + linear(&mixed, &weights.output);
         let normed = rms_norm(&x, &weights.post_norm, config.eps);
-        x + feed_forward(weights, &normed)
+        let wide = linear(&normed, &weights.feed_forward);
+        let width = wide.size()[1] / 2;
+        let gated = wide.narrow(1, 0, width).silu() * wide.narrow(1, width, width);
+        x + linear(&gated, &weights.down)
     }
 
     /// Attention of `queries [rows, heads, head_dim]`.
     fn mix(&self, cache: &LayerCache, queries: &Tensor, batch: &Batch) -> Tensor {
         let width = (self.config.heads * self.config.head_dim) as i64;
-        let mut mixed = queries.empty_like().view([-1, width]);
+        if let (Some(singles), []) = (&batch.singles, &batch.prompts[..]) {
+            return self.mix_singles(cache, queries, singles).view([-1, width]);
+        }
+        let mut mixed = Tensor::empty([queries.size()[0], width], (queries.kind(), queries.device()));
         if let Some(singles) = &batch.singles {
             let found = self.mix_singles(cache, &queries.index_select(0, &singles.rows), singles);
             mixed = mixed.index_copy_(0, &singles.rows, &found.view([-1, width]));
@@ -199,7 +274,7 @@ impl TorchEngine {
         let group = (self.config.heads / self.config.kv_heads) as i64;
         let (keys, values) = cache.read(&singles.slots.view([-1]));
         let heads = |x: &Tensor| x.view([count, longest, kv_heads, head_dim]).transpose(1, 2);
-        let queries = queries.view([count, kv_heads, group, head_dim]);
+        let queries = queries.reshape([count, kv_heads, group, head_dim]);
         let seen = singles.seen.expand([count, kv_heads, group, longest], false);
         attention(&queries, &heads(&keys), &heads(&values), Some(&seen), false).contiguous()
     }

@@ -1,0 +1,41 @@
+//! Builds `src/cuda/graph.cpp` into a library of its own, which is carried in the program and opened
+//! at run time behind torch's CUDA libraries: the program itself needs none of them.
+
+use std::path::{Path, PathBuf};
+use std::{env, process};
+
+const SOURCE: &str = "src/cuda/graph.cpp";
+
+fn main() {
+    for variable in ["LIBTORCH", "VICUNA_CUDA_INCLUDE"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    println!("cargo::rerun-if-changed={SOURCE}");
+    let torch = folder("LIBTORCH", "libtorch").join("include");
+    let cuda = folder("VICUNA_CUDA_INCLUDE", "the CUDA runtime's headers");
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("libvicuna_cuda.so");
+    let compiler = cc::Build::new().cpp(true).opt_level(2).get_compiler();
+    let status = compiler
+        .to_command()
+        .args(["-shared", "-fPIC", "-std=c++17", "-s"])
+        .args([include(&torch), include(&cuda)])
+        .args([Path::new(SOURCE), Path::new("-o"), &out])
+        .status();
+    if !status.is_ok_and(|status| status.success()) {
+        eprintln!("{SOURCE} could not be compiled against {} and {}", torch.display(), cuda.display());
+        process::exit(1);
+    }
+}
+
+fn include(folder: &Path) -> String {
+    format!("-I{}", folder.display())
+}
+
+fn folder(variable: &str, what: &str) -> PathBuf {
+    env::var_os(variable).map(PathBuf::from).unwrap_or_else(|| {
+        eprintln!(
+            "{variable} must name the folder of {what}: source tests/tools/env.sh, which sets it, after make tools"
+        );
+        process::exit(1);
+    })
+}

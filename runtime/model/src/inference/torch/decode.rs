@@ -1,0 +1,178 @@
+//! Steps of one new token for each sequence, as CUDA graphs: a launch for each of a step's thousand
+//! kernels would take longer than the kernels.
+//!
+//! A graph is recorded for a number of rows and a length of context, both rounded up; what a step has
+//! less is filled with rows that write into a block of nobody's. All that changes from step to step
+//! goes into one small tensor.
+
+use super::{Batch, Net, Singles};
+use crate::ModelError;
+use crate::cuda::{Capture, Graph};
+use crate::inference::{BLOCK_TOKENS, Outputs, Piece};
+use crate::layers::head_logits;
+use std::collections::HashMap;
+use tch::{Device, Kind, Tensor};
+
+/// Shortest context that a graph is made for: 16 blocks.
+const SHORTEST: usize = 256;
+
+/// With more rows a step is limited by its arithmetic, not by launches.
+const MOST_ROWS: usize = 128;
+
+#[derive(Debug)]
+pub struct Decoder {
+    capture: Capture,
+    graphs: HashMap<Shape, Step>,
+    rounding: Rounding,
+}
+
+/// How steps are brought to few shapes.
+#[derive(Clone, Copy, Debug)]
+struct Rounding {
+    max_length: usize,
+    /// The block of nobody's.
+    spare: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    rows: usize,
+    /// Blocks of context of each row.
+    blocks: usize,
+}
+
+#[derive(Debug)]
+struct Step {
+    graph: Graph,
+    /// See [`Rounding::numbers`].
+    inputs: Tensor,
+    /// `[rows, V]`, fp32.
+    logits: Tensor,
+}
+
+impl Decoder {
+    pub fn new(max_length: usize, blocks: usize) -> Result<Self, ModelError> {
+        let rounding = Rounding { max_length, spare: blocks as i64 };
+        Ok(Self { capture: Capture::new()?, graphs: HashMap::new(), rounding })
+    }
+
+    /// Each piece is one token, whose logits are wanted.
+    pub fn step(&mut self, net: &Net, pieces: &[Piece<'_>], outputs: &mut Outputs) -> Result<(), ModelError> {
+        let Some(shape) = self.rounding.shape(pieces) else { return net.step(pieces, outputs) };
+        let inputs = self.rounding.numbers(pieces, shape);
+        if !self.graphs.contains_key(&shape) {
+            let step = self.record(net, shape, &inputs)?;
+            self.graphs.insert(shape, step);
+        }
+        let Some(step) = self.graphs.get_mut(&shape) else { return net.step(pieces, outputs) };
+        step.inputs.f_copy_(&inputs)?;
+        step.graph.replay()?;
+        let count = outputs.logits.len();
+        let logits = step.logits.f_narrow(0, 0, pieces.len() as i64)?.f_to_device(Device::Cpu)?;
+        Ok(logits.f_copy_data(&mut outputs.logits, count)?)
+    }
+
+    fn record(&mut self, net: &Net, shape: Shape, example: &Tensor) -> Result<Step, ModelError> {
+        let inputs = example.f_to_device(net.embedding.device())?;
+        let (graph, logits) = self.capture.record(|| {
+            let batch = batch(net, &inputs)?;
+            let ids = inputs.f_select(1, 0)?.f_contiguous()?;
+            let x = net.forward(&ids, &batch);
+            Ok(head_logits(&net.config, &x, &net.norm, &net.head).f_to_kind(Kind::Float)?)
+        })?;
+        tracing::debug!(rows = shape.rows, blocks = shape.blocks, "decoding recorded");
+        Ok(Step { graph, inputs, logits })
+    }
+}
+
+impl Rounding {
+    /// `None` if there are too many rows.
+    fn shape(&self, pieces: &[Piece<'_>]) -> Option<Shape> {
+        let longest = pieces.iter().map(|piece| piece.past + 1).max()?;
+        let context = longest.max(SHORTEST).next_power_of_two().min(self.max_length.max(longest));
+        let rows = pieces.len().next_power_of_two();
+        (rows <= MOST_ROWS).then_some(Shape { rows, blocks: context.div_ceil(BLOCK_TOKENS) })
+    }
+
+    /// `[rows, 2 + blocks]`: token, position and the blocks of the context.
+    fn numbers(&self, pieces: &[Piece<'_>], shape: Shape) -> Tensor {
+        let mut numbers = Vec::with_capacity(shape.rows * (2 + shape.blocks));
+        for row in 0..shape.rows {
+            let (token, past, blocks) = match pieces.get(row) {
+                Some(piece) => (i64::from(piece.tokens[0]), piece.past as i64, piece.blocks),
+                None => (0, 0, &[][..]),
+            };
+            numbers.extend([token, past]);
+            let known = blocks.iter().take(shape.blocks).map(|block| i64::from(*block));
+            numbers.extend(known.chain(std::iter::repeat(self.spare)).take(shape.blocks));
+        }
+        Tensor::from_slice(&numbers).view([shape.rows as i64, -1])
+    }
+}
+
+/// What [`Net::batch`] makes of pieces, computed on the device from [`Rounding::numbers`]' numbers.
+fn batch(net: &Net, inputs: &Tensor) -> Result<Batch, ModelError> {
+    let (rows, width) = inputs.size2()?;
+    let size = BLOCK_TOKENS as i64;
+    let context = (width - 2) * size;
+    let numbers = |count| Tensor::f_arange(count, (Kind::Int64, inputs.device()));
+    let positions = inputs.f_select(1, 1)?.f_contiguous()?;
+    let starts = inputs.f_narrow(1, 2, width - 2)?.f_mul_scalar(size)?;
+    let slots = starts.f_unsqueeze(2)?.f_add(&numbers(size)?)?.f_view([rows, context])?;
+    let seen = numbers(context)?.f_unsqueeze(0)?.f_le_tensor(&positions.f_unsqueeze(1)?)?;
+    Ok(Batch {
+        rope: net.rope.at(&positions),
+        slots: slots.f_gather(1, &positions.f_unsqueeze(1)?, false)?.f_view([-1])?,
+        singles: Some(Singles { rows: numbers(rows)?, slots, seen: seen.f_view([rows, 1, 1, context])? }),
+        prompts: Vec::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inference::Want;
+    use crate::tiny::tiny;
+
+    #[test]
+    fn a_filled_up_step_computes_what_a_plain_one_does() {
+        let net = Net::new(&tiny(3), Device::Cpu, Kind::Float, 512, 40).unwrap();
+        let tables: [Vec<u32>; 3] = [vec![7, 1, 30], vec![4, 39], (10..30).collect()];
+        let lengths = [33usize, 20, 300];
+        let mut outputs = Outputs::default();
+        for (blocks, length) in tables.iter().zip(lengths) {
+            let ids: Vec<u32> = (0..length as u32).map(|index| 3 + index * 37 % 280).collect();
+            let prompt = Piece { tokens: &ids, past: 0, blocks, want: Want::Nothing };
+            outputs.begin(net.config.vocab, &[prompt]);
+            net.step(&[prompt], &mut outputs).unwrap();
+        }
+        let next = [[5u32], [77], [200]];
+        let pieces: Vec<Piece<'_>> = (0..3)
+            .map(|row| Piece { tokens: &next[row], past: lengths[row], blocks: &tables[row], want: Want::Last })
+            .collect();
+        let rounding = Rounding { max_length: 512, spare: 40 };
+        let shape = rounding.shape(&pieces).unwrap();
+        assert_eq!(shape, Shape { rows: 4, blocks: 32 });
+        let inputs = rounding.numbers(&pieces, shape);
+        let x = net.forward(&inputs.select(1, 0).contiguous(), &batch(&net, &inputs).unwrap());
+        let filled = head_logits(&net.config, &x, &net.norm, &net.head);
+        outputs.begin(net.config.vocab, &pieces);
+        net.step(&pieces, &mut outputs).unwrap();
+        for row in 0..3 {
+            let plain = Tensor::from_slice(outputs.logits(row).next().unwrap());
+            assert!(filled.get(row as i64).allclose(&plain, 1e-4, 1e-5, false), "row {row}");
+        }
+    }
+
+    #[test]
+    fn contexts_are_rounded_up_to_no_more_than_the_model_has() {
+        let rounding = Rounding { max_length: 300, spare: 40 };
+        let blocks: Vec<u32> = (0..20).collect();
+        let of = |past| {
+            let piece = Piece { tokens: &[1], past, blocks: &blocks, want: Want::Last };
+            rounding.shape(&[piece, piece, piece]).unwrap()
+        };
+        assert_eq!(of(3), Shape { rows: 4, blocks: 16 });
+        assert_eq!(of(299), Shape { rows: 4, blocks: 19 });
+    }
+}
