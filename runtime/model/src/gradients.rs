@@ -2,7 +2,7 @@
 //! forgotten. Nothing of the graph outlives a call, which is what makes recomputation free of hooks.
 
 use crate::Config;
-use crate::layers::{LayerWeights, Rope, chunk_loss, layer_forward, loss_chunks, predicting_rows};
+use crate::layers::{LayerWeights, Rope, chunk_loss, layer_middle, loss_chunks, predicting_rows};
 use tch::{Kind, Tensor};
 
 /// Gradients of one layer.
@@ -27,7 +27,8 @@ pub struct HeadGradients {
     pub lm_head: Tensor,
 }
 
-/// Runs a layer again on its kept input `x` and carries `upstream [B, T, H]` back through it.
+/// Runs a layer again on its kept input `x` and carries `upstream [B, T, H]` back through it. The last
+/// projection is not run again: its gradients need its input only, and the layer's output nobody.
 pub fn layer_backward(
     config: &Config,
     weights: &LayerWeights,
@@ -35,13 +36,20 @@ pub fn layer_backward(
     rope: &Rope,
     upstream: &Tensor,
 ) -> LayerGradients {
-    let weights = weights.map(leaf);
+    let mut leaves = weights.map(leaf);
+    leaves.down = weights.down.detach();
     let x = leaf(x);
-    tch::with_grad(|| {
-        let y = layer_forward(config, &weights, &x, rope);
-        (y * upstream.detach()).sum(Kind::Float).backward();
+    let upstream = upstream.detach();
+    let down = tch::with_grad(|| {
+        let (middle, gated) = layer_middle(config, &leaves, &x, rope);
+        let gated_upstream = upstream.matmul(&leaves.down);
+        // The gradient of this sum with respect to both is what comes from above.
+        ((&middle * &upstream).sum(Kind::Float) + (&gated * gated_upstream).sum(Kind::Float)).backward();
+        flat(&upstream).tr().matmul(&flat(&gated.detach()))
     });
-    LayerGradients { input: x.grad(), weights: weights.map(Tensor::grad) }
+    let mut gradients = leaves.map(Tensor::grad);
+    gradients.down = down;
+    LayerGradients { input: x.grad(), weights: gradients }
 }
 
 /// Summed loss and its gradients, in pieces of bounded memory added in a fixed order. Arguments are
@@ -79,6 +87,11 @@ pub fn embedding_backward(config: &Config, ids: &Tensor, upstream: &Tensor) -> T
     Tensor::embedding_dense_backward(upstream, ids, config.vocab as i64, -1, false)
 }
 
+/// `[B · T, width]`.
+fn flat(x: &Tensor) -> Tensor {
+    x.reshape([-1, x.size().last().copied().unwrap_or(1)])
+}
+
 fn leaf(tensor: &Tensor) -> Tensor {
     tensor.detach().set_requires_grad(true)
 }
@@ -92,7 +105,7 @@ fn gradient_or_zeros(tensor: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layers::{IGNORED, cross_entropy_sum, embed};
+    use crate::layers::{IGNORED, cross_entropy_sum, embed, layer_forward};
     use crate::parameters::{EMBEDDING, FINAL_NORM};
     use crate::tiny::tiny;
     use std::collections::BTreeMap;

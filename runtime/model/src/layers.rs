@@ -75,7 +75,8 @@ impl LayerWeights {
     }
 }
 
-/// Cosines and sines of the rotary embedding, `[positions, head_dim / 2]` each.
+/// Cosines and sines of the rotary embedding, `[positions, head_dim]` each; the sines of the first half
+/// with a minus.
 #[derive(Debug)]
 pub struct Rope {
     cos: Tensor,
@@ -91,7 +92,8 @@ impl Rope {
         let frequencies = Tensor::from(config.rope_theta as f32).pow(&exponents).reciprocal();
         let angles = Tensor::arange(max_len as i64, cpu).outer(&frequencies);
         let cast = |table: Tensor| table.to_kind(kind).to_device(device);
-        Self { cos: cast(angles.cos()), sin: cast(angles.sin()) }
+        let (cos, sin) = (angles.cos(), angles.sin());
+        Self { cos: cast(Tensor::cat(&[&cos, &cos], -1)), sin: cast(Tensor::cat(&[&-&sin, &sin], -1)) }
     }
 
     /// Positions `start..start + length`.
@@ -100,7 +102,7 @@ impl Rope {
         Self { cos: cut(&self.cos), sin: cut(&self.sin) }
     }
 
-    /// One position for each of `B` sequences, shaped `[B, 1, head_dim / 2]`.
+    /// One position for each of `B` sequences, shaped `[B, 1, head_dim]`.
     pub(crate) fn at(&self, positions: &Tensor) -> Self {
         let pick = |table: &Tensor| table.index_select(0, positions).unsqueeze(1);
         Self { cos: pick(&self.cos), sin: pick(&self.sin) }
@@ -109,10 +111,7 @@ impl Rope {
     /// Rotates `x [.., T, head_dim]`, pairing unit `i` with `i + head_dim / 2` as Hugging Face does.
     pub(crate) fn rotate(&self, x: &Tensor) -> Tensor {
         let half = x.size().last().copied().unwrap_or(0) / 2;
-        let (low, high) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
-        let turned_low = &low * &self.cos - &high * &self.sin;
-        let turned_high = &high * &self.cos + &low * &self.sin;
-        Tensor::cat(&[turned_low, turned_high], -1)
+        (x * &self.cos).addcmul(&x.roll([half], [-1]), &self.sin)
     }
 }
 
@@ -124,10 +123,18 @@ pub fn embed(embedding: &Tensor, ids: &Tensor) -> Tensor {
 /// One layer on `x [B, T, H]`, causal, positions from 0. Sequences are padded on the right: nothing
 /// before the padding sees it, and the labels there are [`IGNORED`].
 pub fn layer_forward(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> Tensor {
+    let (middle, gated) = layer_middle(config, weights, x, rope);
+    middle + linear(&gated, &weights.down)
+}
+
+/// A layer up to its last projection: what comes out of its attention `[B, T, H]`, and the projection's
+/// input `[B, T, I]`, gated as SwiGLU (Shazeer 2020) has it.
+pub(crate) fn layer_middle(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> (Tensor, Tensor) {
     let normed = rms_norm(x, &weights.input_norm, config.eps);
-    let x = x + causal_attention(config, weights, &normed, rope);
-    let normed = rms_norm(&x, &weights.post_norm, config.eps);
-    x + feed_forward(weights, &normed)
+    let middle = x + causal_attention(config, weights, &normed, rope);
+    let normed = rms_norm(&middle, &weights.post_norm, config.eps);
+    let gated = linear(&normed, &weights.gate).silu() * linear(&normed, &weights.up);
+    (middle, gated)
 }
 
 /// Logits of `hidden [.., H]`: final norm, then the output projection; `[.., V]`.
@@ -215,12 +222,6 @@ pub(crate) fn shared(config: &Config, x: &Tensor) -> Tensor {
 /// Softmax attention scaled by 1/√head_dim over `[B, heads, T, head_dim]`.
 pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
     Tensor::scaled_dot_product_attention(query, key, value, mask, 0.0, causal, None, false)
-}
-
-/// SwiGLU (Shazeer 2020).
-pub(crate) fn feed_forward(weights: &LayerWeights, x: &Tensor) -> Tensor {
-    let gated = linear(x, &weights.gate).silu() * linear(x, &weights.up);
-    linear(&gated, &weights.down)
 }
 
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {

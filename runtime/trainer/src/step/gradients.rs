@@ -15,15 +15,13 @@ use vicuna_model::gradients::{embedding_backward, head_backward, layer_backward}
 use vicuna_model::layers::{LayerWeights, Rope, embed, layer_forward};
 use vicuna_model::{Config, parameters};
 
-/// Gradients of a group's parameters, in order: fp32, whatever the micro-batch was computed in.
+/// Gradients of a group's parameters, in order. A micro-batch's are of the kind that it was computed
+/// in, sums are fp32: values of 16 bits turn into fp32 as they are added, not before, which moves
+/// less memory and gives the same bits.
 #[derive(Debug)]
 pub struct GroupGradients(Vec<Tensor>);
 
 impl GroupGradients {
-    fn new(gradients: impl IntoIterator<Item = Tensor>) -> Self {
-        Self(gradients.into_iter().map(|gradient| gradient.to_kind(Kind::Float)).collect())
-    }
-
     pub fn tensors(&self) -> &[Tensor] {
         &self.0
     }
@@ -32,6 +30,9 @@ impl GroupGradients {
 impl Summand for GroupGradients {
     fn add(&mut self, right: Self) {
         for (sum, value) in self.0.iter_mut().zip(right.0) {
+            if sum.kind() != Kind::Float {
+                *sum = sum.to_kind(Kind::Float);
+            }
             // In place: a sum of the size of the embedding is not allocated again.
             let _same = sum.g_add_(&value);
         }
@@ -96,7 +97,7 @@ impl Computation<'_> {
                 let gradients = layer_backward(self.config, &weights, input, self.rope, upstream);
                 *upstream = gradients.input;
                 let values = gradients.weights.as_array().map(Tensor::shallow_clone);
-                sum.push(Node::leaf(first + index as u32), GroupGradients::new(values));
+                sum.push(Node::leaf(first + index as u32), GroupGradients(values.into()));
             }
             hand_on(partial(BlockTable::layer_group(layer), 0, sum))?;
         }
@@ -152,10 +153,10 @@ impl Computation<'_> {
             upstream.push(gradients.hidden);
             let leaf = Node::leaf(first + index as u32);
             if tied {
-                sum.push(leaf, GroupGradients::new([gradients.norm]));
-                tied_sum.push(leaf, GroupGradients::new([gradients.lm_head]));
+                sum.push(leaf, GroupGradients(vec![gradients.norm]));
+                tied_sum.push(leaf, GroupGradients(vec![gradients.lm_head]));
             } else {
-                sum.push(leaf, GroupGradients::new([gradients.norm, gradients.lm_head]));
+                sum.push(leaf, GroupGradients(vec![gradients.norm, gradients.lm_head]));
             }
         }
         hand_on(partial(self.table.head_group(), 0, sum))?;
@@ -175,7 +176,7 @@ impl Computation<'_> {
         let mut sum = TreeSum::default();
         for (index, (batch, upstream)) in batches.iter().zip(upstream).enumerate() {
             let gradient = embedding_backward(self.config, &batch.ids, upstream);
-            sum.push(Node::leaf(first + index as u32), GroupGradients::new([gradient]));
+            sum.push(Node::leaf(first + index as u32), GroupGradients(vec![gradient]));
         }
         hand_on(partial(EMBEDDING_GROUP, u8::from(self.config.tie_word_embeddings), sum))
     }

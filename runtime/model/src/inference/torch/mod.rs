@@ -53,7 +53,7 @@ struct LayerCache {
 
 /// What the layers of a step have in common.
 struct Batch {
-    /// Sines and cosines of each row's position, `[rows, 1, head_dim / 2]`.
+    /// Sines and cosines of each row's position, `[rows, 1, head_dim]`.
     rope: Rope,
     /// Place of each row in the cache.
     slots: Tensor,
