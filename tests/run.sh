@@ -3,7 +3,7 @@
 #   tests/run.sh            everything
 #   tests/run.sh unit       only the suite of that name
 #   tests/run.sh cluster browser restart     of the cluster suite only what has one of these words in its name
-#   tests/run.sh matrix [ROW...]             the fault matrix, by name only: it takes most of an hour (MATRIX_ROUNDS=3 runs
+#   tests/run.sh matrix [ROW...]             the fault matrix, by name only: it takes more than an hour (MATRIX_ROUNDS=3 runs
 #                                            each row three times, FIRE_SECONDS=600 keeps servings under fire for ten minutes)
 # A suite that ran no test is a failure: it says that something was not found, not that all is well.
 set -uo pipefail

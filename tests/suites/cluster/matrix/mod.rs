@@ -25,26 +25,47 @@ const NODES: [&str; 4] = ["spot-1", "spot-2", "onprem-1", "system-1"];
 const APART: [&str; 2] =
     ["operator.nodeSelector.vicuna\\.dev/capacity=system", "gateway.nodeSelector.vicuna\\.dev/capacity=system"];
 
-/// Runs the rows whose names have one of the words, or all; gives how many there were and how many failed.
+/// What befalls a training, or a serving.
+#[derive(Clone, Copy)]
+enum Entry {
+    Training(&'static Row),
+    Serving(&'static Fire),
+}
+
+impl Entry {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Training(row) => row.name,
+            Self::Serving(fire) => fire.name,
+        }
+    }
+}
+
+/// All rows, or those whose names have one of the words, in the order of the words.
+fn chosen(words: &[String]) -> Vec<Entry> {
+    let all: Vec<Entry> = ROWS.iter().map(Entry::Training).chain(FIRES.iter().map(Entry::Serving)).collect();
+    if words.is_empty() {
+        return all;
+    }
+    words.iter().flat_map(|word| all.iter().filter(|entry| entry.name().contains(word.as_str()))).copied().collect()
+}
+
+/// Runs the chosen rows; gives how many there were and how many failed.
 pub fn main(words: &[String]) -> (usize, usize) {
-    let is_chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
-    let rows: Vec<&Row> = ROWS.iter().filter(|row| is_chosen(row.name)).collect();
-    let fires: Vec<&Fire> = FIRES.iter().filter(|fire| is_chosen(fire.name)).collect();
-    let all = rows.len() + fires.len();
-    println!("\nrunning {all} rows");
+    let entries = chosen(words);
+    println!("\nrunning {} rows", entries.len());
     let matrix = match Fixture::up_on(&NODES, &APART) {
         Ok(fixture) => Matrix { fixture, references: RefCell::default(), table: RefCell::default() },
         Err(error) => {
             println!("the cluster did not come up: {error:#}");
             Fixture::remove();
-            return (all, all);
+            return (entries.len(), entries.len());
         }
     };
-    let failed = rows.iter().filter(|row| !matrix.survives(row)).count()
-        + fires.iter().filter(|fire| !matrix.withstands(fire)).count();
+    let failed = entries.iter().filter(|entry| !matrix.stands(**entry)).count();
     println!("\n{}", matrix.table.borrow().markdown());
     matrix.fixture.down(failed > 0);
-    (all, failed)
+    (entries.len(), failed)
 }
 
 struct Matrix {
@@ -55,6 +76,13 @@ struct Matrix {
 }
 
 impl Matrix {
+    fn stands(&self, entry: Entry) -> bool {
+        match entry {
+            Entry::Training(row) => self.survives(row),
+            Entry::Serving(fire) => self.withstands(fire),
+        }
+    }
+
     fn survives(&self, row: &Row) -> bool {
         (0..rounds()).map(|round| self.round(row, round)).fold(true, |all, one| all & one)
     }

@@ -54,7 +54,7 @@ pub const ROWS: &[Row] = &[
     row("network_cut_to_the_store", Shape { steps: MEDIUM, interval_seconds: 5, ..TWO }, network_cut_to_the_store),
     row("operator_killed_in_a_change", TWO, operator_killed_in_a_change),
     row("leader_partitioned", Shape { steps: MEDIUM, ..TWO }, leader_partitioned),
-    row("store_down_in_an_emergency", Shape { min: 2, fallback: false, ..TWO }, store_down_in_an_emergency),
+    row("store_down_in_an_emergency", Shape { min: 2, nodes: &SPOT, ..TWO }, store_down_in_an_emergency),
     row("node_comes_and_goes", Shape { steps: LONG, ..TWO }, node_comes_and_goes),
     row("ten_reclaims", Shape { steps: LONG, ..TWO }, ten_reclaims),
     row(
@@ -231,6 +231,8 @@ fn leader_partitioned(run: &Run) -> Result<()> {
         wait_for("another leader", PATIENCE, || {
             Ok((!lease_holder(run.fixture)?.starts_with(&format!("{}_", old.pod))).then_some(()))
         })?;
+        // A recovery is measured from a step that this leader has heard of.
+        run.wait_for_progress()?;
         signal_pod(&run.victim()?.uid, Signal::Kill)?;
         run.wait_for_recovery(before)
     });
@@ -254,7 +256,7 @@ fn leader(fixture: &Fixture) -> Result<Rank> {
     operators(fixture)?.into_iter().next().context("no operator runs")
 }
 
-/// Fewer than `min` will remain, and there is nowhere to write to.
+/// Fewer than `min` will remain, and there is nowhere to write to: the one that stays keeps the state.
 fn store_down_in_an_emergency(run: &Run) -> Result<()> {
     after_a_checkpoint(run)?;
     let (cluster, victim) = (&run.fixture.cluster, run.victim()?);

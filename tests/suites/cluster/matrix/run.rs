@@ -120,10 +120,15 @@ impl<'a> Run<'a> {
 
     /// Waits until steps are made again, after `before` recoveries.
     pub fn wait_for_recovery(&self, before: usize) -> Result<()> {
-        wait_for(&format!("a recovery of {}", self.name), PATIENCE, || {
-            Ok((self.recoveries()?.len() > before).then_some(()))
+        let recovered = wait_for(&format!("a recovery of {}", self.name), PATIENCE, || {
+            // In this order: an Event may be written in the moment of the end.
+            let over = is_over(&self.fixture.objects.get("vicunatraining", &self.name)?);
+            let recovered = self.recoveries()?.len() > before;
+            Ok((recovered || over).then_some(recovered))
         })
-        .with_context(|| format!("status: {:#}", self.status().unwrap_or_default()))
+        .with_context(|| format!("status: {:#}", self.status().unwrap_or_default()))?;
+        ensure!(recovered, "{} came to its end without a recovery: give it more steps", self.name);
+        Ok(())
     }
 
     /// Waits until a later step than the present one is known.
@@ -174,7 +179,7 @@ fn pools(shape: Shape) -> Value {
     if !shape.nodes.is_empty() {
         let pool = |node: &&str| {
             let selector = json!({"kubernetes.io/hostname": node});
-            json!({"name": node, "capacity": "Spot", "nodeSelector": selector, "notice": notice})
+            json!({"name": node, "capacity": "Spot", "nodeSelector": selector, "notice": notice, "max": 1})
         };
         return shape.nodes.iter().map(pool).collect();
     }
