@@ -53,6 +53,7 @@ pub mod condition {
     printcolumn = r#"{"name":"Reclaims","type":"integer","jsonPath":".status.disruptions.reclaims"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
     printcolumn = r#"{"name":"Loss","type":"number","jsonPath":".status.progress.loss","priority":1}"#,
+    printcolumn = r#"{"name":"Eval-Loss","type":"number","jsonPath":".status.progress.evaluationLoss","priority":1}"#,
     printcolumn = r#"{"name":"Pools","type":"string","jsonPath":".status.membership.byPool","priority":1}"#,
     printcolumn = r#"{"name":"Checkpoint","type":"integer","jsonPath":".status.checkpoint.step","priority":1}"#,
     printcolumn = r#"{"name":"Cost","type":"number","jsonPath":".status.cost.estimated","priority":1}"#
@@ -64,6 +65,7 @@ pub mod condition {
     validation = Rule::new("self.recipe == oldSelf.recipe").field_path(".recipe").message("The recipe cannot be changed: create a new training."),
     validation = Rule::new("has(self.prepare) == has(oldSelf.prepare) && (!has(self.prepare) || self.prepare == oldSelf.prepare)").message("prepare cannot be changed: create a new training."),
     validation = Rule::new("!has(self.prepare) || !has(self.prepare.splitAt) || self.prepare.splitAt <= self.recipe.maxLength").message("prepare.splitAt must not be above recipe.maxLength, which would cut the pieces again: change one of them."),
+    validation = Rule::new("!has(self.recipe.evaluateEvery) || (has(self.prepare) && has(self.prepare.holdOut))").message("recipe.evaluateEvery needs conversations to evaluate on: set prepare.holdOut, or leave evaluateEvery out."),
     validation = Rule::new("self.checkpoint.to == oldSelf.checkpoint.to").field_path(".checkpoint.to").message("checkpoint.to cannot be changed, since the training's state is there: create a new training."),
     validation = Rule::new("has(self.managedBy) == has(oldSelf.managedBy) && (!has(self.managedBy) || self.managedBy == oldSelf.managedBy)").message("managedBy cannot be changed: create a new training."),
     validation = Rule::new("!has(self.placement) || !has(self.placement.onDemandFloor) || self.placement.onDemandFloor <= self.workers.max").message("placement.onDemandFloor must not be above workers.max: change one of them."),
@@ -218,6 +220,10 @@ pub struct Recipe {
     #[serde(default)]
     #[schemars(range(min = 0, max = 9_007_199_254_740_991u64))]
     pub seed: u64,
+    /// Steps from one evaluation on the held-out conversations to the next; absent: one at each epoch's end. Once more at the end. Needs prepare.holdOut.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub evaluate_every: Option<u64>,
 }
 
 fn default_global_batch() -> u32 {
@@ -520,6 +526,12 @@ pub struct Progress {
     /// Mean loss per trained token of that step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
+    /// Mean loss per token of the held-out conversations when they were last evaluated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluation_loss: Option<f64>,
+    /// The step after which that was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluation_step: Option<u64>,
     /// Learning rate of that step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,

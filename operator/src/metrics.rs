@@ -22,6 +22,7 @@ pub struct Metrics {
     pub training_step: IntGaugeVec,
     pub training_steps: IntGaugeVec,
     pub training_loss: GaugeVec,
+    pub training_evaluation_loss: GaugeVec,
     pub training_tokens_per_second: GaugeVec,
     pub training_ranks: IntGaugeVec,
     pub training_generation: IntGaugeVec,
@@ -54,6 +55,11 @@ impl Metrics {
             training_step: int_gauge("training_step", "Last step that was applied", &OBJECT)?,
             training_steps: int_gauge("training_steps", "Steps in the whole run", &OBJECT)?,
             training_loss: gauge("training_loss", "Mean loss per trained token of the last step", &OBJECT)?,
+            training_evaluation_loss: gauge(
+                "training_evaluation_loss",
+                "Mean loss per token of the held-out conversations at the last evaluation",
+                &OBJECT,
+            )?,
             training_tokens_per_second: gauge(
                 "training_tokens_per_second",
                 "Tokens of the last step by the time that it took",
@@ -133,6 +139,7 @@ impl Metrics {
             training_step,
             training_steps,
             training_loss,
+            training_evaluation_loss,
             training_tokens_per_second,
             training_ranks,
             training_generation,
@@ -168,6 +175,7 @@ impl Metrics {
         }
         for gauge in [
             training_loss,
+            training_evaluation_loss,
             training_tokens_per_second,
             training_goodput,
             training_held_seconds,
@@ -263,6 +271,7 @@ impl Metrics {
         }
         for gauge in [
             &self.training_loss,
+            &self.training_evaluation_loss,
             &self.training_tokens_per_second,
             &self.training_goodput,
             &self.training_held_seconds,

@@ -77,6 +77,7 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
         gradient_clip: recipe.gradient_clip,
         max_length: recipe.max_length,
         seed: recipe.seed,
+        evaluate_every: recipe.evaluate_every,
         precision: match recipe.precision {
             spec::Precision::Fp32 => Precision::Fp32,
             spec::Precision::Bf16 => Precision::Bf16,

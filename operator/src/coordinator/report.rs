@@ -29,6 +29,7 @@ pub struct Report {
     pub members: Vec<Member>,
     pub ranks: BTreeMap<PodUid, RankView>,
     pub progress: Option<StepReport>,
+    pub evaluation: Option<EvaluationReport>,
     pub checkpoint: Option<CheckpointReport>,
     pub disruptions: Counters,
     pub finish: Option<Finish>,
@@ -80,6 +81,15 @@ pub struct StepReport {
     pub step_seconds: f64,
 }
 
+/// Loss on what is held out of the data.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EvaluationReport {
+    /// The step after which it was.
+    pub step: u64,
+    /// Mean per token.
+    pub loss: f64,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct CheckpointReport {
     pub step: u64,
@@ -114,6 +124,7 @@ pub struct RecoveryPhases {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Happening {
     Stepped(StepReport),
+    Evaluated(EvaluationReport),
     Checkpointed(CheckpointReport),
     Formed {
         generation: u64,

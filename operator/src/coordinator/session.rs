@@ -349,6 +349,9 @@ impl Session {
                     metrics.training_tokens_per_second.with_label_values(&object).set(rate);
                 }
             }
+            Happening::Evaluated(evaluation) => {
+                metrics.training_evaluation_loss.with_label_values(&object).set(evaluation.loss);
+            }
             Happening::Noticed { .. } => metrics.notices.with_label_values(&object).inc(),
             Happening::Reclaimed { .. } => metrics.reclaims.with_label_values(&object).inc(),
             Happening::StepsLost { steps, .. } => {

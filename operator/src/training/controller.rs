@@ -11,7 +11,7 @@ use crate::context::Context;
 use crate::coordinator::job::{self, JobError};
 use crate::coordinator::membership::{Millis, Target};
 use crate::coordinator::registry::{Key, Opening, Told};
-use crate::coordinator::report::{Counters, Happening, RecoveryPhases};
+use crate::coordinator::report::{Counters, EvaluationReport, Happening, RecoveryPhases};
 use crate::coordinator::store::Owner;
 use crate::leader::NotLeader;
 use crate::watches::Change;
@@ -419,6 +419,9 @@ fn counters(status: Option<&VicunaTrainingStatus>) -> Counters {
 fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
     Some(match happening {
         Happening::Stepped(_) | Happening::Checkpointed(_) => return None,
+        Happening::Evaluated(EvaluationReport { step, loss }) => {
+            (false, "Evaluated", format!("After step {step} the loss on the held-out conversations is {loss:.4}."))
+        }
         Happening::Formed { generation, members, base_step } => {
             (false, "Formed", format!("Generation {generation} of {members} ranks starts after step {base_step}."))
         }

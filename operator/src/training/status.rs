@@ -42,7 +42,9 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
     VicunaTrainingStatus {
         conditions: conditions::conditions(observed, plan, state, obstacle.as_ref(), &before, &time),
         state: Some(state),
-        progress: report.and_then(|report| progress(report, &plan.memory.accounts)).or(before.progress),
+        progress: report
+            .and_then(|report| progress(report, &plan.memory.accounts, before.progress.as_ref()))
+            .or(before.progress.clone()),
         membership: report.map(|report| membership(report, &observed.pods, ready)).or(before.membership),
         ready_max: Some(format!("{ready}/{}", observed.training.spec.workers.max)),
         selector: Some(build::selector(&observed.training)),
@@ -149,7 +151,10 @@ fn has_trained(observed: &Observed, report: &Report) -> bool {
     report.progress.is_some() || before.is_some_and(|progress| progress.step > 0)
 }
 
-fn progress(report: &Report, accounts: &Accounts) -> Option<Progress> {
+fn progress(report: &Report, accounts: &Accounts, before: Option<&Progress>) -> Option<Progress> {
+    // A new leader hears of the next evaluation, not of the last one.
+    let evaluation = report.evaluation.map(|it| (it.step, it.loss));
+    let evaluation = evaluation.or_else(|| before.and_then(|it| it.evaluation_step.zip(it.evaluation_loss)));
     let last = report.progress.as_ref();
     let steps = last.map_or(0, |last| last.steps).max(report.steps);
     let step = report.finish.as_ref().map(|finish| finish.step).or(last.map(|last| last.step))?;
@@ -160,6 +165,8 @@ fn progress(report: &Report, accounts: &Accounts) -> Option<Progress> {
         step_of: Some(format!("{step}/{steps}")),
         epoch: last.map_or(0.0, |last| last.epoch),
         loss: last.and_then(|last| last.loss),
+        evaluation_loss: evaluation.map(|(_, loss)| loss),
+        evaluation_step: evaluation.map(|(step, _)| step),
         learning_rate: last.map(|last| last.learning_rate),
         tokens_per_second: rate,
         remaining: accounts.remaining(step, steps),

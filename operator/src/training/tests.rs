@@ -7,7 +7,9 @@ use super::plan::{Action, Plan, plan};
 use super::status::{WRITE_EVERY, Write, is_terminal, status, when_to_write};
 use crate::coordinator::membership::{Departure, Millis};
 use crate::coordinator::record::{Finish, Member};
-use crate::coordinator::report::{Blockage, CheckpointReport, Phase, RankFailure, RankView, Report, StepReport};
+use crate::coordinator::report::{
+    Blockage, CheckpointReport, EvaluationReport, Phase, RankFailure, RankView, Report, StepReport,
+};
 use crate::spot::capacity::Size;
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -471,6 +473,30 @@ fn a_new_leader_leaves_the_status_until_it_knows() {
     };
     assert_eq!(known(Phase::Adopting), running);
     assert_eq!(known(Phase::Collecting).state, Some(TrainingState::Pending));
+}
+
+#[test]
+fn the_held_out_loss_stays_shown_under_a_new_leader() {
+    let trained = observed().pod("t-spot-0", |_| {}).reported(|report| {
+        report.phase = Phase::Steady;
+        report.progress = Some(step_report(10));
+        report.evaluation = Some(EvaluationReport { step: 8, loss: 1.5 });
+    });
+    let shown = |seen: &Observed| {
+        let progress = status(seen, &plan(seen, NOW), &Applied::default(), NOW).progress.unwrap();
+        (progress.evaluation_step, progress.evaluation_loss)
+    };
+    assert_eq!(shown(&trained), (Some(8), Some(1.5)));
+    let mut later = trained.reported(|report| report.evaluation = None);
+    std::sync::Arc::make_mut(&mut later.training).status = Some(VicunaTrainingStatus {
+        progress: Some(vicuna_crds::training::Progress {
+            evaluation_step: Some(8),
+            evaluation_loss: Some(1.5),
+            ..Default::default()
+        }),
+        ..VicunaTrainingStatus::default()
+    });
+    assert_eq!(shown(&later), (Some(8), Some(1.5)));
 }
 
 #[test]

@@ -83,6 +83,10 @@ pub struct Recipe {
     /// Tokens in a sequence, at most; longer conversations are cut.
     pub max_length: u32,
     pub seed: u64,
+    /// Steps from one evaluation on the held-out data to the next; absent: one at each epoch's end. There is one at
+    /// the end anyway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluate_every: Option<u64>,
     #[serde(default, skip_serializing_if = "Precision::is_default")]
     pub precision: Precision,
 }

@@ -80,22 +80,27 @@ impl Dataset {
 
     /// Pads the sequences of one micro-batch.
     pub fn micro_batch(&self, sequences: &[u32]) -> MicroBatch {
-        let rows: Vec<&Example> = sequences.iter().filter_map(|number| self.examples.get(*number as usize)).collect();
-        let length = padded(rows.iter().map(|row| row.ids.len()).max().unwrap_or(0));
-        let mut ids = vec![0; rows.len() * length];
-        let mut labels = vec![IGNORED; rows.len() * length];
-        for (row, example) in rows.iter().enumerate() {
-            let at = row * length..row * length + example.ids.len();
-            for (slot, id) in ids[at.clone()].iter_mut().zip(&example.ids) {
-                *slot = i64::from(*id);
-            }
-            labels[at].copy_from_slice(&example.labels);
-        }
-        MicroBatch { rows: rows.len(), length, ids, labels }
+        pad(&sequences.iter().filter_map(|number| self.examples.get(*number as usize)).collect::<Vec<_>>())
     }
 }
 
-fn padded(length: usize) -> usize {
+/// A micro-batch of these sequences.
+pub fn pad(rows: &[&Example]) -> MicroBatch {
+    let length = padded(rows.iter().map(|row| row.ids.len()).max().unwrap_or(0));
+    let mut ids = vec![0; rows.len() * length];
+    let mut labels = vec![IGNORED; rows.len() * length];
+    for (row, example) in rows.iter().enumerate() {
+        let at = row * length..row * length + example.ids.len();
+        for (slot, id) in ids[at.clone()].iter_mut().zip(&example.ids) {
+            *slot = i64::from(*id);
+        }
+        labels[at].copy_from_slice(&example.labels);
+    }
+    MicroBatch { rows: rows.len(), length, ids, labels }
+}
+
+/// The length that a sequence of `length` tokens is padded to at least.
+pub fn padded(length: usize) -> usize {
     length.max(1).next_multiple_of(LENGTH_STEP)
 }
 

@@ -62,6 +62,7 @@ struct State {
 struct Said {
     prepared: Option<Body>,
     checkpointed: Option<Body>,
+    evaluated: Option<Body>,
     notice: Option<Body>,
     /// Blocked, Ready, Stopped, LoadFailed, Finished or Failed: where the rank is.
     place: Option<Body>,
@@ -71,6 +72,8 @@ impl Said {
     fn note(&mut self, body: &Body) {
         let slot = match body {
             Body::Hello(_) | Body::Progress(_) => return,
+            Body::Evaluated(evaluated) if evaluated.loss.is_none() => return,
+            Body::Evaluated(_) => &mut self.evaluated,
             Body::Prepared(_) => {
                 self.place = None;
                 &mut self.prepared
@@ -83,7 +86,7 @@ impl Said {
     }
 
     fn all(&self) -> impl Iterator<Item = Body> {
-        [&self.prepared, &self.checkpointed, &self.notice, &self.place].into_iter().flatten().cloned()
+        [&self.prepared, &self.checkpointed, &self.evaluated, &self.notice, &self.place].into_iter().flatten().cloned()
     }
 }
 
@@ -127,6 +130,7 @@ impl Link {
         state.hello.step = step;
         state.said.place = None;
         state.said.checkpointed = None;
+        state.said.evaluated = None;
     }
 
     /// Leaves everything and says hello as a newcomer.

@@ -6,11 +6,12 @@
 use crate::checkpoint::{self, CheckpointError, Published, Publisher, Snapshot};
 use crate::collective::tcp::Membership;
 use crate::collective::{Collective, CollectiveError, Mesh, Network};
+use crate::evaluation::{self, Evaluation, Pass, Stage};
 use crate::layout::{Holders, Layout};
 use crate::prepare::Session;
 use crate::result;
 use crate::state::{BlockState, Weights};
-use crate::step::commit::Wishes;
+use crate::step::commit::{Commit, Wishes};
 use crate::step::{Committed, Engine, Peers, StepError, StepReport, unread_limit_bytes};
 use crate::transfer;
 use std::sync::Arc;
@@ -46,6 +47,9 @@ pub trait Observer: Send + Sync {
     /// The state is loaded; equal digests are equal states.
     fn ready(&self, state_digest: &str);
     fn stepped(&self, report: &StepReport, last_of_generation: bool);
+    /// A part of an evaluation is done, so that nobody takes the silence for a stall.
+    fn evaluating(&self, stage: Stage);
+    fn evaluated(&self, evaluation: &Evaluation);
     /// A checkpoint is complete; called on every rank.
     fn checkpointed(&self, published: &Published);
     /// The generation waits for the store.
@@ -228,18 +232,45 @@ impl<'a> Generation<'a> {
         }
         // Everyone is here: nobody will ask for what others keep now.
         self.engine.forget_strays(self.mesh.rank());
-        while self.engine.step < steps {
+        loop {
+            if self.session.evaluates_after(self.engine.step)
+                && let Some(commit) = self.evaluate()?
+            {
+                return self.stop(&commit.wishes, &commit.leaving);
+            }
+            if self.engine.step >= steps {
+                return self.complete();
+            }
             let report = self.step()?;
             let last = report.wishes.stop || report.step == steps;
             self.observer.stepped(&report, last);
             if report.wishes.stop && report.step < steps {
-                return self.stop(&report);
+                return self.stop(&report.wishes, &report.leaving);
             }
             if !last && report.wishes.checkpoint && !report.wishes.uploading {
                 self.start_upload();
             }
         }
-        self.complete()
+    }
+
+    /// What everyone said when somebody wished for the end; else the evaluation is complete.
+    fn evaluate(&self) -> Result<Option<Commit>, GenerationError> {
+        let Control { stop, leave, save, abort, .. } = self.control;
+        let wishes = || Wishes {
+            stop: stop.is_cancelled(),
+            leave: leave.is_cancelled(),
+            save: save.is_cancelled(),
+            ..Wishes::default()
+        };
+        let peers = Peers { collective: &*self.mesh, abort };
+        let (session, told) = (self.session, |stage: Stage| self.observer.evaluating(stage));
+        match evaluation::run(self.engine, &session.held_out, session.micro_batches(), peers, &wishes, &told)? {
+            Pass::Stopped(commit) => Ok(Some(commit)),
+            Pass::Complete(evaluation) => {
+                self.observer.evaluated(&evaluation);
+                Ok(None)
+            }
+        }
     }
 
     /// Whether a planned stop came first.
@@ -348,13 +379,13 @@ impl<'a> Generation<'a> {
     }
 
     /// The planned end: what is in memory stays there, unless nobody will be left to keep it.
-    fn stop(&mut self, last: &StepReport) -> Result<Outcome, GenerationError> {
-        let nobody_stays = last.leaving.iter().all(|leaves| *leaves);
-        let manifest = if last.wishes.save || nobody_stays {
+    fn stop(&mut self, wishes: &Wishes, leaving: &[bool]) -> Result<Outcome, GenerationError> {
+        let nobody_stays = leaving.iter().all(|leaves| *leaves);
+        let manifest = if wishes.save || nobody_stays {
             self.save()?
         } else {
             let peers = Peers { collective: &*self.mesh, abort: &self.control.abort };
-            transfer::evacuate(self.engine, &last.leaving, peers)?;
+            transfer::evacuate(self.engine, leaving, peers)?;
             None
         };
         Ok(Outcome::Stopped { step: self.engine.step, manifest })
@@ -474,7 +505,8 @@ fn from_memory<'a>(
 
 fn engine(session: &Session, weights: Weights, layout: Layout) -> Engine {
     let (config, table) = (session.config.clone(), session.table.clone());
-    Engine::new(config, table, weights, layout, session.data.longest(), session.device)
+    let longest = session.data.longest().max(session.held_out.longest());
+    Engine::new(config, table, weights, layout, longest, session.device)
 }
 
 /// Equal on ranks that stand at the same state and compute alike.

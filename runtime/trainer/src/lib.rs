@@ -7,6 +7,7 @@
 //! - whatever decides the weights is a pure function of the job and the step: micro-batches
 //!   ([`batch`]), the order of additions ([`tree`]), how the state is cut ([`blocks`]), the update
 //!   ([`optimizer`], [`schedule`]). So the weights are bit-identical for every number of ranks;
+//! - on what is held out of the data the loss is computed in between ([`evaluation`]);
 //! - who holds which block ([`layout`]) and runs which micro-batch ([`pace`]) is free, and follows what
 //!   is where and who is fast; between generations state goes from memory to memory ([`transfer`]).
 
@@ -16,6 +17,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod collective;
 pub mod coordinator;
+pub mod evaluation;
 pub mod generation;
 pub mod http;
 pub mod layout;

@@ -5,6 +5,7 @@
 use crate::checkpoint::Published;
 use crate::collective::Network;
 use crate::collective::tcp::{Membership, Peer};
+use crate::evaluation::{Evaluation, Stage};
 use crate::generation::{self, Assignment, Control, Finished, GenerationError, Observer, Outcome, Start};
 use crate::prepare::{Place, Session, prepare};
 use crate::step::{Engine, StepReport};
@@ -142,6 +143,15 @@ impl Observer for Printer {
                 "communicationSeconds": report.communication.as_secs_f64(),
             })
         );
+    }
+
+    fn evaluating(&self, _stage: Stage) {}
+
+    fn evaluated(&self, evaluation: &Evaluation) {
+        if self.rank == 0 {
+            let Evaluation { step, loss, duration } = evaluation;
+            println!("{}", json!({ "step": step, "evaluationLoss": loss, "seconds": duration.as_secs_f64() }));
+        }
     }
 
     fn checkpointed(&self, published: &Published) {

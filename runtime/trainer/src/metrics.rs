@@ -1,6 +1,7 @@
 //! The rank's metrics, in Prometheus' words.
 
 use crate::checkpoint::Published;
+use crate::evaluation::Evaluation;
 use crate::step::StepReport;
 use prometheus::{Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntGauge, Registry, TextEncoder};
 
@@ -15,6 +16,8 @@ pub struct Metrics {
     step_seconds: Histogram,
     communication_seconds: Histogram,
     skipped_steps: IntCounter,
+    evaluation_loss: Gauge,
+    evaluation_seconds: Histogram,
     pub generation: IntGauge,
     checkpoint_stall_seconds: Histogram,
     checkpoint_upload_seconds: Histogram,
@@ -60,6 +63,8 @@ impl Metrics {
                 "vicuna_training_skipped_steps_total",
                 "Steps that changed nothing: no trained token, or loss or gradient not finite",
             )?,
+            evaluation_loss: real("vicuna_training_evaluation_loss", "Mean loss per token of the held-out data")?,
+            evaluation_seconds: seconds("vicuna_training_evaluation_seconds", "Duration of an evaluation", 0.01)?,
             generation: gauge("vicuna_training_generation", "Generation that this rank is in")?,
             checkpoint_stall_seconds: seconds(
                 "vicuna_checkpoint_stall_seconds",
@@ -84,6 +89,11 @@ impl Metrics {
         self.step_seconds.observe(report.duration.as_secs_f64());
         self.communication_seconds.observe(report.communication.as_secs_f64());
         self.skipped_steps.inc_by(u64::from(!report.updated));
+    }
+
+    pub fn evaluated(&self, evaluation: &Evaluation) {
+        self.evaluation_loss.set(evaluation.loss);
+        self.evaluation_seconds.observe(evaluation.duration.as_secs_f64());
     }
 
     pub fn checkpointed(&self, published: &Published) {

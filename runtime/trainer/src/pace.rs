@@ -37,13 +37,15 @@ impl Pace {
                 self.counts = better;
             }
         }
-        let mut start = 0;
-        let range = |count: &u32| {
-            let range = start..start + count;
-            start = range.end;
-            range
-        };
-        self.counts.iter().map(range).collect()
+        ranges(&self.counts)
+    }
+
+    /// Shares of a pass of its own, which leaves the steps' shares as they are.
+    pub fn shares_apart(&self, micro_batches: u32) -> Vec<Range<u32>> {
+        let known: Option<Vec<f64>> = self.seconds.iter().copied().collect();
+        ranges(
+            &known.map_or_else(|| even(micro_batches, self.seconds.len()), |seconds| fastest(micro_batches, &seconds)),
+        )
     }
 
     /// Takes what a step's commit says: seconds that each rank computed for.
@@ -55,6 +57,17 @@ impl Pace {
             }
         }
     }
+}
+
+/// Contiguous ranges of these lengths, from 0.
+fn ranges(counts: &[u32]) -> Vec<Range<u32>> {
+    let mut start = 0;
+    let range = |count: &u32| {
+        let range = start..start + count;
+        start = range.end;
+        range
+    };
+    counts.iter().map(range).collect()
 }
 
 fn even(micro_batches: u32, world: usize) -> Vec<u32> {

@@ -4,6 +4,7 @@ use crate::batch::Dataset;
 use crate::blocks::BlockTable;
 use crate::checkpoint::Publisher;
 use crate::collective::Collective;
+use crate::evaluation::HeldOut;
 use crate::layout::Layout;
 use crate::state::Weights;
 use parking_lot::Mutex;
@@ -17,7 +18,7 @@ use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
 use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
 use vicuna_model::{Config, ModelError, Pretrained};
 use vicuna_protocol::coordinator::Cause;
-use vicuna_protocol::job::{Precision, RunLength, TrainingJob};
+use vicuna_protocol::job::{Precision, Recipe, RunLength, TrainingJob};
 
 /// Manifests that a rank reports, at most.
 pub const MANIFESTS: usize = 16;
@@ -49,7 +50,7 @@ pub struct Session {
     pub table: Arc<BlockTable>,
     pub data: Dataset,
     /// Sequences that are not trained on (`prepare.holdOut`); empty where none was asked for.
-    pub held_out: Vec<Example>,
+    pub held_out: HeldOut,
     /// What preparing did to the data.
     pub data_report: Report,
     /// The tokenizer for the result, and the base weights until they are needed for the last time.
@@ -102,6 +103,8 @@ fn check(job: &TrainingJob) -> Result<(), Trouble> {
         "globalBatch must be a multiple of microBatch"
     } else if recipe.max_length < 2 {
         "maxLength must be at least 2"
+    } else if recipe.evaluate_every.is_some() && job.prepare.hold_out.is_none() {
+        "evaluateEvery needs data to evaluate on: set prepare.holdOut"
     } else {
         return Ok(());
     };
@@ -175,7 +178,7 @@ fn assemble(
         config: model.config.clone(),
         table: Arc::new(BlockTable::new(&model.config)),
         data,
-        held_out: prepared.held_out,
+        held_out: HeldOut::new(prepared.held_out, job.recipe.micro_batch as usize),
         data_report: prepared.report,
         model: Mutex::new(model),
         model_path,
@@ -278,7 +281,8 @@ fn ordered(job: &TrainingJob, examples: Vec<Example>, mixtures: &[Mixture]) -> R
 
 /// Model, data, preparation and recipe, as the job writes them.
 fn recipe_digest(job: &TrainingJob) -> String {
-    let parts = (&job.model, &job.dataset, &job.prepare, &job.recipe);
+    let recipe = Recipe { evaluate_every: None, ..job.recipe.clone() };
+    let parts = (&job.model, &job.dataset, &job.prepare, &recipe);
     // Plain structs always serialise.
     digest(&serde_json::to_vec(&parts).unwrap_or_default())
 }
@@ -287,6 +291,15 @@ impl Session {
     /// Micro-batches in a full step.
     pub fn micro_batches(&self) -> u32 {
         self.job.recipe.global_batch.div_ceil(self.job.recipe.micro_batch)
+    }
+
+    /// Whether the held-out loss is wanted after `step` steps.
+    pub fn evaluates_after(&self, step: u64) -> bool {
+        let due = match self.job.recipe.evaluate_every {
+            Some(every) => step.is_multiple_of(every),
+            None => step > 0 && self.data.cursor(step).epoch > self.data.cursor(step - 1).epoch,
+        };
+        step > 0 && !self.held_out.is_empty() && (due || step == self.data.steps())
     }
 
     /// The complete checkpoints in the store, newest first.

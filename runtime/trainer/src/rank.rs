@@ -8,6 +8,7 @@ use crate::checkpoint::Published;
 use crate::collective::tcp::{Membership, Peer};
 use crate::collective::{CollectiveError, Network};
 use crate::coordinator::Link;
+use crate::evaluation::{Evaluation, Stage};
 use crate::generation::{self, Assignment, Control, GenerationError, Observer, Outcome, Start};
 use crate::http::Status;
 use crate::prepare::{self, Place, Session, Trouble};
@@ -548,6 +549,19 @@ impl Observer for Reporter {
         let seconds = report.duration.as_secs_f64();
         tracing::info!(step = report.step, loss = report.loss, seconds, tokens = report.tokens, "step");
         self.say(Body::Progress(progress(&self.session, self.generation, report, last_of_generation)));
+    }
+
+    fn evaluating(&self, stage: Stage) {
+        let Stage { step, done, total } = stage;
+        self.say(Body::Evaluated(wire::Evaluated { generation: self.generation, step, done, total, loss: None }));
+    }
+
+    fn evaluated(&self, evaluation: &Evaluation) {
+        let Evaluation { step, loss, duration } = *evaluation;
+        self.status.metrics.evaluated(evaluation);
+        tracing::info!(step, loss, seconds = duration.as_secs_f64(), "held-out loss");
+        let (generation, loss) = (self.generation, Some(loss));
+        self.say(Body::Evaluated(wire::Evaluated { generation, step, done: 0, total: 0, loss }));
     }
 
     fn checkpointed(&self, published: &Published) {

@@ -38,6 +38,7 @@ mod tests {
             gradient_clip: 1.0,
             max_length: 64,
             seed: 0,
+            evaluate_every: None,
             precision: Precision::Fp32,
         }
     }

@@ -18,6 +18,7 @@ use vicuna_protocol::job::{Precision, TrainingJob};
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
+use vicuna_trainer::evaluation::{Evaluation, Stage};
 use vicuna_trainer::generation::{Control, Finished, GenerationError, Observer, Outcome, Start};
 use vicuna_trainer::local::generation_on_threads;
 use vicuna_trainer::prepare::{Place, Session, prepare};
@@ -37,6 +38,10 @@ struct Watch {
     losses: Mutex<Vec<f64>>,
     ready: Mutex<Option<String>>,
     checkpoints: Mutex<Vec<u64>>,
+    /// Wishes for the end in the middle of this step's evaluation.
+    stop_in_evaluation: Option<u64>,
+    stages: Mutex<Vec<Stage>>,
+    evaluations: Mutex<Vec<(u64, f64)>>,
 }
 
 impl Observer for Watch {
@@ -50,6 +55,17 @@ impl Observer for Watch {
         if self.stop_after == Some(report.step + 1) {
             self.control.stop.cancel();
         }
+    }
+
+    fn evaluating(&self, stage: Stage) {
+        self.stages.lock().push(stage);
+        if self.stop_in_evaluation == Some(stage.step) {
+            self.control.stop.cancel();
+        }
+    }
+
+    fn evaluated(&self, evaluation: &Evaluation) {
+        self.evaluations.lock().push((evaluation.step, evaluation.loss));
     }
 
     fn checkpointed(&self, published: &Published) {
@@ -516,4 +532,88 @@ fn a_step_that_nobody_committed_is_made_again() {
     let start = from_memory(&session, &survivor);
     assert_eq!(start.step(), 2);
     assert_eq!(continued(&session, 2, &start, survivor, End::Complete).result().digest, undisturbed);
+}
+
+/// More held-out sequences than a round takes.
+fn evaluating(fixture: &Fixture, bucket: &str) -> Arc<Session> {
+    let mut job = fixture.job(bucket);
+    job.prepare.hold_out = Some(0.5);
+    job.recipe.evaluate_every = Some(2);
+    let session = fixture.session(job);
+    assert!(session.held_out.len() > 14, "{}", session.held_out.len());
+    session
+}
+
+fn evaluations(run: &Run, rank: usize) -> Vec<(u64, f64)> {
+    run.watches[rank].evaluations.lock().clone()
+}
+
+#[test]
+fn the_held_out_loss_has_the_same_bits_for_every_number_of_ranks_and_falls() {
+    let fixture = Fixture::new();
+    let alone = generation(&evaluating(&fixture, "bucket-1"), 1, None, None);
+    let losses = evaluations(&alone, 0);
+    assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [2, 4, 6]);
+    assert!(losses[2].1 < losses[0].1, "{losses:?}");
+    for world in [2, 3, 9] {
+        let run = generation(&evaluating(&fixture, &format!("bucket-{world}")), world, None, None);
+        assert_eq!(run.result().digest, alone.result().digest);
+        assert!((0..world).all(|rank| evaluations(&run, rank) == losses), "{world} ranks");
+    }
+}
+
+#[test]
+fn evaluating_does_not_change_the_weights() {
+    let fixture = Fixture::new();
+    let with = generation(&evaluating(&fixture, "with"), 2, None, None);
+    let mut job = fixture.job("without");
+    job.prepare.hold_out = Some(0.5);
+    let session = fixture.session(job);
+    assert!(!session.evaluates_after(1) && session.evaluates_after(STEPS));
+    assert_eq!(generation(&session, 2, None, None).result().digest, with.result().digest);
+}
+
+#[test]
+fn an_evaluation_that_a_leaver_ends_is_made_by_those_who_stay() {
+    let fixture = Fixture::new();
+    let undisturbed = generation(&evaluating(&fixture, "undisturbed"), 1, None, None);
+    let session = evaluating(&fixture, "disturbed");
+    let watches: Vec<Arc<Watch>> = (0..3).map(|_| Arc::new(watch(&Start::Model, End::Complete, false))).collect();
+    let last = Arc::new(Watch { stop_in_evaluation: Some(2), ..watch(&Start::Model, End::Left(99), true) });
+    let watches = [&watches[..2], &[last]].concat();
+    let controls: Vec<Control> = watches.iter().map(|watch| watch.control.clone()).collect();
+    let observers: Vec<Arc<dyn Observer>> = watches.iter().map(|watch| watch.clone() as _).collect();
+    let mut memories = vec![None, None, None];
+    let outcomes = generation_on_threads(&session, 1, &Start::Model, &controls, &observers, &mut memories).unwrap();
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, Ok(Outcome::Stopped { step: 2, manifest: None }))));
+    assert!(watches.iter().all(|watch| watch.evaluations.lock().is_empty()));
+    assert!(!watches[0].stages.lock().is_empty(), "it was under way");
+
+    memories.truncate(2);
+    let start = from_memory(&session, &memories);
+    let rest = continued(&session, 2, &start, memories, End::Complete);
+    assert_eq!(evaluations(&rest, 1), evaluations(&undisturbed, 0));
+    assert_eq!(rest.result().digest, undisturbed.result().digest);
+}
+
+/// Published conversations, in the folder beside the repository.
+#[test]
+fn real_conversations_are_prepared_and_learned_and_the_held_out_loss_falls() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../../shared/data/conversations/dummy_conversation.json");
+    let Ok(path) = path.canonicalize() else {
+        eprintln!("skipped: {} is absent", path.display());
+        return;
+    };
+    let fixture = Fixture::new();
+    let mut job = fixture.job("bucket");
+    job.dataset[0].from = url(&path);
+    job.prepare.clean = true;
+    job.prepare.hold_out = Some(0.1);
+    job.recipe.length = vicuna_protocol::job::RunLength::Epochs(2);
+    let session = fixture.session(job);
+    let run = Run { memories: Vec::new(), ..continued(&session, 1, &Start::Model, vec![None, None], End::Complete) };
+    let losses = evaluations(&run, 0);
+    assert_eq!(losses.len(), 2, "one an epoch: {losses:?}");
+    assert!(losses[1].1 < losses[0].1, "{losses:?}");
 }

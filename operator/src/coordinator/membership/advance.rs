@@ -360,7 +360,7 @@ impl Membership {
             Some(step_ms) => self.limits.stall_ms.max(5 * step_ms),
             None => self.limits.first_step_ms,
         };
-        now >= self.last_step_at.max(since).saturating_add(patience)
+        now >= self.last_step_at.max(since).max(self.evaluated_at).saturating_add(patience)
     }
 
     /// Others wait on the ranks that are behind. (All are level when none of them can finish a step:

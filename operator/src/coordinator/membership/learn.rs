@@ -5,7 +5,7 @@ use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership,
 use crate::coordinator::manifest::Manifest;
 use crate::coordinator::record::{Finish, Record};
 use crate::coordinator::report::{
-    Blockage, CheckpointReport, Happening, PodUid, RankFailure, RecoveryPhases, StepReport,
+    Blockage, CheckpointReport, EvaluationReport, Happening, PodUid, RankFailure, RecoveryPhases, StepReport,
 };
 use std::collections::BTreeMap;
 use vicuna_protocol::coordinator as wire;
@@ -149,6 +149,7 @@ impl Membership {
             Said::Blocked(blocked) => self.blocked(pod, blocked),
             Said::Ready(ready) => self.ready(pod, ready),
             Said::Progress(progress) => self.progressed(now, pod, &progress),
+            Said::Evaluated(evaluated) => self.evaluated(now, pod, &evaluated),
             Said::Checkpointed(checkpointed) => self.checkpointed(now, checkpointed),
             Said::Notice(notice) => self.noticed(pod, notice),
             Said::Stopped(stopped) => self.stopped(now, pod, stopped),
@@ -230,6 +231,19 @@ impl Membership {
         }
         self.progress = Some(report.clone());
         self.happened(Happening::Stepped(report));
+    }
+
+    fn evaluated(&mut self, now: Millis, pod: &str, said: &wire::Evaluated) {
+        if said.generation != self.generation() || !self.is_member(pod) {
+            return;
+        }
+        self.evaluated_at = now;
+        let newer = self.evaluation.is_none_or(|last| last.step < said.step);
+        if let Some(loss) = said.loss.filter(|loss| loss.is_finite() && newer) {
+            let report = EvaluationReport { step: said.step, loss };
+            self.evaluation = Some(report);
+            self.happened(Happening::Evaluated(report));
+        }
     }
 
     fn checkpointed(&mut self, now: Millis, said: wire::Checkpointed) {

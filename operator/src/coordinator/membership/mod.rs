@@ -19,7 +19,9 @@ mod tests;
 
 use super::manifest::Manifests;
 use super::record::{Finish, Member, Record};
-use super::report::{CheckpointReport, Counters, Happening, Phase, PodUid, RankFailure, Report, StepReport};
+use super::report::{
+    CheckpointReport, Counters, EvaluationReport, Happening, Phase, PodUid, RankFailure, Report, StepReport,
+};
 use rank::Rank;
 use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator as wire;
@@ -215,6 +217,9 @@ pub struct Membership {
     /// Generations in a row that ended before their first step.
     fruitless: u32,
     progress: Option<StepReport>,
+    evaluation: Option<EvaluationReport>,
+    /// When a part of an evaluation was last done.
+    evaluated_at: Millis,
     checkpoint: Option<CheckpointReport>,
     counters: Counters,
     failures: BTreeMap<PodUid, RankFailure>,
@@ -242,6 +247,8 @@ impl Membership {
             steps: 0,
             fruitless: 0,
             progress: None,
+            evaluation: None,
+            evaluated_at: now,
             checkpoint: None,
             counters,
             failures: BTreeMap::new(),
@@ -343,6 +350,7 @@ impl Membership {
             members: self.members().to_vec(),
             ranks: self.ranks.iter().map(|(pod, rank)| (pod.clone(), self.view(pod, rank, class))).collect(),
             progress: self.progress.clone(),
+            evaluation: self.evaluation,
             checkpoint: self.checkpoint.clone(),
             disruptions: self.counters,
             finish: match &self.state {

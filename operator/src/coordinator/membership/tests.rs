@@ -299,6 +299,23 @@ fn a_late_rank_of_an_older_generation_is_stale() {
 }
 
 #[test]
+fn an_evaluation_is_told_once_and_holds_off_the_alarm() {
+    let mut fixture = Fixture::training(1, 2);
+    let said = |step, loss| Said::Evaluated(wire::Evaluated { generation: 1, step, done: 1, total: 9, loss });
+    let stall_ms = fixture.membership.limits.stall_ms;
+    fixture.after(stall_ms - 1000).say("a", said(1, None)).after(stall_ms - 1000);
+    assert_eq!(fixture.phase(), Phase::Steady, "it is under way");
+    fixture.take();
+    fixture.say("a", said(1, Some(2.5))).say("b", said(1, Some(2.5)));
+    let report = EvaluationReport { step: 1, loss: 2.5 };
+    let told = fixture.take().into_iter().filter(|effect| *effect == Effect::Happened(Happening::Evaluated(report)));
+    assert_eq!(told.count(), 1);
+    assert_eq!(fixture.membership.report(fixture.now).evaluation, Some(report));
+    fixture.after(stall_ms + 1000);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+}
+
+#[test]
 fn joiners_are_taken_in_through_a_planned_stop_once_a_step_is_made() {
     let mut fixture = Fixture::training(1, 3);
     fixture.join("c", 0).prepare("c", vec![]);

@@ -109,6 +109,7 @@ fn decode(bytes: &[u8]) -> Option<Tag> {
         6 => Kind::Bye,
         7 => Kind::Gradient,
         8 => Kind::State,
+        9 => Kind::Evaluation,
         _ => return None,
     };
     Some(Tag {

@@ -43,6 +43,8 @@ pub enum Kind {
     Gradient = 7,
     /// A block's masters and moments, to a rank that is to keep it.
     State = 8,
+    /// Losses of held-out micro-batches and wishes of a rank, to all.
+    Evaluation = 9,
 }
 
 impl Tag {

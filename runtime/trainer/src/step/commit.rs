@@ -104,7 +104,19 @@ pub fn exchange(
     abort: &CancellationToken,
     own: &Contribution,
 ) -> Result<Commit, StepError> {
-    let tag = Tag::new(Kind::Commit, terms.step);
+    let expected = |rank: usize| (terms.losses_of(rank), terms.blocks_of(rank));
+    tell_all(Tag::new(Kind::Commit, terms.step), collective, abort, own, expected)
+}
+
+/// Every rank's contribution, on every rank. `expected` says how many losses a rank sends, and the norms of which
+/// blocks.
+pub fn tell_all(
+    tag: Tag,
+    collective: &dyn Collective,
+    abort: &CancellationToken,
+    own: &Contribution,
+    expected: impl Fn(usize) -> (usize, Vec<usize>),
+) -> Result<Commit, StepError> {
     collective.broadcast(tag, bytemuck::cast_slice(&words(own)))?;
     let mut all = Vec::with_capacity(collective.world());
     for rank in 0..collective.world() {
@@ -113,7 +125,8 @@ pub fn exchange(
             continue;
         }
         let payload = collective.receive(rank, tag, abort)?;
-        let said = parse(&payload, terms.losses_of(rank), &terms.blocks_of(rank));
+        let (losses, blocks) = expected(rank);
+        let said = parse(&payload, losses, &blocks);
         all.push(said.ok_or_else(|| StepError::malformed(rank, "a commit of the wrong size"))?);
     }
     Ok(conclude(&all))

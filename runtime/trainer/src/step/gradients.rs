@@ -12,7 +12,7 @@ use crate::tree::{Node, Summand, TreeSum};
 use tch::{Device, Kind, Tensor};
 use tokio_util::sync::CancellationToken;
 use vicuna_model::gradients::{embedding_backward, head_backward, layer_backward};
-use vicuna_model::layers::{LayerWeights, Rope, embed, layer_forward};
+use vicuna_model::layers::{LayerWeights, Rope, cross_entropy_sum, embed, layer_forward};
 use vicuna_model::{Config, parameters};
 
 /// Gradients of a group's parameters, in order. A micro-batch's are of the kind that it was computed
@@ -105,6 +105,25 @@ impl Computation<'_> {
         Ok(losses)
     }
 
+    /// Loss sum of one micro-batch, forward only.
+    pub fn loss(&self, batch: &MicroBatch) -> f64 {
+        let batch = self.batch(batch);
+        let mut x = embed(&self.weights.tensors[0], &batch.ids);
+        for layer in 0..self.config.layers {
+            x = layer_forward(self.config, &self.layer_weights(layer), &x, self.rope);
+        }
+        let (norm, projection) = self.head_weights();
+        let loss = cross_entropy_sum(self.config, &x, norm, projection, &batch.labels);
+        loss.to_kind(Kind::Double).double_value(&[])
+    }
+
+    /// The final norm and the output projection.
+    fn head_weights(&self) -> (&Tensor, &Tensor) {
+        let head = self.table.group_parameters(self.table.head_group()).start;
+        let projection = if self.config.tie_word_embeddings { 0 } else { head + 1 };
+        (&self.weights.tensors[head], &self.weights.tensors[projection])
+    }
+
     fn batch(&self, batch: &MicroBatch) -> Batch {
         let shape = [batch.rows as i64, batch.length as i64];
         let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(self.device);
@@ -142,9 +161,7 @@ impl Computation<'_> {
         hand_on: &mut impl FnMut(Partial) -> Result<(), E>,
     ) -> Result<(Vec<f64>, Vec<Tensor>), E> {
         let tied = self.config.tie_word_embeddings;
-        let head = self.table.group_parameters(self.table.head_group());
-        let norm = &self.weights.tensors[head.start];
-        let projection = if tied { &self.weights.tensors[0] } else { &self.weights.tensors[head.start + 1] };
+        let (norm, projection) = self.head_weights();
         let (mut losses, mut upstream) = (Vec::new(), Vec::new());
         let (mut sum, mut tied_sum) = (TreeSum::default(), TreeSum::default());
         for (index, (batch, hidden)) in batches.iter().zip(hidden).enumerate() {

@@ -239,7 +239,12 @@ impl Engine {
         Ok(communication)
     }
 
-    fn computation<'a>(&'a self, abort: &'a CancellationToken) -> Computation<'a> {
+    /// Who runs which of a pass's micro-batches, by rank, steps' shares left as they are.
+    pub(crate) fn shares_apart(&self, micro_batches: u32) -> Vec<Range<u32>> {
+        self.pace.shares_apart(micro_batches)
+    }
+
+    pub(crate) fn computation<'a>(&'a self, abort: &'a CancellationToken) -> Computation<'a> {
         Computation {
             config: &self.config,
             table: &self.table,

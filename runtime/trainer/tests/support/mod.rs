@@ -69,6 +69,7 @@ impl Fixture {
                 gradient_clip: 1.0,
                 max_length: 96,
                 seed: 3,
+                evaluate_every: None,
                 precision: Precision::Fp32,
             },
             checkpoint: Checkpointing { to: url(&self.path(bucket)), interval_seconds: DAY, keep: 3 },
