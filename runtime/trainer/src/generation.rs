@@ -8,6 +8,8 @@ use crate::collective::tcp::Membership;
 use crate::collective::{Collective, CollectiveError, Mesh, Network};
 use crate::evaluation::{self, Evaluation, Pass, Stage};
 use crate::layout::{Holders, Layout};
+use crate::log::Log;
+use crate::log::scribe::{Part, Scribe};
 use crate::prepare::Session;
 use crate::result;
 use crate::state::{BlockState, Weights};
@@ -87,6 +89,19 @@ impl Start {
             Self::Manifest(manifest) => manifest.step,
             Self::Memory { step, .. } => *step,
         }
+    }
+
+    /// The rank that writes the log: one that has the lines since the last part.
+    fn scribe(&self) -> usize {
+        match self {
+            Self::Memory { base, .. } => base.holdings.iter().position(|it| !it.blocks.is_empty()).unwrap_or(0),
+            Self::Model | Self::Manifest(_) => 0,
+        }
+    }
+
+    /// The step in the store that the generation starts from, if that is where it does.
+    fn step_in_store(&self) -> Option<u64> {
+        (!matches!(self, Self::Memory { .. })).then(|| self.step())
     }
 
     fn manifest(&self) -> Option<&ManifestRef> {
@@ -170,6 +185,7 @@ pub fn run(
         generation.mesh.leave();
     }
     generation.abandon_upload();
+    abandon(generation.inherited.take());
     trained
 }
 
@@ -182,11 +198,15 @@ struct Generation<'a> {
     engine: &'a mut Engine,
     start: &'a Start,
     upload: Option<Upload>,
+    /// On the rank that writes the log.
+    scribe: Option<Arc<Scribe>>,
+    /// Lines of former generations on their way.
+    inherited: Option<Upload>,
     broken: u32,
     loss: f64,
 }
 
-/// A periodic checkpoint on its way; its thread says whether it got there.
+/// Something on its way to the store; its thread says whether it got there.
 struct Upload {
     thread: JoinHandle<bool>,
     cancel: CancellationToken,
@@ -207,11 +227,15 @@ impl<'a> Generation<'a> {
         let mesh = Arc::new(Mesh::connect(network, membership, limit, CONNECT_PATIENCE, &control.abort)?);
         let peers = Peers { collective: &*mesh, abort: &control.abort };
         let engine = stand_at_start(session, assignment, peers, observer, memory)?;
+        let names = membership.members.iter().map(|member| member.name.clone()).collect();
+        engine.log.enter(membership.generation, names);
         let digest = state_digest(session, engine, assignment, &control.abort)?;
         let (generation, rank) = (membership.generation, membership.rank);
         tracing::info!(generation, rank, world, step = engine.step, digest, "ready");
         observer.ready(&digest);
         Ok(Self {
+            scribe: (rank == start.scribe()).then(|| Arc::new(session.scribe(start.step_in_store()))),
+            inherited: None,
             publisher: session.publisher(mesh.clone(), engine.layout.clone(), membership.generation),
             session,
             control,
@@ -232,6 +256,7 @@ impl<'a> Generation<'a> {
         }
         // Everyone is here: nobody will ask for what others keep now.
         self.engine.forget_strays(self.mesh.rank());
+        self.begin_records()?;
         loop {
             if self.session.evaluates_after(self.engine.step)
                 && let Some(commit) = self.evaluate()?
@@ -254,7 +279,7 @@ impl<'a> Generation<'a> {
     }
 
     /// What everyone said when somebody wished for the end; else the evaluation is complete.
-    fn evaluate(&self) -> Result<Option<Commit>, GenerationError> {
+    fn evaluate(&mut self) -> Result<Option<Commit>, GenerationError> {
         let Control { stop, leave, save, abort, .. } = self.control;
         let wishes = || Wishes {
             stop: stop.is_cancelled(),
@@ -267,10 +292,42 @@ impl<'a> Generation<'a> {
         match evaluation::run(self.engine, &session.held_out, session.micro_batches(), peers, &wishes, &told)? {
             Pass::Stopped(commit) => Ok(Some(commit)),
             Pass::Complete(evaluation) => {
+                self.engine.log.evaluated(&evaluation);
                 self.observer.evaluated(&evaluation);
                 Ok(None)
             }
         }
+    }
+
+    /// What the store is to have of the run's past: the data report, and the lines of a former scribe.
+    fn begin_records(&mut self) -> Result<(), GenerationError> {
+        let (session, abort) = (self.session, &self.control.abort);
+        if self.mesh.rank() == 0 && matches!(self.start, Start::Model) {
+            let trouble = |error: &StoreError| self.observer.blocked(error);
+            checkpoint::retry(&session.runtime, abort, &trouble, || session.write_data_report())?;
+        }
+        if self.engine.log.lines().is_empty() {
+            return Ok(());
+        }
+        let Some(part) = self.part() else { return Ok(()) };
+        let (runtime, cancel) = (session.runtime.clone(), abort.child_token());
+        let given_up = cancel.clone();
+        let thread = std::thread::spawn(move || part.write(&runtime, &given_up, &|_| ()).is_ok());
+        self.inherited = Some(Upload { thread, cancel });
+        Ok(())
+    }
+
+    /// The part of the log that is due now, on the rank that writes it.
+    fn part(&mut self) -> Option<Part> {
+        let scribe = self.scribe.clone();
+        self.engine.log.part_is_due(scribe.as_ref().map(|scribe| scribe.reach().unwrap_or_default()));
+        Some(Part { scribe: scribe?, lines: self.engine.log.lines().to_vec() })
+    }
+
+    fn write_log(&mut self) -> Result<(), GenerationError> {
+        let Some(part) = self.part() else { return Ok(()) };
+        let trouble = |error: &StoreError| self.observer.blocked(error);
+        Ok(part.write(&self.session.runtime, &self.control.abort, &trouble)?)
     }
 
     /// Whether a planned stop came first.
@@ -296,6 +353,7 @@ impl<'a> Generation<'a> {
         let report = self.engine.advance(&session.job.recipe, &session.data, peers, wishes)?;
         self.broken = if report.broken { self.broken + 1 } else { 0 };
         self.loss = report.loss;
+        self.engine.log.stepped(&report, session.data.epochs_done(report.step));
         if !report.updated {
             tracing::warn!(step = report.step, broken = report.broken, "the step changes nothing");
         }
@@ -336,10 +394,15 @@ impl<'a> Generation<'a> {
     /// Starts a checkpoint that does not hold up the training.
     fn start_upload(&mut self) {
         let snapshot = self.snapshot();
-        let (publisher, observer) = (self.publisher.clone(), self.observer.clone());
+        let (publisher, observer, part) = (self.publisher.clone(), self.observer.clone(), self.part());
+        let runtime = self.session.runtime.clone();
         let cancel = self.control.abort.child_token();
         let given_up = cancel.clone();
-        let thread = std::thread::spawn(move || match publisher.publish(snapshot, &given_up, &|_| ()) {
+        let write = move || {
+            part.map_or(Ok(()), |part| part.write(&runtime, &given_up, &|_| ()))?;
+            publisher.publish(snapshot, &given_up, &|_| ())
+        };
+        let thread = std::thread::spawn(move || match write() {
             Ok(published) => {
                 observer.checkpointed(&published);
                 true
@@ -356,11 +419,7 @@ impl<'a> Generation<'a> {
 
     /// A newer checkpoint makes the one on its way superfluous.
     fn abandon_upload(&mut self) {
-        if let Some(upload) = self.upload.take() {
-            upload.cancel.cancel();
-            // It has nothing to tell that its log has not told.
-            drop(upload.thread.join());
-        }
+        abandon(self.upload.take());
     }
 
     /// Writes a checkpoint of the present state, unless the base is just that.
@@ -370,6 +429,7 @@ impl<'a> Generation<'a> {
         if self.engine.step == self.start.step() && in_store {
             return Ok(self.start.manifest().cloned());
         }
+        self.write_log()?;
         let observer = self.observer;
         let published =
             self.publisher.publish(self.snapshot(), &self.control.abort, &|error| observer.blocked(error))?;
@@ -392,6 +452,7 @@ impl<'a> Generation<'a> {
     }
 
     fn complete(&mut self) -> Result<Outcome, GenerationError> {
+        self.write_log()?;
         let manifest = self.save()?;
         let result = if self.mesh.rank() == 0 { Some(self.write_result()?) } else { None };
         Ok(Outcome::Complete { step: self.engine.step, manifest, result })
@@ -401,6 +462,14 @@ impl<'a> Generation<'a> {
         let observer = self.observer;
         let written = result::write(self.session, self.engine, &self.control.abort, &|error| observer.blocked(error))?;
         Ok(Finished { uri: written.uri, digest: written.digest, loss: self.loss })
+    }
+}
+
+fn abandon(upload: Option<Upload>) {
+    if let Some(upload) = upload {
+        upload.cancel.cancel();
+        // It has nothing to tell that its log has not told.
+        drop(upload.thread.join());
     }
 }
 
@@ -422,10 +491,12 @@ fn stand_at_start<'a>(
         }
         Start::Manifest(base) => {
             // What it holds is not wanted any more, and its room is.
-            *memory = None;
+            let mut log = memory.take().map_or_else(Log::default, |former| former.log);
+            log.rewind(base.step);
             let layout = Layout::fresh(&session.table, &assignment.nodes);
             let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
             let engine = memory.insert(from_manifest(session, base, layout, rank, peers.abort, observer)?);
+            engine.log = log;
             (engine, holders, vec![true; world])
         }
         Start::Memory { step, base } => {

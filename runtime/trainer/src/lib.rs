@@ -8,11 +8,13 @@
 //!   ([`batch`]), the order of additions ([`tree`]), how the state is cut ([`blocks`]), the update
 //!   ([`optimizer`], [`schedule`]). So the weights are bit-identical for every number of ranks;
 //! - on what is held out of the data the loss is computed in between ([`evaluation`]);
+//! - what became of each step is in the bucket ([`log`]), and with the result its [`card`];
 //! - who holds which block ([`layout`]) and runs which micro-batch ([`pace`]) is free, and follows what
 //!   is where and who is fast; between generations state goes from memory to memory ([`transfer`]).
 
 pub mod batch;
 pub mod blocks;
+pub mod card;
 pub mod checkpoint;
 pub mod cli;
 pub mod collective;
@@ -22,6 +24,7 @@ pub mod generation;
 pub mod http;
 pub mod layout;
 pub mod local;
+pub mod log;
 pub mod metrics;
 pub mod numerics;
 pub mod optimizer;

@@ -6,6 +6,8 @@ use crate::checkpoint::Publisher;
 use crate::collective::Collective;
 use crate::evaluation::HeldOut;
 use crate::layout::Layout;
+use crate::log::Line;
+use crate::log::scribe::{self, Scribe};
 use crate::state::Weights;
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
@@ -84,14 +86,10 @@ pub async fn prepare(job: TrainingJob, place: Place) -> Result<Session, Trouble>
     let runtime = Handle::current();
     let assemble = move || assemble(job, store, model_path, &files, place, runtime);
     let assembled = tokio::task::spawn_blocking(assemble).await;
-    let session = assembled.unwrap_or_else(|error| {
+    assembled.unwrap_or_else(|error| {
         let message = format!("preparing failed unexpectedly ({error}); is there enough memory?");
         Err(Trouble::new(Cause::Application, message))
-    })?;
-    // Every rank writes the same.
-    let report = serde_json::to_vec_pretty(&session.data_report).unwrap_or_default();
-    session.store.put(DATA_REPORT, report.into()).await.map_err(store_trouble)?;
-    Ok(session)
+    })
 }
 
 /// What the API server does not check.
@@ -291,6 +289,23 @@ impl Session {
     /// Micro-batches in a full step.
     pub fn micro_batches(&self) -> u32 {
         self.job.recipe.global_batch.div_ceil(self.job.recipe.micro_batch)
+    }
+
+    /// Puts the data report into the store.
+    pub async fn write_data_report(&self) -> Result<(), StoreError> {
+        // Plain structs always serialise.
+        let report = serde_json::to_vec_pretty(&self.data_report).unwrap_or_default();
+        self.store.put(DATA_REPORT, report.into()).await
+    }
+
+    /// Who writes the log of a generation that starts from step `base` in the store, or from memory.
+    pub fn scribe(&self, base: Option<u64>) -> Scribe {
+        Scribe::new(&self.store, &self.job.uid, base)
+    }
+
+    /// The log as far as it is in the store.
+    pub async fn log(&self) -> Result<Vec<Line>, StoreError> {
+        scribe::read(&self.store, &self.job.uid).await
     }
 
     /// Whether the held-out loss is wanted after `step` steps.

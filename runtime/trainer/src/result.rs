@@ -1,9 +1,12 @@
 //! The result of a run: a plain Hugging Face directory in the bucket.
 
+use crate::card;
 use crate::checkpoint::{CheckpointError, retry};
 use crate::generation::GenerationError;
+use crate::log::{Line, plot};
 use crate::prepare::Session;
 use crate::step::Engine;
+use std::path::Path;
 use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{StoreError, upload_dir};
 use vicuna_model::ModelError;
@@ -15,6 +18,16 @@ pub const RESULT: &str = "result";
 pub struct Written {
     pub uri: String,
     pub digest: String,
+}
+
+/// The model card, and a drawing of the loss.
+fn describe(session: &Session, log: &[Line], digest: &str, directory: &Path) -> Result<(), ModelError> {
+    let name = &session.job.name;
+    let files = [("README.md", card::markdown(session, log, digest)), (card::PLOT, plot::svg(name, log))];
+    files.into_iter().try_for_each(|(name, content)| {
+        let path = directory.join(name);
+        std::fs::write(&path, content).map_err(|source| ModelError::Write { path, source })
+    })
 }
 
 /// Saves the model to scratch and uploads it, trying until it works or `cancel` is called.
@@ -31,6 +44,8 @@ pub fn write(
     vicuna_model::save(&directory, &session.config, &tensors, &model.tokenizer, Some(&session.chat_template))?;
     drop(model);
     drop(tensors);
+    let log = retry(&session.runtime, cancel, trouble, || session.log())?;
+    describe(session, &log, &digest, &directory)?;
     let store = session.store.below(RESULT);
     let uploaded = retry(&session.runtime, cancel, trouble, || upload_dir(&store, &directory));
     uploaded.map_err(|error: CheckpointError| GenerationError::from(error))?;

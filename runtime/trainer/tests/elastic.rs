@@ -21,6 +21,7 @@ use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Networ
 use vicuna_trainer::evaluation::{Evaluation, Stage};
 use vicuna_trainer::generation::{Control, Finished, GenerationError, Observer, Outcome, Start};
 use vicuna_trainer::local::generation_on_threads;
+use vicuna_trainer::log::{Line, What};
 use vicuna_trainer::prepare::{Place, Session, prepare};
 use vicuna_trainer::step::commit::Wishes;
 use vicuna_trainer::step::{Committed, Engine, Peers, StepReport};
@@ -616,4 +617,58 @@ fn real_conversations_are_prepared_and_learned_and_the_held_out_loss_falls() {
     let losses = evaluations(&run, 0);
     assert_eq!(losses.len(), 2, "one an epoch: {losses:?}");
     assert!(losses[1].1 < losses[0].1, "{losses:?}");
+}
+
+/// Each step once, in order, whatever happened.
+fn assert_whole(log: &[Line]) {
+    let steps: Vec<u64> = log.iter().filter(|line| matches!(line.what, What::Step(_))).map(|line| line.step).collect();
+    assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>());
+}
+
+#[test]
+fn every_step_is_in_the_log_once_whoever_leaves() {
+    let fixture = Fixture::new();
+    let session = evaluating(&fixture, "bucket");
+    let first = continued(&session, 1, &Start::Model, vec![None, None, None], End::Paused(2));
+    // The scribe is lost without a word, and with it nothing.
+    let mut memories = first.memories;
+    memories.remove(0);
+    memories.push(None);
+    let second = continued(&session, 2, &from_memory(&session, &memories), memories, End::Left(3));
+    let mut memories = second.memories;
+    memories.truncate(2);
+    memories.insert(0, None);
+    let last = continued(&session, 3, &from_memory(&session, &memories), memories, End::Complete);
+    let log = fixture.runtime.block_on(session.log()).unwrap();
+    assert_whole(&log);
+    let evaluated: Vec<u64> =
+        log.iter().filter(|line| matches!(line.what, What::Evaluation(_))).map(|line| line.step).collect();
+    assert_eq!(evaluated, [2, 4, 6]);
+    let ranks = |at: usize| {
+        log.iter().find_map(|line| match &line.what {
+            What::Step(step) if line.step == at as u64 => Some(step.ranks),
+            _ => None,
+        })
+    };
+    assert_eq!([1, 3, 4].map(ranks), [Some(3), Some(3), Some(3)]);
+
+    let result = fixture.path("bucket/result");
+    let card = std::fs::read_to_string(result.join("README.md")).unwrap();
+    let digest = &last.result().digest;
+    assert!(card.contains(digest.as_str()) && card.contains(&session.recipe_digest), "{card}");
+    assert!(card.contains("license: unknown") && card.contains("loss on the held-out conversations"), "{card}");
+    assert!(std::fs::read_to_string(result.join("loss.svg")).unwrap().contains("<polyline"));
+    assert!(fixture.path("bucket/data-report.json").exists());
+}
+
+#[test]
+fn steps_that_are_made_again_from_a_checkpoint_are_in_the_log_once() {
+    let fixture = Fixture::new();
+    let session = fixture.session(fixture.job("bucket"));
+    let (_, older) = generation(&session, 2, None, Some(2)).stopped();
+    let (_, newer) = generation(&session, 2, Some(older.clone()), Some(4)).stopped();
+    assert_eq!(newer.step, 4);
+    // The newer one is lost.
+    generation(&session, 3, Some(older), None);
+    assert_whole(&fixture.runtime.block_on(session.log()).unwrap());
 }

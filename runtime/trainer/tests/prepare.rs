@@ -48,6 +48,7 @@ fn every_setting_does_what_it_says_and_the_bucket_has_the_report() {
         identity: Some(who),
     };
     let session = attempt(&fixture, job(&fixture, settings)).unwrap();
+    fixture.runtime.block_on(session.write_data_report()).unwrap();
     let report = std::fs::read(fixture.path("bucket").join(DATA_REPORT)).unwrap();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
     assert_eq!(report["records"], 40);

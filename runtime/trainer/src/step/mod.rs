@@ -8,6 +8,7 @@ use crate::batch::{Dataset, StepPlan};
 use crate::blocks::BlockTable;
 use crate::collective::{Collective, CollectiveError, Kind, Tag};
 use crate::layout::Layout;
+use crate::log::Log;
 use crate::optimizer::{Update, clip_scale, squared_norm};
 use crate::pace::Pace;
 use crate::schedule::learning_rate;
@@ -64,6 +65,8 @@ pub struct Engine {
     pub committed: Committed,
     /// When a checkpoint was last complete, or the state was loaded.
     pub saved_at: Instant,
+    /// Lines that may not be in the store yet.
+    pub log: Log,
     pace: Pace,
     rope: Rope,
     device: Device,
@@ -131,6 +134,7 @@ impl Engine {
             last: None,
             committed: Committed::default(),
             saved_at: Instant::now(),
+            log: Log::default(),
             rope,
             device,
         }

@@ -1,0 +1,72 @@
+//! The model card of a result: what it was made from, how, and what came of it.
+
+use crate::log::{Line, What};
+use crate::prepare::{DATA_REPORT, Session};
+
+/// The drawing beside the card.
+pub const PLOT: &str = "loss.svg";
+
+/// Markdown with the front matter of a Hugging Face card. `digest` is that of the weights.
+pub fn markdown(session: &Session, log: &[Line], digest: &str) -> String {
+    let job = &session.job;
+    let recipe = serde_json::to_string_pretty(&job.recipe).unwrap_or_default();
+    let data: Vec<String> = job.dataset.iter().map(|set| format!("- `{}`, weight {}", set.from, set.weight)).collect();
+    let base = &job.model.from;
+    format!(
+        "---\nlicense: unknown\nbase_model: {}\ntags: [conversational]\n---\n\n\
+         # {}\n\n\
+         Fine-tuned from `{base}` in {} steps. The licence is for you to fill in: it follows from those of the base model \
+         and of the data, which are not known here.\n\n\
+         | | |\n|---|---|\n{}\n\
+         ![loss]({PLOT})\n\n\
+         ## Data\n\n{}\n\n{}. In full: `{}`.\n\n\
+         ## Recipe\n\n```json\n{recipe}\n```\n",
+        // A JSON string is a YAML string, whatever is in it.
+        serde_json::Value::from(base.as_str()),
+        job.name,
+        session.data.steps(),
+        rows(session, log, digest),
+        data.join("\n"),
+        session.data_report.summary(),
+        session.store.uri_of(DATA_REPORT),
+    )
+}
+
+fn rows(session: &Session, log: &[Line], digest: &str) -> String {
+    let mut rows = vec![
+        ("loss of the last step", last(log, trained)),
+        ("loss on the held-out conversations", last(log, held_out)),
+        ("pods that left on the way", departures(log).to_string()),
+        ("digest of the weights (BLAKE3)", format!("`{digest}`")),
+        ("digest of the recipe (BLAKE3)", format!("`{}`", session.recipe_digest)),
+    ];
+    rows.retain(|(_, value)| !value.is_empty());
+    rows.into_iter().map(|(name, value)| format!("| {name} | {value} |\n")).collect()
+}
+
+/// The newest of these numbers; empty if there is none.
+fn last(log: &[Line], value: impl Fn(&Line) -> Option<f64>) -> String {
+    log.iter().rev().find_map(value).map_or_else(String::new, |loss| format!("{loss:.4}"))
+}
+
+fn trained(line: &Line) -> Option<f64> {
+    match &line.what {
+        What::Step(step) => step.loss,
+        What::Evaluation(_) => None,
+    }
+}
+
+fn held_out(line: &Line) -> Option<f64> {
+    match &line.what {
+        What::Step(_) => None,
+        What::Evaluation(it) => it.evaluation_loss,
+    }
+}
+
+fn departures(log: &[Line]) -> usize {
+    let left = |line: &Line| match &line.what {
+        What::Step(step) => step.left.len(),
+        What::Evaluation(_) => 0,
+    };
+    log.iter().map(left).sum()
+}
