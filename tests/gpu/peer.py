@@ -1,7 +1,7 @@
 """Hugging Face transformers on LLaMA-7B's shape, bf16, random weights: what the benches of this folder stand beside.
 
     peer.py decode PROMPT STEPS ROWS...     ms a step, eager with a growing cache, and compiled with a static one
-    peer.py train LENGTH MICRO_BATCHES      tokens/s of forward, recomputation and backward, eager and compiled
+    peer.py train LENGTH MICRO_BATCHES ROWS tokens/s of forward, recomputation and backward, eager and compiled
 """
 import sys
 import time
@@ -57,11 +57,11 @@ def decode(prompt, steps, rows):
             print(f"  transformers {name}: {count} sequences, {took / steps * 1e3:.2f} ms a step", flush=True)
 
 
-def train(length, micro_batches):
+def train(length, micro_batches, rows):
     made = model(length).train()
     made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     made.config.use_cache = False
-    batches = torch.randint(0, 32000, (micro_batches, 1, length), device="cuda")
+    batches = torch.randint(0, 32000, (micro_batches, rows, length), device="cuda")
 
     def step():
         for ids in batches:
@@ -73,7 +73,7 @@ def train(length, micro_batches):
             made.compile()
         step()
         took = min(seconds(step) for _ in range(2))
-        print(f"  transformers {name}: {micro_batches * length / took:.0f} tokens/s", flush=True)
+        print(f"  transformers {name}: {micro_batches * rows * length / took:.0f} tokens/s", flush=True)
 
 
 arguments = [int(value) for value in sys.argv[2:]]

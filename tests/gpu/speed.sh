@@ -14,9 +14,12 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 printf '\n== decoding, 256 tokens of context\n'
 ours "$binaries/vicuna-engine-bench" --random-7b --precision bf16 --cache 20 --sequences 1,8,32
 python3 "$here/peer.py" decode 256 64 1 8 32
-printf '\n== training, sequences of 2048 tokens, recomputation\n'
-echo Exact
-ours "$binaries/vicuna-step-bench"
-echo 'with any kernels'
-ours "$binaries/vicuna-step-bench" --fast
-python3 "$here/peer.py" train 2048 8
+for shape in '8 1' '4 4'; do
+    read -r micro_batches rows <<< "$shape"
+    printf '\n== training, recomputation: %s micro-batches of %s x 2048 tokens\n' "$micro_batches" "$rows"
+    echo Exact
+    ours "$binaries/vicuna-step-bench" --micro-batches "$micro_batches" --rows "$rows"
+    echo 'with any kernels'
+    ours "$binaries/vicuna-step-bench" --micro-batches "$micro_batches" --rows "$rows" --fast
+    python3 "$here/peer.py" train 2048 "$micro_batches" "$rows"
+done
