@@ -91,9 +91,13 @@ impl Matrix {
         let started = Instant::now();
         let measured = guarded(|| self.measure(row, round));
         self.restore();
-        let fine = self.verdict(row.name, started, measured.as_ref().err());
-        let measured = measured.unwrap_or_else(|error| Measured::failed(row.name, format!("{error:#}")));
-        self.keep(measured);
+        // What was measured is kept also where it is not as it should be.
+        let (measured, judged) = match measured {
+            Ok(measured) => (measured.clone(), judge(row, &measured)),
+            Err(error) => (Measured::nothing(row.name), Err(error)),
+        };
+        let fine = self.verdict(row.name, started, judged.as_ref().err());
+        self.keep(Measured { error: judged.err().map(|error| format!("{error:#}")), ..measured });
         fine
     }
 
@@ -106,7 +110,6 @@ impl Matrix {
         let measured = Measured::of(row.name, &status, run.recoveries()?, &reference);
         println!("  {}", measured.in_words());
         self.fixture.delete("vicunatraining", &run.name)?;
-        judge(row, &measured)?;
         Ok(measured)
     }
 

@@ -51,8 +51,9 @@ impl Measured {
         }
     }
 
-    pub fn failed(row: &str, error: String) -> Self {
-        Self { row: row.to_owned(), error: Some(error), ..Self::default() }
+    /// A round that did not come to its end.
+    pub fn nothing(row: &str) -> Self {
+        Self { row: row.to_owned(), ..Self::default() }
     }
 
     pub fn in_words(&self) -> String {
