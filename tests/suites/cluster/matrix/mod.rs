@@ -196,7 +196,15 @@ fn restore(fixture: &Fixture) -> Result<()> {
         // Fails where there is no notice.
         let _ = cluster.withdraw_notice(node);
     }
+    forget(fixture)?;
     wait_until_ready(fixture)
+}
+
+/// A new operator does not avoid the nodes on which rows before have killed ranks.
+fn forget(fixture: &Fixture) -> Result<()> {
+    let selector = "app.kubernetes.io/component=operator";
+    let words = ["delete", "pod", "--namespace", SYSTEM_NAMESPACE, "--selector", selector, "--wait=false"];
+    fixture.cluster.kubectl().text(&words).map(drop)
 }
 
 fn wait_until_ready(fixture: &Fixture) -> Result<()> {

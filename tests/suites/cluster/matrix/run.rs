@@ -1,5 +1,6 @@
 //! One training that something is done to, and what its status and Events tell of it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -61,6 +62,9 @@ impl<'a> Run<'a> {
         fixture.apply(&object(name, shape)?)?;
         let run = Self { fixture, name: name.to_owned(), shape };
         run.wait_for_ranks(shape.max)?;
+        let ranks = run.ranks()?;
+        let nodes: BTreeSet<&str> = ranks.iter().map(|rank| rank.node.as_str()).collect();
+        ensure!(nodes.len() == ranks.len(), "ranks share a node, which one fault would take: {ranks:?}");
         Ok(run)
     }
 
