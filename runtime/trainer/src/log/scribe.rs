@@ -1,6 +1,6 @@
 //! The rank that writes the log's parts.
 
-use super::{Line, Reach, events};
+use super::{Line, Reach, What, events};
 use crate::checkpoint::{CheckpointError, retry};
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -99,7 +99,7 @@ pub async fn read(store: &Store, training_uid: &str) -> Result<Vec<Line>, StoreE
     for object in store.list("").await?.iter().filter(|object| object.key.ends_with(".jsonl")) {
         lines.extend(parse(&store.get(&object.key).await?));
     }
-    lines.sort_by_key(|line| line.step);
+    lines.sort_by_key(|line| (line.step, matches!(line.what, What::Evaluation(_))));
     Ok(lines)
 }
 
@@ -137,7 +137,7 @@ mod tests {
 
     async fn written(store: &Store) -> Vec<(u64, bool)> {
         let lines = read(store, "uid").await.unwrap();
-        lines.iter().map(|line| (line.step, matches!(line.what, super::super::What::Step(_)))).collect()
+        lines.iter().map(|line| (line.step, matches!(line.what, What::Step(_)))).collect()
     }
 
     #[tokio::test]
