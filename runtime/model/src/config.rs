@@ -1,12 +1,25 @@
-//! The shape of a LLaMA model, read from Hugging Face's `config.json` or GGUF metadata.
+//! The shape of a model of LLaMA's kind, read from Hugging Face's `config.json` or GGUF metadata.
 
-use crate::ModelError;
 use crate::gguf::Gguf;
+use crate::rope::RopeScaling;
+use crate::{ModelError, layers};
 use serde_json::{Value, json};
 
-/// Sizes and constants of one model of the LLaMA family.
+/// Relatives that differ in little.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// LLaMA 1, 2 and 3 (Touvron et al. 2023; Grattafiori et al. 2024), Vicuna among them.
+    Llama,
+    /// Attention to the nearest tokens only (Jiang et al. 2023).
+    Mistral,
+    /// Biases on queries, keys and values (Yang et al. 2024); Qwen 2 and 2.5.
+    Qwen2,
+}
+
+/// Sizes and constants of one model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
+    pub family: Family,
     pub hidden: usize,
     pub intermediate: usize,
     pub layers: usize,
@@ -16,6 +29,9 @@ pub struct Config {
     pub head_dim: usize,
     pub vocab: usize,
     pub rope_theta: f64,
+    pub rope_scaling: RopeScaling,
+    /// Tokens that one attends to, itself among them; `None`: all before it.
+    pub sliding_window: Option<usize>,
     /// Added to the mean square in RMS normalisation.
     pub eps: f64,
     /// Longest sequence that the model was made for, in tokens.
@@ -28,23 +44,32 @@ pub struct Config {
     pub pad: Option<u32>,
 }
 
+const MAX_HEAD_DIM: usize = 1 << 12;
+
 impl Config {
     /// Reads Hugging Face's `config.json`.
     pub fn from_hugging_face(json: &Value) -> Result<Self, ModelError> {
-        refuse_other_families(json)?;
+        let family = family_of(json)?;
+        refuse_unsupported(json)?;
+        let defaults = family.defaults();
         let heads = size(json, "num_attention_heads")?;
         let hidden = size(json, "hidden_size")?;
+        let max_position = size_or(json, "max_position_embeddings", defaults.max_position)?;
+        let rope_scaling = RopeScaling::from_hugging_face(json, max_position)?;
         Self {
+            family,
             hidden,
             intermediate: size(json, "intermediate_size")?,
             layers: size(json, "num_hidden_layers")?,
             heads,
-            kv_heads: size_or(json, "num_key_value_heads", heads)?,
+            kv_heads: kv_heads(json, heads, defaults.kv_heads)?,
             head_dim: size_or(json, "head_dim", hidden.checked_div(heads).unwrap_or(0))?,
             vocab: size(json, "vocab_size")?,
             rope_theta: rope_theta(json),
+            rope_scaling,
+            sliding_window: sliding_window(json, family)?,
             eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
-            max_position: size_or(json, "max_position_embeddings", 2048)?,
+            max_position: size_or(json, "max_sequence_length", rope_scaling.stretched(max_position))?,
             tie_word_embeddings: json["tie_word_embeddings"].as_bool().unwrap_or(false),
             bos: token_ids(&json["bos_token_id"]).first().copied(),
             eos: token_ids(&json["eos_token_id"]),
@@ -53,33 +78,48 @@ impl Config {
         .checked()
     }
 
-    /// Reads the metadata of a GGUF file of architecture `llama`.
+    /// Reads the metadata of a GGUF file of architecture `llama` (Mistral models among them) or `qwen2`.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
-        match gguf.text("general.architecture") {
-            Some("llama") => {}
-            other => {
-                return Err(ModelError::Config(format!(
-                    "the GGUF file's architecture is {other:?}; only llama is supported"
-                )));
+        let architecture = gguf.text("general.architecture").unwrap_or_default();
+        let key = |name: &str| format!("{architecture}.{name}");
+        let sliding_window = gguf.size(&key("attention.sliding_window")).ok().filter(|window| *window > 0);
+        let family = match (architecture, sliding_window) {
+            ("llama", None) => Family::Llama,
+            ("llama", Some(_)) => Family::Mistral,
+            ("qwen2", None) => Family::Qwen2,
+            ("qwen2", Some(_)) => return Err(refusal("attention.sliding_window of qwen2 is not supported")),
+            (other, _) => {
+                return Err(refusal(format!("the GGUF file's architecture is {other:?}; llama and qwen2 are supported")));
             }
+        };
+        let heads = gguf.size(&key("attention.head_count"))?;
+        let hidden = gguf.size(&key("embedding_length"))?;
+        let head_dim = gguf.size(&key("attention.key_length")).unwrap_or(hidden.checked_div(heads).unwrap_or(0));
+        let rotated = gguf.size(&key("rope.dimension_count")).unwrap_or(head_dim);
+        if rotated != head_dim {
+            let message = format!("rope.dimension_count is {rotated} of {head_dim}; rotating a part is not supported");
+            return Err(refusal(message));
         }
-        if let Some(kind) = gguf.text("llama.rope.scaling.type").filter(|kind| *kind != "none") {
-            return Err(unsupported_rope(kind));
+        if gguf.size(&key("expert_count")).is_ok_and(|experts| experts > 0) {
+            return Err(refusal("expert_count is not 0; mixtures of experts are not supported"));
         }
-        let heads = gguf.size("llama.attention.head_count")?;
-        let hidden = gguf.size("llama.embedding_length")?;
-        let head_dim = hidden.checked_div(heads).unwrap_or(0);
+        let rope_theta = gguf.float(&key("rope.freq_base")).unwrap_or(10_000.0);
+        let frequencies = layers::frequencies(rope_theta, head_dim.min(MAX_HEAD_DIM))?;
+        let rope_scaling = RopeScaling::from_gguf(gguf, architecture, &frequencies)?;
         Self {
+            family,
             hidden,
-            intermediate: gguf.size("llama.feed_forward_length")?,
-            layers: gguf.size("llama.block_count")?,
+            intermediate: gguf.size(&key("feed_forward_length"))?,
+            layers: gguf.size(&key("block_count"))?,
             heads,
-            kv_heads: gguf.size("llama.attention.head_count_kv").unwrap_or(heads),
-            head_dim: gguf.size("llama.attention.key_length").unwrap_or(head_dim),
+            kv_heads: gguf.size(&key("attention.head_count_kv")).unwrap_or(heads),
+            head_dim,
             vocab: gguf.array_length("tokenizer.ggml.tokens").unwrap_or(0),
-            rope_theta: gguf.float("llama.rope.freq_base").unwrap_or(10_000.0),
-            eps: rounded_from_f32(gguf.float("llama.attention.layer_norm_rms_epsilon").unwrap_or(1e-6)),
-            max_position: gguf.size("llama.context_length")?,
+            rope_theta,
+            rope_scaling,
+            sliding_window,
+            eps: rounded_from_f32(gguf.float(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-6)),
+            max_position: rope_scaling.stretched(gguf.size(&key("context_length"))?),
             tie_word_embeddings: !gguf.has_tensor("output.weight"),
             bos: gguf.token_id("tokenizer.ggml.bos_token_id"),
             eos: gguf.token_id("tokenizer.ggml.eos_token_id").into_iter().collect(),
@@ -88,14 +128,12 @@ impl Config {
         .checked()
     }
 
-    /// Writes Hugging Face's `config.json` for fp32 weights.
+    /// Writes Hugging Face's `config.json`, all but the weights' type.
     pub fn to_hugging_face(&self) -> Value {
-        json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+        let mut json = json!({
+            "architectures": [self.family.architecture()],
+            "model_type": self.family.model_type(),
             "hidden_act": "silu",
-            "attention_bias": false,
-            "mlp_bias": false,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
@@ -104,14 +142,24 @@ impl Config {
             "head_dim": self.head_dim,
             "vocab_size": self.vocab,
             "rope_theta": self.rope_theta,
-            "rope_scaling": null,
+            "rope_scaling": self.rope_scaling.to_hugging_face(),
             "rms_norm_eps": self.eps,
-            "max_position_embeddings": self.max_position,
+            "max_position_embeddings": self.rope_scaling.unstretched(self.max_position),
+            "max_sequence_length": self.max_position,
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos,
             "eos_token_id": self.eos_json(),
             "pad_token_id": self.pad,
-        })
+        });
+        match self.family {
+            Family::Llama => {
+                json["attention_bias"] = json!(false);
+                json["mlp_bias"] = json!(false);
+            }
+            Family::Mistral => json["sliding_window"] = json!(self.sliding_window),
+            Family::Qwen2 => json["use_sliding_window"] = json!(false),
+        }
+        json
     }
 
     /// One id is written as a number, several as a list, as Hugging Face does.
@@ -132,7 +180,7 @@ impl Config {
             .sum()
     }
 
-    /// Refuses what no LLaMA has, so that later arithmetic on these sizes cannot overflow.
+    /// Refuses what no such model has, so that later arithmetic on these sizes cannot overflow.
     fn checked(self) -> Result<Self, ModelError> {
         let within = [
             ("hidden size", self.hidden, 1 << 17),
@@ -140,9 +188,10 @@ impl Config {
             ("number of layers", self.layers, 1 << 10),
             ("number of heads", self.heads, 1 << 12),
             ("number of key-value heads", self.kv_heads, 1 << 12),
-            ("head size", self.head_dim, 1 << 12),
+            ("head size", self.head_dim, MAX_HEAD_DIM),
             ("vocabulary size", self.vocab, 1 << 22),
             ("maximum length", self.max_position, 1 << 24),
+            ("sliding window", self.sliding_window.unwrap_or(1), 1 << 24),
         ];
         for (what, value, limit) in within {
             if value == 0 || value > limit {
@@ -171,31 +220,103 @@ impl Config {
     }
 }
 
-fn refuse_other_families(json: &Value) -> Result<(), ModelError> {
-    let refuse = |message: String| Err(ModelError::Config(message));
-    match json["model_type"].as_str() {
-        Some("llama") => {}
-        other => return refuse(format!("model_type is {other:?}; only llama is supported")),
-    }
-    if let Some(activation) = json["hidden_act"].as_str().filter(|name| *name != "silu") {
-        return refuse(format!("hidden_act is {activation:?}; only silu is supported"));
-    }
-    for bias in ["attention_bias", "mlp_bias"] {
-        if json[bias].as_bool() == Some(true) {
-            return refuse(format!("{bias} is true; models with biases are not supported"));
+impl Family {
+    pub const ALL: [Self; 3] = [Self::Llama, Self::Mistral, Self::Qwen2];
+
+    /// As `config.json` names it.
+    pub fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
         }
     }
-    for scaling in [&json["rope_scaling"], &json["rope_parameters"]] {
-        let kind = scaling["rope_type"].as_str().or(scaling["type"].as_str());
-        if let Some(kind) = kind.filter(|kind| *kind != "default") {
-            return Err(unsupported_rope(kind));
+
+    fn architecture(self) -> &'static str {
+        match self {
+            Self::Llama => "LlamaForCausalLM",
+            Self::Mistral => "MistralForCausalLM",
+            Self::Qwen2 => "Qwen2ForCausalLM",
         }
     }
-    Ok(())
+
+    /// Query, key and value projections add a bias.
+    pub fn has_biases(self) -> bool {
+        self == Self::Qwen2
+    }
+
+    /// What `config.json` means where it says nothing.
+    fn defaults(self) -> Defaults {
+        match self {
+            Self::Llama => Defaults { max_position: 2048, kv_heads: None },
+            Self::Mistral => Defaults { max_position: 131_072, kv_heads: Some(8) },
+            Self::Qwen2 => Defaults { max_position: 32_768, kv_heads: Some(32) },
+        }
+    }
 }
 
-fn unsupported_rope(kind: &str) -> ModelError {
-    ModelError::Config(format!("rope scaling {kind:?} is not supported; only unscaled rotary embeddings are"))
+struct Defaults {
+    max_position: usize,
+    /// `None`: as many as heads.
+    kv_heads: Option<usize>,
+}
+
+fn family_of(json: &Value) -> Result<Family, ModelError> {
+    let found = json["model_type"].as_str();
+    let family = Family::ALL.into_iter().find(|family| found == Some(family.model_type()));
+    family.ok_or_else(|| refusal(format!("model_type is {found:?}; llama, mistral and qwen2 are supported")))
+}
+
+/// Names each field that would change what the model computes in a way that is not ours.
+fn refuse_unsupported(json: &Value) -> Result<(), ModelError> {
+    if let Some(activation) = json["hidden_act"].as_str().filter(|name| *name != "silu") {
+        return Err(refusal(format!("hidden_act is {activation:?}; only silu is supported")));
+    }
+    for switch in ["attention_bias", "mlp_bias", "use_sliding_window", "qk_norm", "use_qk_norm"] {
+        if json[switch].as_bool() == Some(true) {
+            let hint = if switch.ends_with("bias") { "; only Qwen2's biases are supported" } else { "" };
+            return Err(refusal(format!("{switch} is true, which is not supported{hint}")));
+        }
+    }
+    for field in ["num_local_experts", "num_experts", "n_routed_experts", "quantization_config"] {
+        if !json[field].is_null() {
+            return Err(refusal(format!("{field} is set: mixtures of experts and quantised safetensors are not supported")));
+        }
+    }
+    for place in [json, &json["rope_scaling"], &json["rope_parameters"]] {
+        if place["partial_rotary_factor"].as_f64().is_some_and(|part| part != 1.0) {
+            return Err(refusal("partial_rotary_factor is not 1; rotating a part of a head is not supported"));
+        }
+    }
+    if json["attention_dropout"].as_f64().is_some_and(|share| share > 0.0) {
+        return Err(refusal("attention_dropout is not 0; training without it would not be what the model asks for"));
+    }
+    let layers = json["layer_types"].as_array().into_iter().flatten();
+    match layers.filter_map(Value::as_str).find(|kind| *kind != "full_attention") {
+        Some(kind) => Err(refusal(format!("layer_types has {kind:?}; layers of different attention are not supported"))),
+        None => Ok(()),
+    }
+}
+
+/// Absent means 4096 in transformers, and null none.
+fn sliding_window(json: &Value, family: Family) -> Result<Option<usize>, ModelError> {
+    match (family, json.get("sliding_window")) {
+        (Family::Mistral, None) => Ok(Some(4096)),
+        (Family::Mistral, Some(window)) if !window.is_null() => size(json, "sliding_window").map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// Null means as many as heads; absent, the family's number.
+fn kv_heads(json: &Value, heads: usize, default: Option<usize>) -> Result<usize, ModelError> {
+    match json.get("num_key_value_heads") {
+        None => Ok(default.unwrap_or(heads)),
+        Some(_) => size_or(json, "num_key_value_heads", heads),
+    }
+}
+
+fn refusal(message: impl Into<String>) -> ModelError {
+    ModelError::Config(message.into())
 }
 
 /// At the top level up to transformers 4, in `rope_parameters` since 5.
@@ -260,15 +381,20 @@ mod tests {
     #[test]
     fn impossible_configurations_are_refused_with_the_reason() {
         let cases = [
-            ("model_type", json!("gpt2"), "only llama"),
+            ("model_type", json!("gpt2"), "llama, mistral and qwen2"),
             ("hidden_size", json!(0), "hidden size is 0"),
             ("hidden_size", json!("64"), "a number is needed"),
             ("num_key_value_heads", json!(3), "evenly"),
             ("head_dim", json!(15), "odd"),
             ("num_hidden_layers", json!(1u64 << 60), "number of layers"),
-            ("rope_scaling", json!({"rope_type": "llama3"}), "rope scaling"),
+            ("rope_scaling", json!({"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
+            ("rope_scaling", json!({"rope_type": "llama3"}), "rope scaling's factor"),
             ("attention_bias", json!(true), "biases"),
             ("rope_theta", json!(-1.0), "positive"),
+            ("use_sliding_window", json!(true), "use_sliding_window"),
+            ("num_local_experts", json!(8), "num_local_experts"),
+            ("partial_rotary_factor", json!(0.5), "partial_rotary_factor"),
+            ("layer_types", json!(["full_attention", "sliding_attention"]), "layer_types"),
         ];
         for (key, value, expected) in cases {
             let mut json = valid();

@@ -23,9 +23,9 @@ pub enum ModelError {
     #[error("tensor {name} is missing; the configuration asks for shape {expected:?}")]
     MissingTensor { name: String, expected: Vec<i64> },
     #[error(
-        "tensor {name} is not part of this model family; only LLaMA models without biases and adapters are supported"
+        "tensor {name} with shape {found:?} is not part of a {family} model of this configuration; adapters, experts and biases other than Qwen2's are not supported"
     )]
-    UnexpectedTensor { name: String },
+    UnexpectedTensor { name: String, found: Vec<i64>, family: &'static str },
     #[error("tensor {name} has shape {found:?}, the configuration asks for {expected:?}")]
     WrongShape { name: String, expected: Vec<i64>, found: Vec<i64> },
     #[error("tensor {name} has type {found}; supported are {supported}")]

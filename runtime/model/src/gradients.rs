@@ -152,7 +152,7 @@ mod tests {
         let mut upstream = head.hidden;
         for index in (0..config.layers).rev() {
             let gradients = layer_backward(config, &layers[index], &inputs[index], &rope, &upstream);
-            for (name, ours) in crate::layer_parameter_names(index).iter().zip(gradients.weights.as_array()) {
+            for (name, ours) in crate::layer_parameter_names(config, index).iter().zip(gradients.weights.as_vec()) {
                 assert!(leaves[name].grad().allclose(ours, 1e-4, 1e-5, false), "{name}");
             }
             upstream = gradients.input;

@@ -1,11 +1,11 @@
-//! The LLaMA forward pass as free functions over named tensors, so that training can run layer by
+//! The forward pass of LLaMA and its relatives as free functions over named tensors, so that training can run layer by
 //! layer (Touvron et al. 2023; rotary embeddings: Su et al. 2021; grouped queries: Ainslie et al.
 //! 2023). `B` sequences, `T` positions, `H` hidden units, `V` tokens.
 
 use crate::Config;
-use crate::parameters::layer_parameter_names;
+use crate::parameters::{layer_bias_names, layer_weight_names};
 use std::collections::BTreeMap;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// Label of positions that carry no loss.
 pub const IGNORED: i64 = -100;
@@ -25,20 +25,38 @@ pub struct LayerWeights {
     pub gate: Tensor,
     pub up: Tensor,
     pub down: Tensor,
+    /// Where the family has them.
+    pub biases: Option<Biases>,
+}
+
+/// What query, key and value projections add, `[out]`.
+#[derive(Debug)]
+pub struct Biases {
+    pub query: Tensor,
+    pub key: Tensor,
+    pub value: Tensor,
 }
 
 impl LayerWeights {
-    /// Shares (does not copy) layer `index`'s tensors; `None` if one is missing.
+    /// Shares (does not copy) layer `index`'s tensors; `None` if one is missing. Biases are taken if they
+    /// are there.
     pub fn from_map(tensors: &BTreeMap<String, Tensor>, index: usize) -> Option<Self> {
-        let found: Option<Vec<Tensor>> =
-            layer_parameter_names(index).iter().map(|name| Some(tensors.get(name)?.shallow_clone())).collect();
-        Self::from_slice(&found?)
+        let get = |name: &String| tensors.get(name).map(Tensor::shallow_clone);
+        let mut found: Vec<Tensor> = layer_weight_names(index).iter().map(get).collect::<Option<_>>()?;
+        found.extend(layer_bias_names(index).iter().filter_map(get));
+        Self::from_slice(&found)
     }
 
-    /// From nine tensors in the order of [`layer_parameter_names`]; `None` for any other number.
+    /// From tensors in the order of [`crate::layer_parameter_names`]: nine, or twelve with biases; `None`
+    /// for any other number.
     pub fn from_slice(tensors: &[Tensor]) -> Option<Self> {
-        let [input_norm, query, key, value, output, post_norm, gate, up, down] = tensors else {
+        let [input_norm, query, key, value, output, post_norm, gate, up, down, biases @ ..] = tensors else {
             return None;
+        };
+        let biases = match biases {
+            [] => None,
+            [query, key, value] => Some([query, key, value].map(Tensor::shallow_clone)),
+            _ => return None,
         };
         Some(Self {
             input_norm: input_norm.shallow_clone(),
@@ -50,12 +68,13 @@ impl LayerWeights {
             gate: gate.shallow_clone(),
             up: up.shallow_clone(),
             down: down.shallow_clone(),
+            biases: biases.map(|[query, key, value]| Biases { query, key, value }),
         })
     }
 
-    /// In the order of [`layer_parameter_names`].
-    pub fn as_array(&self) -> [&Tensor; 9] {
-        [
+    /// In the order of [`crate::layer_parameter_names`].
+    pub fn as_vec(&self) -> Vec<&Tensor> {
+        let mut all = vec![
             &self.input_norm,
             &self.query,
             &self.key,
@@ -65,13 +84,39 @@ impl LayerWeights {
             &self.gate,
             &self.up,
             &self.down,
-        ]
+        ];
+        all.extend(self.biases.iter().flat_map(|biases| [&biases.query, &biases.key, &biases.value]));
+        all
     }
 
     /// Applies `change` to each tensor.
-    pub fn map(&self, change: impl FnMut(&Tensor) -> Tensor) -> Self {
-        let [input_norm, query, key, value, output, post_norm, gate, up, down] = self.as_array().map(change);
-        Self { input_norm, query, key, value, output, post_norm, gate, up, down }
+    pub fn map(&self, mut change: impl FnMut(&Tensor) -> Tensor) -> Self {
+        Self {
+            input_norm: change(&self.input_norm),
+            query: change(&self.query),
+            key: change(&self.key),
+            value: change(&self.value),
+            output: change(&self.output),
+            post_norm: change(&self.post_norm),
+            gate: change(&self.gate),
+            up: change(&self.up),
+            down: change(&self.down),
+            biases: self.biases.as_ref().map(|biases| Biases {
+                query: change(&biases.query),
+                key: change(&biases.key),
+                value: change(&biases.value),
+            }),
+        }
+    }
+
+    /// Queries, keys and values of `x [.., H]`, biases added; `[.., heads · head_dim]` each.
+    pub(crate) fn query_key_value(&self, x: &Tensor) -> [Tensor; 3] {
+        let biases = self.biases.as_ref();
+        [
+            x.linear(&self.query, biases.map(|biases| &biases.query)),
+            x.linear(&self.key, biases.map(|biases| &biases.key)),
+            x.linear(&self.value, biases.map(|biases| &biases.value)),
+        ]
     }
 }
 
@@ -86,12 +131,12 @@ pub struct Rope {
 impl Rope {
     /// Tables for positions `0..max_len`, computed in fp32 and then cast.
     pub fn new(config: &Config, max_len: usize, device: Device, kind: Kind) -> Self {
-        let half = (config.head_dim / 2) as i64;
-        let cpu = (Kind::Float, Device::Cpu);
-        let exponents = Tensor::arange(half, cpu) * (2.0 / config.head_dim as f64);
-        let frequencies = Tensor::from(config.rope_theta as f32).pow(&exponents).reciprocal();
-        let angles = Tensor::arange(max_len as i64, cpu).outer(&frequencies);
-        let cast = |table: Tensor| table.to_kind(kind).to_device(device);
+        let mut frequencies = frequencies(config.rope_theta, config.head_dim).unwrap_or_default();
+        config.rope_scaling.apply(&mut frequencies, config.rope_theta);
+        let positions = Tensor::arange(max_len as i64, (Kind::Float, Device::Cpu));
+        let angles = positions.outer(&Tensor::from_slice(&frequencies));
+        let magnitude = config.rope_scaling.magnitude();
+        let cast = |table: Tensor| (table * magnitude).to_kind(kind).to_device(device);
         let (cos, sin) = (angles.cos(), angles.sin());
         Self { cos: cast(Tensor::cat(&[&cos, &cos], -1)), sin: cast(Tensor::cat(&[&-&sin, &sin], -1)) }
     }
@@ -113,6 +158,12 @@ impl Rope {
         let half = x.size().last().copied().unwrap_or(0) / 2;
         (x * &self.cos).addcmul(&x.roll([half], [-1]), &self.sin)
     }
+}
+
+/// Unscaled frequencies of the rotary embedding, highest first, `head_dim / 2` of them.
+pub(crate) fn frequencies(theta: f64, head_dim: usize) -> Result<Vec<f32>, TchError> {
+    let exponents = Tensor::arange((head_dim / 2) as i64, (Kind::Float, Device::Cpu)) * (2.0 / head_dim as f64);
+    Vec::try_from(Tensor::from(theta as f32).pow(&exponents).reciprocal())
 }
 
 /// Embeds `ids [B, T]` (int64): `[B, T, H]`.
@@ -199,16 +250,22 @@ pub(crate) fn chunk_loss(
 fn causal_attention(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> Tensor {
     let (batch, length, _) = x.size3().unwrap_or((0, 0, 0));
     let rope = rope.range(0, length as usize);
-    let heads = |projection: &Tensor, count: usize| {
-        linear(x, projection).view([batch, length, count as i64, config.head_dim as i64]).transpose(1, 2)
-    };
-    let query = rope.rotate(&heads(&weights.query, config.heads));
-    let key = rope.rotate(&heads(&weights.key, config.kv_heads));
-    let value = heads(&weights.value, config.kv_heads);
+    let heads = |x: Tensor, count: usize| x.view([batch, length, count as i64, config.head_dim as i64]).transpose(1, 2);
+    let [query, key, value] = weights.query_key_value(x);
+    let query = rope.rotate(&heads(query, config.heads));
+    let key = rope.rotate(&heads(key, config.kv_heads));
+    let value = heads(value, config.kv_heads);
     let (key, value) = (shared(config, &key), shared(config, &value));
-    let mixed = attention(&query, &key, &value, None, true);
+    let seen = window_mask(config, length, x.device());
+    let mixed = attention(&query, &key, &value, seen.as_ref(), seen.is_none());
     let mixed = mixed.transpose(1, 2).reshape([batch, length, (config.heads * config.head_dim) as i64]);
     linear(&mixed, &weights.output)
+}
+
+/// `[T, T]`, what each position sees; `None` where that is all before it.
+fn window_mask(config: &Config, length: i64, device: Device) -> Option<Tensor> {
+    let window = config.sliding_window.filter(|window| (*window as i64) < length)? as i64;
+    Some(Tensor::ones([length, length], (Kind::Bool, device)).tril(0).triu(1 - window))
 }
 
 /// Repeats each key or value head for the queries of its group.

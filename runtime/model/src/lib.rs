@@ -1,4 +1,4 @@
-//! The LLaMA family in tch: weights in and out, and the forward passes of training and inference.
+//! LLaMA and its relatives in tch: weights in and out, and the forward passes of training and inference.
 //!
 //! A model is a [`Config`] and a map from Hugging Face's tensor names to fp32 tensors. Training
 //! runs layer by layer with the free functions of [`layers`] and [`gradients`]; inference holds the
@@ -20,12 +20,14 @@ pub mod inference;
 pub mod layers;
 pub mod parameters;
 mod pretrained;
+pub mod rope;
 pub mod tiny;
 
-pub use config::Config;
+pub use config::{Config, Family};
 pub use digest::weights_digest;
 pub use error::ModelError;
 pub use forward::logits;
 pub use hugging_face::save;
 pub use parameters::{layer_parameter_names, parameter_names, parameter_shape};
 pub use pretrained::{Pretrained, load};
+pub use rope::RopeScaling;

@@ -21,11 +21,14 @@ const LAYER: [&str; 9] = [
     "mlp.down_proj.weight",
 ];
 
+/// Biases of a layer, after the others.
+const LAYER_BIASES: [&str; 3] = ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"];
+
 /// All parameters in canonical order: embedding, layer 0 and following, final norm and, unless it
 /// is tied to the embedding, the output projection.
 pub fn parameter_names(config: &Config) -> Vec<String> {
     let mut names = vec![EMBEDDING.to_owned()];
-    names.extend((0..config.layers).flat_map(layer_parameter_names));
+    names.extend((0..config.layers).flat_map(|index| layer_parameter_names(config, index)));
     names.push(FINAL_NORM.to_owned());
     if !config.tie_word_embeddings {
         names.push(LM_HEAD.to_owned());
@@ -33,9 +36,22 @@ pub fn parameter_names(config: &Config) -> Vec<String> {
     names
 }
 
-/// The nine parameters of layer `index`, in canonical order (that of `LayerWeights::as_slice`).
-pub fn layer_parameter_names(index: usize) -> Vec<String> {
+/// The parameters of layer `index` in canonical order, that of `LayerWeights::as_vec`: nine, and three
+/// biases where the family has them.
+pub fn layer_parameter_names(config: &Config, index: usize) -> Vec<String> {
+    let mut names = layer_weight_names(index);
+    if config.family.has_biases() {
+        names.extend(layer_bias_names(index));
+    }
+    names
+}
+
+pub(crate) fn layer_weight_names(index: usize) -> Vec<String> {
     LAYER.iter().map(|name| format!("model.layers.{index}.{name}")).collect()
+}
+
+pub(crate) fn layer_bias_names(index: usize) -> Vec<String> {
+    LAYER_BIASES.iter().map(|name| format!("model.layers.{index}.{name}")).collect()
 }
 
 /// Name of the tensor that turns hidden states into logits: the embedding where the two are tied.
@@ -67,6 +83,8 @@ fn layer_parameter_shape(config: &Config, name: &str) -> Option<Vec<i64>> {
         "input_layernorm.weight" | "post_attention_layernorm.weight" => vec![hidden],
         "self_attn.q_proj.weight" => vec![queries, hidden],
         "self_attn.k_proj.weight" | "self_attn.v_proj.weight" => vec![keys, hidden],
+        "self_attn.q_proj.bias" if config.family.has_biases() => vec![queries],
+        "self_attn.k_proj.bias" | "self_attn.v_proj.bias" if config.family.has_biases() => vec![keys],
         "self_attn.o_proj.weight" => vec![hidden, queries],
         "mlp.gate_proj.weight" | "mlp.up_proj.weight" => vec![intermediate, hidden],
         "mlp.down_proj.weight" => vec![hidden, intermediate],
@@ -91,7 +109,11 @@ pub(crate) fn check_shape(config: &Config, name: &str, found: &[i64]) -> Result<
     match parameter_shape(config, name) {
         Some(expected) if expected == found => Ok(()),
         Some(expected) => Err(ModelError::WrongShape { name: name.to_owned(), expected, found: found.to_vec() }),
-        None => Err(ModelError::UnexpectedTensor { name: name.to_owned() }),
+        None => Err(ModelError::UnexpectedTensor {
+            name: name.to_owned(),
+            found: found.to_vec(),
+            family: config.family.model_type(),
+        }),
     }
 }
 

@@ -1,7 +1,9 @@
 //! A model small enough for tests of every part: random weights that depend on the seed alone, a
 //! byte-level tokenizer, ChatML.
 
+use crate::config::Family;
 use crate::gguf::added_token;
+use crate::rope::RopeScaling;
 use crate::{Config, Pretrained, parameter_names, parameter_shape};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -23,6 +25,7 @@ pub const CHATML: &str = "{% for message in messages %}{{'<|im_start|>' + messag
 /// Two layers of 64 units, two query heads to a key-value head, tied embeddings.
 pub fn config() -> Config {
     Config {
+        family: Family::Llama,
         hidden: 64,
         intermediate: 128,
         layers: 2,
@@ -31,6 +34,8 @@ pub fn config() -> Config {
         head_dim: 16,
         vocab: vocabulary().len(),
         rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::Unscaled,
+        sliding_window: None,
         eps: 1e-5,
         max_position: 512,
         tie_word_embeddings: true,
@@ -42,7 +47,11 @@ pub fn config() -> Config {
 
 /// The same model for the same seed, on every machine.
 pub fn tiny(seed: u64) -> Pretrained {
-    let config = config();
+    of_config(config(), seed)
+}
+
+/// Weights for any configuration with the tiny tokenizer's vocabulary.
+pub fn of_config(config: Config, seed: u64) -> Pretrained {
     let mut noise = Noise(seed);
     let tensors = parameter_names(&config)
         .into_iter()
@@ -92,10 +101,11 @@ pub fn llama_7b() -> Config {
     }
 }
 
-/// Norms near one; small embeddings, so that what the layers compute decides the next token.
+/// Norms near one, biases near zero; small embeddings, so that what the layers compute decides the next token.
 fn random_tensor(noise: &mut Noise, name: &str, shape: &[i64]) -> Tensor {
     let count = shape.iter().product::<i64>() as usize;
     let (mean, deviation) = match shape {
+        [_] if name.ends_with("bias") => (0.0, 0.3),
         [_] => (1.0, 0.1),
         [_, _] if name.contains("embed") => (0.0, 0.1),
         [_, inputs] => (0.0, 1.0 / (*inputs as f64).sqrt()),

@@ -21,7 +21,7 @@ pub struct Parameter {
 }
 
 impl Parameter {
-    /// Norm weights are not decayed: that would pull them to 0, not to 1.
+    /// Norm weights and biases are not decayed: that would pull a norm to 0, not to 1.
     pub fn decays(&self) -> bool {
         self.shape.len() > 1
     }
@@ -77,7 +77,7 @@ impl BlockTable {
             })
             .collect();
         let mut table = Self { parameters, blocks: Vec::new(), groups: Vec::new() };
-        let per_layer = layer_parameter_names(0).len();
+        let per_layer = layer_parameter_names(config, 0).len();
         table.add_group("embedding", 0..1, block_elements);
         for layer in 0..config.layers {
             let first = 1 + layer * per_layer;

@@ -73,6 +73,12 @@ impl<'a> Gguf<'a> {
         self.tensors.iter().any(|info| info.name == name)
     }
 
+    /// All values of a tensor, if there is one of that name.
+    pub fn values(&self, name: &str) -> Result<Option<Vec<f32>>, ModelError> {
+        let found = self.tensors.iter().find(|info| info.name == name);
+        found.map(|info| quantization::dequantize(name, info.kind, self.data(info)?)).transpose()
+    }
+
     /// The packed bytes of a tensor.
     pub fn data(&self, info: &TensorInfo) -> Result<&'a [u8], ModelError> {
         info.offset

@@ -11,12 +11,12 @@ pub(crate) use tokenizer::added_token;
 
 use self::packed::Packed;
 use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD};
-use crate::{Config, ModelError, Pretrained};
+use crate::{Config, Family, ModelError, Pretrained};
 use std::collections::BTreeMap;
 use tch::{Kind, Tensor};
 
 /// GGUF's name of each parameter within a layer, and Hugging Face's.
-const LAYER_NAMES: [(&str, &str); 9] = [
+const LAYER_NAMES: [(&str, &str); 12] = [
     ("attn_norm.weight", "input_layernorm.weight"),
     ("attn_q.weight", "self_attn.q_proj.weight"),
     ("attn_k.weight", "self_attn.k_proj.weight"),
@@ -26,7 +26,13 @@ const LAYER_NAMES: [(&str, &str); 9] = [
     ("ffn_gate.weight", "mlp.gate_proj.weight"),
     ("ffn_up.weight", "mlp.up_proj.weight"),
     ("ffn_down.weight", "mlp.down_proj.weight"),
+    ("attn_q.bias", "self_attn.q_proj.bias"),
+    ("attn_k.bias", "self_attn.k_proj.bias"),
+    ("attn_v.bias", "self_attn.v_proj.bias"),
 ];
+
+/// What each rotary frequency is divided by, where that is not a rule of the metadata.
+pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// Reads a whole model from the bytes of a GGUF file.
 pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
@@ -34,9 +40,13 @@ pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
     let config = Config::from_gguf(&gguf)?;
     let mut tensors = BTreeMap::new();
     let mut packed = BTreeMap::new();
-    for info in gguf.tensors() {
-        let name =
-            hugging_face_name(&info.name).ok_or_else(|| ModelError::UnexpectedTensor { name: info.name.clone() })?;
+    // The configuration has read the rotary factors.
+    for info in gguf.tensors().iter().filter(|info| info.name != ROPE_FACTORS) {
+        let name = hugging_face_name(&info.name).ok_or_else(|| ModelError::UnexpectedTensor {
+            name: info.name.clone(),
+            found: info.shape.clone(),
+            family: config.family.model_type(),
+        })?;
         parameters::check_shape(&config, &name, &info.shape)?;
         let tensor = read_tensor(&gguf, info)?;
         if let Some(blocks) = read_packed(&gguf, info, &config, &name)? {
@@ -93,8 +103,11 @@ fn restore_row_order(config: &Config, name: &str, tensor: Tensor) -> Result<Tens
     Ok(tensor.f_view(pairs)?.f_transpose(1, 2)?.f_reshape(shape)?)
 }
 
-/// Heads of a projection whose outputs are rotated.
+/// Heads of a projection whose rows the format pairs its own way: LLaMA's, not Qwen2's.
 fn rotated_heads(config: &Config, name: &str) -> Option<usize> {
+    if config.family == Family::Qwen2 {
+        return None;
+    }
     match name.rsplit_once("self_attn.").map(|(_, name)| name) {
         Some("q_proj.weight") => Some(config.heads),
         Some("k_proj.weight") => Some(config.kv_heads),

@@ -96,8 +96,8 @@ impl Computation<'_> {
             for (index, (input, upstream)) in inputs.iter().zip(&mut upstream).enumerate() {
                 let gradients = layer_backward(self.config, &weights, input, self.rope, upstream);
                 *upstream = gradients.input;
-                let values = gradients.weights.as_array().map(Tensor::shallow_clone);
-                sum.push(Node::leaf(first + index as u32), GroupGradients(values.into()));
+                let values = gradients.weights.as_vec().into_iter().map(Tensor::shallow_clone).collect();
+                sum.push(Node::leaf(first + index as u32), GroupGradients(values));
             }
             hand_on(partial(BlockTable::layer_group(layer), 0, sum))?;
         }
@@ -130,11 +130,10 @@ impl Computation<'_> {
         Batch { ids: tensor(&batch.ids), labels: tensor(&batch.labels) }
     }
 
+    #[expect(clippy::expect_used, reason = "the table and the weights are of one configuration")]
     fn layer_weights(&self, layer: usize) -> LayerWeights {
         let range = self.table.group_parameters(BlockTable::layer_group(layer));
-        let [input_norm, query, key, value, output, post_norm, gate, up, down] =
-            std::array::from_fn(|index| self.weights.tensors[range.start + index].shallow_clone());
-        LayerWeights { input_norm, query, key, value, output, post_norm, gate, up, down }
+        LayerWeights::from_slice(&self.weights.tensors[range]).expect("a whole layer")
     }
 
     /// The inputs of every layer and, last, what comes out of the last one; by micro-batch each.

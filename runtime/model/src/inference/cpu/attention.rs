@@ -1,12 +1,14 @@
 //! Softmax attention over keys and values in blocks. The keys of a block lie transposed, so that one
 //! instruction works on eight positions; queries of a group share what is loaded (Ainslie et al.
-//! 2023). Each query goes through all positions in order and by itself: its result does not depend
+//! 2023). Each query goes through what it sees in order and by itself: its result does not depend
 //! on how a prompt was cut, or on who else is in the batch.
 
 use super::super::BLOCK_TOKENS;
 use super::isa::{InstructionSet, Isa, Lanes, dispatch};
 use super::share::Shared;
+use crate::Config;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Queries that share loaded keys and values.
 const QUERIES: usize = 4;
@@ -29,9 +31,16 @@ pub struct Shape {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// Positions that one attends to, itself among them.
+    pub window: usize,
 }
 
 impl Shape {
+    pub fn new(config: &Config) -> Self {
+        let window = config.sliding_window.unwrap_or(usize::MAX);
+        Self { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, window }
+    }
+
     fn padded(&self) -> usize {
         self.head_dim.next_multiple_of(UNITS)
     }
@@ -151,6 +160,22 @@ unsafe fn all_queries<I: Isa>(task: &Task<'_>) {
     SCORES.set(scores);
 }
 
+/// What some queries see together.
+#[derive(Clone, Copy)]
+struct Span {
+    first_block: usize,
+    /// Positions up to the last one seen.
+    length: usize,
+    /// The same in whole blocks: scores of a query.
+    room: usize,
+}
+
+impl Span {
+    fn blocks<'a>(&self, task: &Task<'a>) -> impl Iterator<Item = (usize, &'a u32)> + use<'a> {
+        task.blocks[..self.length.div_ceil(BLOCK_TOKENS)].iter().enumerate().skip(self.first_block)
+    }
+}
+
 /// `M` queries: those of a group one after the other, then the next position's.
 #[inline(always)]
 unsafe fn some_queries<I: Isa, const M: usize>(task: &Task<'_>, first: usize, scores: &mut [f32]) {
@@ -164,17 +189,21 @@ unsafe fn some_queries<I: Isa, const M: usize>(task: &Task<'_>, first: usize, sc
         queries[index] = task.queries[at..][..shape.head_dim].as_ptr();
         lengths[index] = task.position + position + 1;
     }
-    // Positions rise, so that the last query sees the most.
+    // Positions rise, so that the last query sees the furthest, and the first one the furthest back.
     let length = lengths[M - 1];
     let room = length.next_multiple_of(BLOCK_TOKENS);
+    let first_block = lengths[0].saturating_sub(shape.window) / BLOCK_TOKENS;
     // SAFETY: `scores` has room for `M` rows of `room` numbers; blocks hold `length` positions.
     unsafe {
-        score::<I, M>(task, &queries, length, room, scores);
+        let span = Span { first_block, length, room };
+        score::<I, M>(task, &queries, span, scores);
         let mut inverses = [0.0; M];
         for index in 0..M {
-            inverses[index] = softmax::<I>(&mut scores[index * room..][..room], lengths[index]);
+            let before = first_block * BLOCK_TOKENS;
+            let seen = lengths[index].saturating_sub(shape.window) - before..lengths[index] - before;
+            inverses[index] = softmax::<I>(&mut scores[index * room + before..(index + 1) * room], seen);
         }
-        mix::<I, M>(task, first, length, room, scores, &inverses);
+        mix::<I, M>(task, first, span, scores, &inverses);
     }
 }
 
@@ -183,13 +212,12 @@ unsafe fn some_queries<I: Isa, const M: usize>(task: &Task<'_>, first: usize, sc
 unsafe fn score<I: Isa, const M: usize>(
     task: &Task<'_>,
     queries: &[*const f32; M],
-    length: usize,
-    room: usize,
+    span: Span,
     scores: &mut [f32],
 ) {
     let head_dim = task.cache.shape.head_dim;
     let scale = I::F::splat(1.0 / (head_dim as f32).sqrt());
-    for (index, block) in task.blocks[..length.div_ceil(BLOCK_TOKENS)].iter().enumerate() {
+    for (index, block) in span.blocks(task) {
         let keys = task.cache.key_block(*block, task.head);
         let mut low = [I::F::zero(); M];
         let mut high = [I::F::zero(); M];
@@ -205,7 +233,7 @@ unsafe fn score<I: Isa, const M: usize>(
                 }
             }
             for query in 0..M {
-                let to = scores.as_mut_ptr().add(query * room + index * BLOCK_TOKENS);
+                let to = scores.as_mut_ptr().add(query * span.room + index * BLOCK_TOKENS);
                 low[query].mul(scale).store(to);
                 high[query].mul(scale).store(to.add(8));
             }
@@ -213,10 +241,11 @@ unsafe fn score<I: Isa, const M: usize>(
     }
 }
 
-/// Turns the first `length` scores into weights, the others into 0; returns 1 / their sum.
+/// Turns the scores that are seen into weights, the others into 0; returns 1 / their sum.
 #[inline(always)]
-unsafe fn softmax<I: Isa>(scores: &mut [f32], length: usize) -> f32 {
-    scores[length..].fill(f32::NEG_INFINITY);
+unsafe fn softmax<I: Isa>(scores: &mut [f32], seen: Range<usize>) -> f32 {
+    scores[..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..].fill(f32::NEG_INFINITY);
     let mut largest = I::F::splat(f32::NEG_INFINITY);
     for at in (0..scores.len()).step_by(8) {
         // SAFETY: scores are whole blocks of 16.
@@ -240,8 +269,7 @@ unsafe fn softmax<I: Isa>(scores: &mut [f32], length: usize) -> f32 {
 unsafe fn mix<I: Isa, const M: usize>(
     task: &Task<'_>,
     first: usize,
-    length: usize,
-    room: usize,
+    span: Span,
     scores: &[f32],
     inverses: &[f32; M],
 ) {
@@ -250,15 +278,15 @@ unsafe fn mix<I: Isa, const M: usize>(
     for unit in (0..padded).step_by(UNITS) {
         let mut low = [I::F::zero(); M];
         let mut high = [I::F::zero(); M];
-        for (index, block) in task.blocks[..length.div_ceil(BLOCK_TOKENS)].iter().enumerate() {
+        for (index, block) in span.blocks(task) {
             let values = task.cache.value_block(*block, task.head);
-            for slot in 0..BLOCK_TOKENS.min(length - index * BLOCK_TOKENS) {
+            for slot in 0..BLOCK_TOKENS.min(span.length - index * BLOCK_TOKENS) {
                 // SAFETY: the block has 16 times `padded` values; scores as in `score`.
                 unsafe {
                     let from = values.add(slot * padded + unit);
                     let (left, right) = (I::F::load(from), I::F::load(from.add(8)));
                     for query in 0..M {
-                        let weight = *scores.as_ptr().add(query * room + index * BLOCK_TOKENS + slot);
+                        let weight = *scores.as_ptr().add(query * span.room + index * BLOCK_TOKENS + slot);
                         let weight = I::F::splat(weight);
                         low[query] = left.fused(weight, low[query]);
                         high[query] = right.fused(weight, high[query]);

@@ -18,7 +18,7 @@ mod team;
 
 use super::{BLOCK_TOKENS, Outputs, Piece, Precision, Want};
 use crate::layers::Rope;
-use crate::parameters::{EMBEDDING, FINAL_NORM, LM_HEAD, layer_parameter_names};
+use crate::parameters::{EMBEDDING, FINAL_NORM, LM_HEAD, layer_bias_names, layer_weight_names};
 use crate::{Config, ModelError, Pretrained};
 use activations::Activations;
 use attention::{LayerCache, Shape, Task};
@@ -55,6 +55,8 @@ pub struct CpuEngine {
 struct Layer {
     input_norm: Vec<f32>,
     query_key_value: Projection,
+    /// Of queries, keys and values one after the other, where the family has them.
+    biases: Option<Vec<f32>>,
     output: Projection,
     post_norm: Vec<f32>,
     gate_up: Projection,
@@ -89,7 +91,7 @@ impl CpuEngine {
         threads: usize,
     ) -> Result<Self, ModelError> {
         let config = &model.config;
-        let shape = Shape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+        let shape = Shape::new(config);
         let loader = Loader { model, precision };
         let embedding = loader.matrix(EMBEDDING, true)?;
         let (head, embedding) = match config.tie_word_embeddings {
@@ -118,7 +120,7 @@ impl CpuEngine {
 
     /// Bytes of keys and values of one token.
     pub fn token_bytes(config: &Config) -> usize {
-        let shape = Shape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+        let shape = Shape::new(config);
         config.layers * shape.token_bytes()
     }
 
@@ -182,16 +184,18 @@ impl CpuEngine {
         layer.output.apply(self.set, &mut self.team, x, out, Write::Add);
     }
 
-    /// Rotates queries and keys and writes keys and values into the cache.
+    /// Adds biases, rotates queries and keys and writes keys and values into the cache.
     fn rotate_and_keep(&mut self, index: usize, stride: usize) {
-        let Shape { heads, kv_heads, head_dim } = self.shape;
+        let Shape { heads, kv_heads, head_dim, .. } = self.shape;
         let cache = self.caches[index].share();
         let buffer = Shared::new(&mut self.buffers.query_key_value);
         let (places, rotations) = (&self.buffers.places, &self.rotations);
+        let biases = self.layers[index].biases.as_deref().unwrap_or_default();
         self.team.each(places.len(), |row| {
             let place = &places[row];
             // SAFETY: each row once.
             let row = unsafe { buffer.slice(row * stride, stride) };
+            row.iter_mut().zip(biases).for_each(|(value, bias)| *value += bias);
             let (rotated, value) = row.split_at_mut((heads + kv_heads) * head_dim);
             let cos_sin = &rotations[place.position * head_dim..][..head_dim];
             rotated.chunks_exact_mut(head_dim).for_each(|head| rows::rotate(head, cos_sin));
@@ -407,16 +411,25 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn layer(&self, index: usize) -> Result<Layer, ModelError> {
-        let names = layer_parameter_names(index);
+        let names = layer_weight_names(index);
         let matrix = |name: usize| self.matrix(&names[name], false);
         Ok(Layer {
             input_norm: self.vector(&names[0])?,
             query_key_value: Projection::new(vec![matrix(1)?, matrix(2)?, matrix(3)?]),
+            biases: self.biases(index)?,
             output: Projection::new(vec![matrix(4)?]),
             post_norm: self.vector(&names[5])?,
             gate_up: Projection::new(vec![matrix(6)?, matrix(7)?]),
             down: Projection::new(vec![matrix(8)?]),
         })
+    }
+
+    fn biases(&self, index: usize) -> Result<Option<Vec<f32>>, ModelError> {
+        if !self.model.config.family.has_biases() {
+            return Ok(None);
+        }
+        let parts = layer_bias_names(index).iter().map(|name| self.vector(name)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Some(parts.concat()))
     }
 
     /// Embedding and head lose most by rounding: they get 8 bits where the rest has 4.

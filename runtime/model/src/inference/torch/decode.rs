@@ -119,7 +119,11 @@ fn batch(net: &Net, inputs: &Tensor) -> Result<Batch, ModelError> {
     let positions = inputs.f_select(1, 1)?.f_contiguous()?;
     let starts = inputs.f_narrow(1, 2, width - 2)?.f_mul_scalar(size)?;
     let slots = starts.f_unsqueeze(2)?.f_add(&numbers(size)?)?.f_view([rows, context])?;
-    let seen = numbers(context)?.f_unsqueeze(0)?.f_le_tensor(&positions.f_unsqueeze(1)?)?;
+    let (places, last) = (numbers(context)?.f_unsqueeze(0)?, positions.f_unsqueeze(1)?);
+    let mut seen = places.f_le_tensor(&last)?;
+    if let Some(window) = net.config.sliding_window {
+        seen = seen.f_logical_and(&places.f_gt_tensor(&last.f_sub_scalar(window as i64)?)?)?;
+    }
     Ok(Batch {
         rope: net.rope.at(&positions),
         slots: slots.f_gather(1, &positions.f_unsqueeze(1)?, false)?.f_view([-1])?,

@@ -36,6 +36,8 @@ struct Layer {
     input_norm: Tensor,
     /// Of queries, keys and values: `[(heads + 2 · kv_heads) · head_dim, H]`.
     attention: Tensor,
+    /// What they add, in the same order.
+    biases: Option<Tensor>,
     output: Tensor,
     post_norm: Tensor,
     /// Gate and up: `[2 · I, H]`.
@@ -115,9 +117,11 @@ impl Layer {
             let parts = parts.iter().map(|part| moved(part)).collect::<Result<Vec<_>, _>>()?;
             Ok::<_, ModelError>(Tensor::f_cat(&parts, 0)?)
         };
+        let biases = weights.biases.as_ref().map(|biases| one(&[&biases.query, &biases.key, &biases.value]));
         Ok(Self {
             input_norm: moved(&weights.input_norm)?,
             attention: one(&[&weights.query, &weights.key, &weights.value])?,
+            biases: biases.transpose()?,
             output: moved(&weights.output)?,
             post_norm: moved(&weights.post_norm)?,
             feed_forward: one(&[&weights.gate, &weights.up])?,
@@ -198,7 +202,11 @@ impl Net {
         let (past, length) = (piece.past as i64, piece.tokens.len() as i64);
         let slots: Vec<i64> = (0..piece.past + piece.tokens.len()).map(|position| slot(piece, position)).collect();
         let all = Tensor::ones([length, past + length], (Kind::Bool, self.embedding.device()));
-        Prompt { first, length, slots: self.to_device(&slots), seen: all.tril(past) }
+        let seen = match self.config.sliding_window {
+            Some(window) => all.tril(past).triu(past + 1 - window as i64),
+            None => all.tril(past),
+        };
+        Prompt { first, length, slots: self.to_device(&slots), seen }
     }
 
     fn singles(&self, pieces: &[Piece<'_>]) -> Option<Singles> {
@@ -216,7 +224,11 @@ impl Net {
         }
         let count = rows.len() as i64;
         let positions = Tensor::arange(longest as i64, (Kind::Int64, self.embedding.device()));
-        let seen = positions.unsqueeze(0).less_tensor(&self.to_device(&lengths).unsqueeze(1));
+        let (positions, lengths) = (positions.unsqueeze(0), self.to_device(&lengths).unsqueeze(1));
+        let mut seen = positions.less_tensor(&lengths);
+        if let Some(window) = self.config.sliding_window {
+            seen = seen.logical_and(&positions.greater_equal_tensor(&(lengths - window as i64)));
+        }
         Some(Singles {
             rows: self.to_device(&rows),
             slots: self.to_device(&slots).view([count, longest as i64]),
@@ -228,7 +240,7 @@ impl Net {
         let (config, head_dim) = (&self.config, self.config.head_dim as i64);
         let (heads, kv_heads) = (config.heads as i64, config.kv_heads as i64);
         let normed = rms_norm(&x, &weights.input_norm, config.eps);
-        let projected = linear(&normed, &weights.attention).view([-1, heads + 2 * kv_heads, head_dim]);
+        let projected = normed.linear(&weights.attention, weights.biases.as_ref()).view([-1, heads + 2 * kv_heads, head_dim]);
         let rotated = batch.rope.rotate(&projected.narrow(1, 0, heads + kv_heads));
         cache.write(
             &batch.slots,
