@@ -66,19 +66,36 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
 
-#[test]
-fn a_checkpoint_of_transformers_gives_its_logits() {
-    let Some(site) = transformers() else { return };
+const FAMILIES: [&str; 6] = ["llama", "llama-linear", "llama3", "qwen2", "qwen2-yarn", "mistral"];
+
+/// A family's tiny random model as transformers saves it.
+fn made_by_transformers(site: &Path, family: &str) -> (tempfile::TempDir, Pretrained) {
     let directory = tempfile::tempdir().unwrap();
-    python(&site, &["make", directory.path().to_str().unwrap()], "");
+    python(site, &["make", directory.path().to_str().unwrap(), family], "");
     vicuna_model::tiny::tokenizer().save(directory.path().join("tokenizer.json"), false).unwrap();
     let model = load(directory.path()).unwrap();
-    assert_eq!(model.config.rope_theta, 50_000.0);
+    (directory, model)
+}
+
+#[test]
+fn checkpoints_of_transformers_give_its_logits_in_every_family() {
+    let Some(site) = transformers() else { return };
     let ids: Vec<u32> = (0..90).map(|index| index * 7 % 300).collect();
-    let theirs = their_logits(&site, directory.path(), &ids);
-    let difference = largest_difference(&theirs, &logits(&model.config, &model.tensors, &ids).unwrap());
-    eprintln!("largest logit {:.3}, largest difference {difference:e}", theirs.abs().max().double_value(&[]));
-    assert!(difference < 1e-4, "{difference}");
+    for family in FAMILIES {
+        let (directory, model) = made_by_transformers(&site, family);
+        let theirs = their_logits(&site, directory.path(), &ids);
+        let ours = [logits(&model.config, &model.tensors, &ids).unwrap(), engine_logits(&model, &ids, Precision::Fp32)];
+        for ours in ours {
+            let difference = largest_difference(&theirs, &ours);
+            eprintln!("{family}: largest logit {:.3}, largest difference {difference:e}", theirs.abs().max().double_value(&[]));
+            assert!(difference < 1e-4, "{family}: {difference}");
+        }
+        // And the other way round: what we save is what we read, to transformers too.
+        let saved = tempfile::tempdir().unwrap();
+        save(saved.path(), &model.config, &model.tensors, &model.tokenizer, None).unwrap();
+        assert_eq!(load(saved.path()).unwrap().config, model.config);
+        assert_eq!(largest_difference(&theirs, &their_logits(&site, saved.path(), &ids)), 0.0, "{family}");
+    }
 }
 
 #[test]

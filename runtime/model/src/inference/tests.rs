@@ -1,5 +1,6 @@
 use super::*;
 use crate::tiny::tiny;
+use crate::{Family, RopeScaling};
 use tch::Tensor;
 
 fn options(precision: Precision) -> EngineOptions {
@@ -159,4 +160,62 @@ fn the_cache_holds_one_whole_sequence_however_little_memory_there_is() {
     let engine = Engine::new(&tiny(3), &EngineOptions { cache_bytes: 0, ..options(Precision::Fp32) }).unwrap();
     assert_eq!(engine.blocks() * BLOCK_TOKENS, engine.max_length());
     assert!(cpu(Precision::Fp32).blocks() > engine.blocks());
+}
+
+/// One tiny model a family and a scaling of positions.
+fn relatives() -> Vec<Pretrained> {
+    let base = crate::tiny::config();
+    let scaled = |rope_scaling| Config { rope_scaling, max_position: 256, ..base.clone() };
+    let configs = [
+        Config { family: Family::Qwen2, ..base.clone() },
+        Config { family: Family::Mistral, sliding_window: Some(21), head_dim: 24, max_position: 256, ..base.clone() },
+        scaled(RopeScaling::Linear { factor: 4.0 }),
+        scaled(RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 64 }),
+        scaled(RopeScaling::Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 1.138,
+            original: 64,
+        }),
+    ];
+    configs.into_iter().map(|config| crate::tiny::of_config(config, 3)).collect()
+}
+
+#[test]
+fn every_family_is_computed_alike_by_training_and_both_engines() {
+    let ids = ids(140);
+    for model in relatives() {
+        let logits = crate::logits(&model.config, &model.tensors, &ids).unwrap();
+        let expected: Vec<Vec<f32>> = (0..140).map(|row| Vec::try_from(logits.get(row)).unwrap()).collect();
+        let on_cpu = |lengths: &[usize]| {
+            let mut engine = Engine::new(&model, &options(Precision::Fp32)).unwrap();
+            in_pieces(&mut engine, &ids, &BLOCKS, lengths)
+        };
+        let whole = on_cpu(&[140]);
+        assert_eq!(whole, on_cpu(&[1; 140]), "{:?}: pieces change bits", model.config);
+        assert_eq!(whole, on_cpu(&[37, 1, 1, 60, 41]), "{:?}: pieces change bits", model.config);
+        let engine = Engine::new(&model, &options(Precision::Fp32)).unwrap();
+        let backend = TorchEngine::new(&model, Device::Cpu, Kind::Float, engine.max_length, engine.blocks).unwrap();
+        let mut torch = Engine { backend: Backend::Torch(Box::new(backend)), ..engine };
+        for found in [whole, in_pieces(&mut torch, &ids, &BLOCKS, &[50, 1, 1, 70, 1, 17])] {
+            for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert!(difference(found, expected) < 2e-5, "{:?} at {position}", model.config);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sliding_window_forgets_what_lies_before_it() {
+    let config = Config { family: Family::Mistral, sliding_window: Some(5), layers: 1, ..crate::tiny::config() };
+    let model = crate::tiny::of_config(config, 3);
+    let mut engine = Engine::new(&model, &options(Precision::Fp32)).unwrap();
+    let (mut first, mut second) = (ids(40), ids(40));
+    first[20] = 7;
+    second[20] = 99;
+    let rows = |engine: &mut Engine, ids: &[u32]| in_pieces(engine, ids, &BLOCKS, &[40]);
+    let (first, second) = (rows(&mut engine, &first), rows(&mut engine, &second));
+    let differs: Vec<usize> = (0..40).filter(|row| first[*row] != second[*row]).collect();
+    assert_eq!(differs, [20, 21, 22, 23, 24]);
 }
