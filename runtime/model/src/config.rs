@@ -122,7 +122,10 @@ impl Config {
             max_position: rope_scaling.stretched(gguf.size(&key("context_length"))?),
             tie_word_embeddings: !gguf.has_tensor("output.weight"),
             bos: gguf.token_id("tokenizer.ggml.bos_token_id"),
-            eos: gguf.token_id("tokenizer.ggml.eos_token_id").into_iter().collect(),
+            eos: ["eos", "eot"]
+                .into_iter()
+                .filter_map(|name| gguf.token_id(&format!("tokenizer.ggml.{name}_token_id")))
+                .collect(),
             pad: gguf.token_id("tokenizer.ggml.padding_token_id"),
         }
         .checked()

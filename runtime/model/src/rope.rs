@@ -121,6 +121,25 @@ impl RopeScaling {
         }
     }
 
+    /// Hands each field of GGUF's `rope.scaling` to `put`.
+    pub(crate) fn describe(self, mut put: impl FnMut(&str, Value)) {
+        match self {
+            Self::Unscaled | Self::Llama3 { .. } => {}
+            Self::Linear { factor } => {
+                put("rope.scaling.type", json!("linear"));
+                put("rope.scaling.factor", json!(factor));
+            }
+            Self::Yarn { factor, beta_fast, beta_slow, attention_factor, original } => {
+                put("rope.scaling.type", json!("yarn"));
+                put("rope.scaling.factor", json!(factor));
+                put("rope.scaling.original_context_length", json!(original));
+                put("rope.scaling.yarn_beta_fast", json!(beta_fast));
+                put("rope.scaling.yarn_beta_slow", json!(beta_slow));
+                put("rope.scaling.attn_factor", json!(attention_factor / sharpened(factor)));
+            }
+        }
+    }
+
     /// Tokens of the longest sequence, where the configuration tells those before scaling.
     pub(crate) fn stretched(self, max_position: usize) -> usize {
         match self {

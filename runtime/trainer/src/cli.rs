@@ -6,7 +6,7 @@ use crate::http::{self, Status};
 use crate::metrics::Metrics;
 use crate::prepare::Place;
 use crate::rank::{self, Exit, Parts};
-use crate::{local, numerics};
+use crate::{export, local, numerics};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use std::net::{IpAddr, SocketAddr};
@@ -37,6 +37,8 @@ struct Arguments {
 enum Command {
     /// Runs a whole training in this process, without a cluster.
     Local(local::Arguments),
+    /// Writes a model with its tokenizer as one GGUF file.
+    Export(export::Arguments),
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -86,6 +88,7 @@ pub fn main() -> ExitCode {
     };
     let done = match (arguments.command, arguments.rank) {
         (Some(Command::Local(arguments)), _) => runtime.block_on(local::run(arguments)).map(|()| Exit::Done),
+        (Some(Command::Export(arguments)), _) => export::run(&arguments).map(|()| Exit::Done),
         (None, Some(arguments)) => runtime.block_on(run(arguments)),
         (None, None) => Err(anyhow::anyhow!("--coordinator is missing; see --help")),
     };

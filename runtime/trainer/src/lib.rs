@@ -20,6 +20,7 @@ pub mod cli;
 pub mod collective;
 pub mod coordinator;
 pub mod evaluation;
+pub mod export;
 pub mod generation;
 pub mod http;
 pub mod layout;

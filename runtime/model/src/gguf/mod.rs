@@ -2,11 +2,13 @@
 //! trusting a length in it.
 
 mod container;
+mod export;
 pub(crate) mod packed;
 mod quantization;
 mod tokenizer;
 
 pub use container::{Gguf, MAGIC, TensorInfo, Value};
+pub use export::{Weights, save};
 pub(crate) use tokenizer::added_token;
 
 use self::packed::Packed;

@@ -1,6 +1,7 @@
 //! A GGUF file made in the test, and what happens when it is damaged.
 
 use super::*;
+use crate::RopeScaling;
 use half::f16;
 
 /// Writes the format's fields.
@@ -157,4 +158,97 @@ fn a_length_that_overflows_is_refused() {
     bytes.extend(u64::MAX.to_le_bytes());
     let message = Gguf::parse(&bytes).unwrap_err().to_string();
     assert!(message.contains("claims"), "{message}");
+}
+
+/// Writes a model and reads it back.
+fn written(model: &Pretrained, weights: Weights) -> Result<Pretrained, ModelError> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    save(&path, model, weights)?;
+    crate::load(&path)
+}
+
+fn relatives() -> [Config; 5] {
+    let base = Config { max_position: 256, ..crate::tiny::config() };
+    let scaled = |rope_scaling| Config { rope_scaling, ..base.clone() };
+    [
+        base.clone(),
+        Config { family: Family::Qwen2, tie_word_embeddings: false, ..scaled(RopeScaling::Linear { factor: 4.0 }) },
+        Config { family: Family::Mistral, sliding_window: Some(21), head_dim: 24, ..base.clone() },
+        scaled(RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 64 }),
+        scaled(RopeScaling::Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 0.1 * 4f64.ln() + 1.0,
+            original: 64,
+        }),
+    ]
+}
+
+#[test]
+fn what_is_written_reads_back_with_equal_logits_in_every_family() {
+    let ids: Vec<u32> = (0..100).map(|index| 3 + index * 37 % 280).collect();
+    for config in relatives() {
+        let model = crate::tiny::of_config(config, 6);
+        let logits = |model: &Pretrained| crate::logits(&model.config, &model.tensors, &ids).unwrap();
+        let again = written(&model, Weights::F32).unwrap();
+        assert_eq!(again.config.family, model.config.family);
+        assert_eq!(again.config.max_position, model.config.max_position);
+        assert_eq!((&again.config.eos, again.config.pad), (&model.config.eos, model.config.pad));
+        assert_eq!(crate::weights_digest(&again.tensors).unwrap(), crate::weights_digest(&model.tensors).unwrap());
+        let difference = (logits(&again) - logits(&model)).abs().max().double_value(&[]);
+        // The file holds frequencies' constants as fp32, and Llama 3's as quotients.
+        assert!(difference < 1e-4, "{:?}: {difference}", model.config);
+        assert_eq!(again.chat_template, model.chat_template);
+        let text = "<|im_start|>user\nsay the thé<|im_end|>";
+        let encoded = |model: &Pretrained| model.tokenizer.encode(text, true).unwrap().get_ids().to_vec();
+        assert_eq!(encoded(&again), encoded(&model));
+    }
+}
+
+#[test]
+fn half_precision_files_hold_the_rounded_weights() {
+    let model = crate::tiny::tiny(6);
+    for (weights, kind) in [(Weights::F16, Kind::Half), (Weights::Bf16, Kind::BFloat16)] {
+        for (name, tensor) in written(&model, weights).unwrap().tensors {
+            let original = &model.tensors[&name];
+            let expected = if original.dim() > 1 { original.to_kind(kind).to_kind(Kind::Float) } else { original.shallow_clone() };
+            assert_eq!(tensor, expected, "{name}");
+        }
+    }
+}
+
+#[test]
+fn weights_beyond_fp16_are_refused_by_name() {
+    let mut model = crate::tiny::tiny(6);
+    let name = "model.layers.1.mlp.up_proj.weight";
+    model.tensors.insert(name.to_owned(), &model.tensors[name] * 1e6);
+    let message = written(&model, Weights::F16).unwrap_err().to_string();
+    assert!(message.contains("blk.1.ffn_up.weight") && message.contains("bf16"), "{message}");
+    assert!(written(&model, Weights::Bf16).is_ok());
+}
+
+/// The tokenizer of Vicuna's base survives: needs `tests/tools/llama_tokenizer.sh`.
+#[test]
+fn the_tokenizer_of_llama_2_reads_back_with_its_merges() {
+    let Some(cache) = std::env::var_os("VICUNA_CACHE").map(std::path::PathBuf::from) else { return };
+    let file = cache.join("llama2-tokenizer/tokenizer.json");
+    if !file.is_file() {
+        eprintln!("skipped: the tokenizer is not there, run tests/tools/llama_tokenizer.sh");
+        return;
+    }
+    let config = Config { vocab: 32_000, hidden: 32, layers: 1, ..crate::tiny::config() };
+    let mut model = crate::tiny::of_config(config, 6);
+    model.tokenizer = tokenizers::Tokenizer::from_file(&file).unwrap();
+    let again = written(&model, Weights::F16).unwrap();
+    let described = |model: &Pretrained| serde_json::to_value(&model.tokenizer).unwrap();
+    let (theirs, ours) = (described(&model), described(&again));
+    assert_eq!(ours["model"]["merges"], theirs["model"]["merges"]);
+    for text in ["Hello, how are you?", " two  spaces\n", "ein Käse 🐫 <s>", "A chat between a curious user</s>"] {
+        let ids = |model: &Pretrained| model.tokenizer.encode(text, true).unwrap().get_ids().to_vec();
+        assert_eq!(ids(&again), ids(&model), "{text:?}");
+        let decoded = |model: &Pretrained| model.tokenizer.decode(&ids(model), true).unwrap();
+        assert_eq!(decoded(&again), decoded(&model));
+    }
 }
