@@ -406,4 +406,54 @@ mod tests {
             assert!(message.contains(expected), "{key}: {message}");
         }
     }
+
+    #[test]
+    fn no_value_of_any_field_causes_a_panic() {
+        let mut whole = valid();
+        for (key, value) in [
+            ("sliding_window", json!(5)),
+            ("max_sequence_length", json!(512)),
+            ("original_max_position_embeddings", json!(64)),
+            ("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "truncate": null})),
+            ("rope_parameters", json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4})),
+        ] {
+            whole[key] = value;
+        }
+        let odd = [
+            json!(null),
+            json!(true),
+            json!(-1),
+            json!(0),
+            json!(3),
+            json!(u64::MAX),
+            json!(1e308),
+            json!(1e-320),
+            json!("yarn"),
+            json!([]),
+            json!([[u64::MAX, "x"], {}]),
+            json!({"rope_type": "linear", "factor": 1e300}),
+            json!({"type": "llama3", "factor": 0, "low_freq_factor": -1, "high_freq_factor": "x"}),
+            json!({"rope_type": "yarn", "factor": null, "original_max_position_embeddings": 0}),
+            json!({"full_attention": {"rope_type": "default"}}),
+        ];
+        let keys: Vec<String> = whole.as_object().unwrap().keys().cloned().collect();
+        let (mut accepted, mut refused) = (0, 0);
+        for family in Family::ALL {
+            for key in &keys {
+                for value in &odd {
+                    let mut json = whole.clone();
+                    json["model_type"] = json!(family.model_type());
+                    json[key] = value.clone();
+                    match Config::from_hugging_face(&json) {
+                        Ok(config) => {
+                            accepted += 1;
+                            assert!(config.max_position <= 1 << 24 && config.parameter_count() > 0);
+                        }
+                        Err(_) => refused += 1,
+                    }
+                }
+            }
+        }
+        assert!(accepted > 100 && refused > 100, "{accepted} accepted, {refused} refused");
+    }
 }

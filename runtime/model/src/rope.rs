@@ -90,7 +90,9 @@ impl RopeScaling {
                 beta_fast: number("yarn_beta_fast").unwrap_or(32.0),
                 beta_slow: number("yarn_beta_slow").unwrap_or(1.0),
                 attention_factor: number("attn_factor").unwrap_or(1.0) * sharpened(factor),
-                original: gguf.size(&key("original_context_length"))?,
+                original: gguf
+                    .size(&key("original_context_length"))
+                    .or_else(|_| gguf.size(&format!("{architecture}.context_length")))?,
             },
             Some(other) => return Err(unsupported(other)),
         };
