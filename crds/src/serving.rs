@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub mod condition {
     /// A worker answers requests; False names what is in the way.
     pub const READY: &str = "Ready";
-    /// The model's address is known; False names the training that is waited for.
+    /// The model's address is known and no worker has found it unreadable; False names what is in the way.
     pub const MODEL_AVAILABLE: &str = "ModelAvailable";
     /// Replicas follow demand; False says why they do not.
     pub const SCALING_ACTIVE: &str = "ScalingActive";
@@ -82,10 +82,36 @@ pub struct ServedModel {
     /// How a conversation is written as text; absent: the model's own template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<Template>,
-    /// Most tokens of prompt and completion together; absent: as many as the model allows.
+    /// Most tokens of prompt and completion together, at most as many as the model allows, which is what absent means.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 8, max = 1_048_576))]
     pub max_length: Option<u32>,
+    /// What weights are held as; File leaves the quantised tensors of a GGUF file as they are, None quantises nothing, Int8 and Int4 round on loading and are for the CPU only.
+    #[serde(default)]
+    pub quantization: Quantization,
+}
+
+// No doc comment: see Template.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Quantization {
+    #[default]
+    File,
+    None,
+    Int8,
+    Int4,
+}
+
+impl Quantization {
+    /// The name that workers know it by.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::None => "none",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
 }
 
 /// An address, or a training whose result is served.
@@ -117,10 +143,9 @@ pub struct TrainingReference {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("self.min <= self.max").message("autoscaling.min must not be above autoscaling.max: change one of them."))]
 pub struct Autoscaling {
-    /// Fewest workers.
+    /// Fewest workers. At 0 a model that nobody asks for has none; a request for it waits at the gateway and brings one.
     #[serde(default = "one")]
     #[schemars(range(max = 1000))]
-    #[x_kube(validation = Rule::new("self >= 1").message("Set min to 1 or more: scaling to zero is not supported yet."))]
     pub min: u32,
     /// Most workers.
     #[schemars(range(min = 1, max = 1000))]

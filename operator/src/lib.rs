@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod context;
 pub mod coordinator;
+mod cpu;
 pub mod events;
 pub mod http;
 pub mod leader;

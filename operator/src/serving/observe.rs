@@ -1,6 +1,6 @@
 //! What there is: the serving, its model's address, its pods, their nodes and what is asked of it.
 
-mod readiness;
+pub mod readiness;
 
 use super::build::pod::{self as worker_pod, REVISION_LABEL};
 use super::memory::Memory;

@@ -2,6 +2,7 @@
 
 use super::apply::Applied;
 use super::build::selector;
+use super::observe::readiness::MODEL_UNAVAILABLE;
 use super::observe::{Life, Model, Observed, Trouble, Worker};
 use super::plan::Plan;
 use super::plan::scale::{Activity, Decision};
@@ -94,17 +95,27 @@ fn ready(observed: &Observed, replicas: &Replicas, applied: &Applied) -> Finding
     match (&observed.model, trouble) {
         (Model::Missing { reason, message }, _) => finding(false, reason, message.clone()),
         (_, Some(Trouble { reason, message, .. })) => finding(false, reason, message.clone()),
-        (_, None) if *desired == 0 => {
-            finding(false, "ScaledToZero", "No workers are wanted: set spec.replicas to 1 or more.".to_owned())
-        }
+        (_, None) if *desired == 0 => finding(false, "ScaledToZero", at_zero(observed).to_owned()),
         (_, None) => finding(false, "WorkersStarting", answering),
     }
 }
 
+fn at_zero(observed: &Observed) -> &'static str {
+    match observed.serving.spec.autoscaling {
+        Some(_) => "Nobody has asked for the model for a while: the next request brings a worker and waits for it.",
+        None => "No workers are wanted: set spec.replicas to 1 or more.",
+    }
+}
+
+/// A worker that is ready has read the model, whatever another one says.
 fn model_available(observed: &Observed) -> Finding {
-    let (holds, reason, message) = match &observed.model {
-        Model::Known(source) => (true, "SourceKnown", format!("The model is at {}.", source.uri)),
-        Model::Missing { reason, message } => (false, *reason, message.clone()),
+    let mut workers = observed.workers.iter();
+    let read = workers.clone().any(|worker| worker.life == Life::Ready);
+    let unreadable = workers.find_map(|worker| worker.trouble.as_ref().filter(|it| it.reason == MODEL_UNAVAILABLE));
+    let (holds, reason, message) = match (&observed.model, unreadable) {
+        (Model::Known(_), Some(Trouble { reason, message, .. })) if !read => (false, *reason, message.clone()),
+        (Model::Known(source), _) => (true, "SourceKnown", format!("The model is at {}.", source.uri)),
+        (Model::Missing { reason, message }, _) => (false, *reason, message.clone()),
     };
     Finding { type_: MODEL_AVAILABLE, holds, reason: reason.to_owned(), message }
 }
@@ -205,6 +216,33 @@ mod tests {
         let status = told(&seen, 1);
         assert_eq!(found(&status, READY).reason, "Unschedulable");
         assert_eq!(found(&status, READY).status, "False");
+    }
+
+    #[test]
+    fn a_model_that_workers_cannot_read_is_not_available_unless_one_of_them_can() {
+        let mut seen = observed(json!({ "replicas": 2 }));
+        let trouble = Trouble {
+            reason: MODEL_UNAVAILABLE,
+            message: "there is no object m".to_owned(),
+            unschedulable_since: None,
+        };
+        seen.workers = vec![Worker { trouble: Some(trouble), ..worker("a", "spot", Life::Coming) }];
+        let status = told(&seen, 0);
+        let available = found(&status, MODEL_AVAILABLE);
+        assert_eq!((available.status.as_str(), available.reason.as_str()), ("False", "ModelUnavailable"));
+        assert_eq!(available.message, "there is no object m");
+        seen.workers.push(worker("b", "spot", Life::Ready));
+        assert_eq!(found(&told(&seen, 1), MODEL_AVAILABLE).status, "True");
+    }
+
+    #[test]
+    fn a_serving_at_zero_says_what_brings_workers() {
+        let fixed = told(&observed(json!({ "replicas": 0 })), 0);
+        assert!(found(&fixed, READY).message.contains("spec.replicas"));
+        let following = observed(json!({ "autoscaling": { "min": 0, "max": 2, "target": { "inFlight": 4 } } }));
+        let status = told(&following, 0);
+        assert_eq!(found(&status, READY).reason, "ScaledToZero");
+        assert!(found(&status, READY).message.contains("next request"));
     }
 
     #[test]

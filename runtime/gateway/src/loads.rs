@@ -73,7 +73,7 @@ impl Ticket {
     pub fn first_token(&mut self) {
         if !std::mem::replace(&mut self.first_token, true) {
             let seconds = self.arrived.elapsed().as_secs_f64();
-            self.loads.metrics.time_to_first_token_seconds.observe(seconds);
+            self.loads.metrics.time_to_first_token_seconds.with_label_values(&[&self.model]).observe(seconds);
         }
     }
 

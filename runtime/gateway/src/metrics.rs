@@ -1,7 +1,7 @@
 //! The gateway's metrics. `model` is always one that workers have offered.
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 #[derive(Clone, Debug)]
@@ -12,7 +12,7 @@ pub struct Metrics {
     pub in_flight: IntGaugeVec,
     pub tokens: IntCounterVec,
     pub resumes: IntCounterVec,
-    pub time_to_first_token_seconds: Histogram,
+    pub time_to_first_token_seconds: HistogramVec,
     pub workers: IntGauge,
     /// Choices, where requests count in `in_flight`.
     pub queued: IntGaugeVec,
@@ -43,7 +43,7 @@ impl Metrics {
             )?,
             tokens: counters("vicuna_gateway_tokens_total", "Tokens generated", &["model"])?,
             resumes: counters("vicuna_gateway_resumes_total", "Answers that another worker continued", &["model"])?,
-            time_to_first_token_seconds: Histogram::with_opts(first_token.buckets(buckets))?,
+            time_to_first_token_seconds: HistogramVec::new(first_token.buckets(buckets), &["model"])?,
             workers: IntGauge::new("vicuna_gateway_workers", "Workers attached")?,
             queued: IntGaugeVec::new(Opts::new("vicuna_gateway_queued", "Answers that wait for a worker"), &["model"])?,
             ejections: IntCounter::new(

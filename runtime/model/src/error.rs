@@ -34,6 +34,10 @@ pub enum ModelError {
     UnknownToken { id: u32, vocabulary: usize },
     #[error("{tokens} tokens do not fit the model's maximum length of {max_length}")]
     TooLong { tokens: usize, max_length: usize },
+    #[error(
+        "a maximum length of {wanted} tokens is more than the {allowed} that the model was made for: lower it, or leave it out"
+    )]
+    MaxLength { wanted: usize, allowed: usize },
     #[error("{tokens} tokens do not fit in {blocks} blocks of the cache")]
     Blocks { tokens: usize, blocks: usize },
     #[error("int8 and int4 weights run on the CPU only; use bf16 on a GPU")]

@@ -125,7 +125,7 @@ impl Engine {
     pub fn new(model: &Pretrained, options: &EngineOptions) -> Result<Self, ModelError> {
         let config = &model.config;
         crate::parameters::check(config, &model.tensors)?;
-        let max_length = options.max_length.unwrap_or(config.max_position).min(config.max_position);
+        let max_length = max_length(options.max_length, config.max_position)?;
         let on_cpu = options.device == Device::Cpu;
         let token_bytes = match on_cpu {
             true => CpuEngine::token_bytes(config),
@@ -193,6 +193,13 @@ impl Engine {
             return Err(ModelError::Blocks { tokens: length, blocks: piece.blocks.len() });
         }
         Ok(())
+    }
+}
+
+fn max_length(wanted: Option<usize>, allowed: usize) -> Result<usize, ModelError> {
+    match wanted {
+        Some(wanted) if wanted > allowed => Err(ModelError::MaxLength { wanted, allowed }),
+        wanted => Ok(wanted.unwrap_or(allowed)),
     }
 }
 

@@ -17,6 +17,7 @@ pub struct Health {
 #[derive(Clone, Debug)]
 enum Phase {
     Loading(String),
+    Unavailable(String),
     Serving,
     Draining,
 }
@@ -27,12 +28,13 @@ impl Health {
         Self { phase, attached: AtomicUsize::new(0), termination_log }
     }
 
-    /// Ready only with a model and a gateway; otherwise why not.
-    pub fn readiness(&self) -> Result<String, String> {
+    /// Ready only with a model and a gateway; otherwise why not, in a word for the operator and a sentence.
+    pub fn readiness(&self) -> Result<String, (&'static str, String)> {
         match (&*self.phase.read(), self.attached.load(Ordering::Relaxed)) {
-            (Phase::Loading(reason), _) => Err(reason.clone()),
-            (Phase::Draining, _) => Err("draining".to_owned()),
-            (Phase::Serving, 0) => Err("no gateway is attached".to_owned()),
+            (Phase::Loading(progress), _) => Err(("ModelLoading", progress.clone())),
+            (Phase::Unavailable(reason), _) => Err(("ModelUnavailable", reason.clone())),
+            (Phase::Draining, _) => Err(("Draining", "draining".to_owned())),
+            (Phase::Serving, 0) => Err(("NoGateway", "no gateway is attached".to_owned())),
             (Phase::Serving, attached) => Ok(format!("attached to {attached} gateways")),
         }
     }
@@ -44,7 +46,7 @@ impl Health {
 
     /// The model cannot be had for now: shown in readiness, and by Kubernetes should we end.
     pub fn model_unavailable(&self, reason: &str) {
-        self.loading(reason.to_owned());
+        *self.phase.write() = Phase::Unavailable(reason.to_owned());
         self.leave_message(reason);
     }
 
@@ -98,16 +100,16 @@ mod tests {
     fn a_worker_is_ready_with_a_model_and_a_gateway_only() {
         let health = Health::new(PathBuf::from("nowhere"));
         health.attached();
-        assert!(health.readiness().unwrap_err().contains("being loaded"));
+        assert!(health.readiness().unwrap_err().1.contains("being loaded"));
         health.model_unavailable("the bucket does not exist");
-        assert_eq!(health.readiness().unwrap_err(), "the bucket does not exist");
+        assert_eq!(health.readiness().unwrap_err(), ("ModelUnavailable", "the bucket does not exist".to_owned()));
         health.serving();
         assert!(health.readiness().is_ok());
         health.detached();
-        assert_eq!(health.readiness().unwrap_err(), "no gateway is attached");
+        assert_eq!(health.readiness().unwrap_err().1, "no gateway is attached");
         health.attached();
         health.draining();
-        assert_eq!(health.readiness().unwrap_err(), "draining");
+        assert_eq!(health.readiness().unwrap_err().1, "draining");
     }
 
     #[test]

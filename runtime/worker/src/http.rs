@@ -9,6 +9,9 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use std::sync::Arc;
 
+/// Why a worker is not ready, in a word.
+const REASON: &str = "vicuna-reason";
+
 pub fn router(health: Arc<Health>, metrics: Metrics) -> Router {
     Router::new()
         .route("/healthz", get(|| async { "ok" }))
@@ -18,8 +21,8 @@ pub fn router(health: Arc<Health>, metrics: Metrics) -> Router {
 
 async fn readiness(State(health): State<Arc<Health>>) -> impl IntoResponse {
     match health.readiness() {
-        Ok(detail) => (StatusCode::OK, detail),
-        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason),
+        Ok(detail) => (StatusCode::OK, [(REASON, "Ready")], detail),
+        Err((reason, detail)) => (StatusCode::SERVICE_UNAVAILABLE, [(REASON, reason)], detail),
     }
 }
 

@@ -131,7 +131,7 @@ pub fn an_unreadable_model_is_told_and_recovers(fixture: &Fixture) -> Result<()>
     fixture.apply(&serving("torn-model", "s3://vicuna/models/torn.gguf"))?;
     let told = blocked_by(fixture, "torn-model", "ModelUnreadable")?;
     ensure!(told.contains("models/torn"), "the message does not name the model: {told}");
-    unready(fixture, "torn-model", "WorkerNotReady", "models/torn.gguf")?;
+    unready(fixture, "torn-model", "ModelUnavailable", "models/torn.gguf")?;
     for (file, key) in whole.iter().zip(keys) {
         fixture.bucket.put(key, file)?;
     }

@@ -3,6 +3,7 @@
 use super::account::WORKER_ACCOUNT;
 use super::{labels, owner, selector};
 use crate::config::{Config, METRICS_PORT, POOL_LABEL};
+use crate::cpu;
 use crate::serving::observe::Source;
 use crate::serving::plan::NewWorker;
 use crate::spot::notices::NOTICE_ANNOTATION;
@@ -30,6 +31,8 @@ const TRUST_FOLDER: &str = "/etc/vicuna/trust";
 const SCRATCH_FOLDER: &str = "/scratch";
 const STORE_FOLDER: &str = "/var/run/secrets/store";
 const TOKEN_SECONDS: i64 = 3600;
+/// Most threads that a worker takes.
+const MOST_THREADS: u64 = 1024;
 /// What a worker gets after its drain before it is killed.
 const GRACE_MARGIN: Duration = Duration::from_secs(10);
 /// A node that stopped answering holds its workers so long; the gateway has moved their streams by then.
@@ -113,7 +116,7 @@ fn container(serving: &VicunaServing, source: &Source, config: &Config, pool: &P
         image_pull_policy: Some(config.image_pull_policy.clone()),
         command: Some(vec!["/usr/bin/vicuna-worker".to_owned()]),
         args: Some(args(serving, source, config, pool)),
-        env: Some(environment()),
+        env: Some(environment(serving)),
         env_from: source.credentials.as_ref().map(|secret| {
             vec![EnvFromSource {
                 secret_ref: Some(SecretEnvSource { name: secret.clone(), optional: Some(false) }),
@@ -159,11 +162,14 @@ fn args(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool) 
         format!("--model-patience={}", MODEL_PATIENCE.as_secs()),
     ];
     args.extend(spec.model.template.map(|template| format!("--template={}", template.name())));
+    args.push(format!("--quantization={}", spec.model.quantization.name()));
     args.extend(spec.model.max_length.map(|tokens| format!("--max-length={tokens}")));
     args
 }
 
-fn environment() -> Vec<EnvVar> {
+fn environment(serving: &VicunaServing) -> Vec<EnvVar> {
+    let value = |name: &str, value: String| EnvVar { name: name.to_owned(), value: Some(value), ..EnvVar::default() };
+    let threads = cpu::threads(serving.spec.worker.resources.as_ref()).map(|threads| threads.min(MOST_THREADS));
     [
         ("POD_NAME", "metadata.name"),
         ("POD_NAMESPACE", "metadata.namespace"),
@@ -180,11 +186,9 @@ fn environment() -> Vec<EnvVar> {
         ..EnvVar::default()
     })
     .into_iter()
-    .chain([EnvVar {
-        name: "VICUNA_STORE_CREDENTIALS".to_owned(),
-        value: Some(STORE_FOLDER.to_owned()),
-        ..EnvVar::default()
-    }])
+    .chain([value("VICUNA_STORE_CREDENTIALS", STORE_FOLDER.to_owned())])
+    // A request is no quota: without this a worker would use the CPUs of its neighbours.
+    .chain(threads.map(|threads| value("VICUNA_THREADS", threads.to_string())))
     .collect()
 }
 
@@ -327,8 +331,10 @@ mod tests {
 
     fn serving() -> Arc<VicunaServing> {
         observed(json!({
-            "replicas": 1, "drain": { "timeout": "20s" }, "worker": { "slots": 4 },
-            "model": { "from": { "uri": "s3://b/m" }, "template": "chatml", "maxLength": 512 } }))
+            "replicas": 1, "drain": { "timeout": "20s" },
+            "worker": { "slots": 4, "resources": { "requests": { "cpu": "1500m" } } },
+            "model": { "from": { "uri": "s3://b/m" }, "template": "chatml", "maxLength": 512, "quantization": "Int8" }
+        }))
         .serving
     }
 
@@ -348,6 +354,7 @@ mod tests {
             "--model-uri=s3://b/m",
             "--template=chatml",
             "--max-length=512",
+            "--quantization=int8",
             "--slots=4",
             "--capacity=Spot",
             "--gateway=https://vicuna-gateway-workers.vicuna-system.svc:9443",
@@ -358,6 +365,14 @@ mod tests {
             assert!(args.contains(&expected), "{expected} is not in {args:?}");
         }
         assert_eq!(pod["spec"]["containers"][0]["envFrom"][0]["secretRef"]["name"], "keys");
+    }
+
+    #[test]
+    fn a_worker_computes_on_the_cpus_that_it_asks_for() {
+        let pod = built();
+        let env = pod["spec"]["containers"][0]["env"].as_array().unwrap();
+        let threads = env.iter().find(|variable| variable["name"] == "VICUNA_THREADS").unwrap();
+        assert_eq!(threads["value"], "1");
     }
 
     #[test]

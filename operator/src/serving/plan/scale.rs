@@ -215,6 +215,15 @@ mod tests {
     }
 
     #[test]
+    fn at_a_least_of_zero_the_last_worker_goes_and_a_request_brings_one() {
+        let mut run = Run::new(0, 2);
+        assert_eq!(run.step(0, 0).desired, 0);
+        assert_eq!(run.step(1, 1).desired, 1);
+        assert_eq!(run.step(0, 15).desired, 1);
+        assert_eq!(run.step(0, 36).desired, 0);
+    }
+
+    #[test]
     fn without_reports_nothing_changes() {
         let mut run = Run::new(1, 4);
         run.step(12, 0);

@@ -3,8 +3,9 @@
 
 use super::{labels, owner, service_account};
 use crate::config::{Config, METRICS_PORT, POOL_LABEL, REPLACES_ANNOTATION, TRAINING_LABEL};
+use crate::cpu;
 use crate::spot::notices::NOTICE_ANNOTATION;
-use k8s_openapi::api::core::v1::{Pod, ResourceRequirements};
+use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -204,7 +205,7 @@ fn environment(training: &VicunaTraining, pool: &Pool) -> Vec<Value> {
         ("POD_IP", "status.podIP"),
     ];
     let field = |(name, path): (&str, &str)| json!({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}});
-    let threads = threads(training.spec.workers.resources.as_ref());
+    let threads = cpu::threads(training.spec.workers.resources.as_ref()).unwrap_or(1);
     let values = [
         // The number of threads decides the last bits: it must not depend on the node.
         json!({"name": "VICUNA_THREADS", "value": threads.to_string()}),
@@ -213,22 +214,6 @@ fn environment(training: &VicunaTraining, pool: &Pool) -> Vec<Value> {
         json!({"name": "VICUNA_STORE_CREDENTIALS", "value": STORE_DIRECTORY}),
     ];
     fields.into_iter().map(field).chain(values).collect()
-}
-
-/// Whole CPUs that the rank may use, by its limit or else its request; at least 1.
-fn threads(resources: Option<&ResourceRequirements>) -> u64 {
-    let cpu = |list: &Option<
-        std::collections::BTreeMap<String, k8s_openapi::apimachinery::pkg::api::resource::Quantity>,
-    >| { list.as_ref().and_then(|list| list.get("cpu")).map(|quantity| quantity.0.clone()) };
-    let text = resources.and_then(|resources| cpu(&resources.limits).or_else(|| cpu(&resources.requests)));
-    text.and_then(|text| whole_cpus(&text)).unwrap_or(1).max(1)
-}
-
-fn whole_cpus(text: &str) -> Option<u64> {
-    if let Some(milli) = text.strip_suffix('m') {
-        return milli.parse::<u64>().ok().map(|milli| milli / 1000);
-    }
-    text.parse::<f64>().ok().filter(|cpus| (0.0..1e6).contains(cpus)).map(|cpus| cpus as u64)
 }
 
 fn credentials(training: &VicunaTraining) -> Vec<Value> {
@@ -320,8 +305,6 @@ mod tests {
         let threads = spec.containers[0].env.as_ref().unwrap().iter().find(|env| env.name == "VICUNA_THREADS");
         assert_eq!(threads.unwrap().value.as_deref(), Some("2"));
         assert_eq!(spec.tolerations.unwrap().len(), 3);
-        assert_eq!(whole_cpus("0.5"), Some(0));
-        assert_eq!(whole_cpus("many"), None);
     }
 
     #[test]
