@@ -642,7 +642,41 @@ impl World {
     }
 }
 
+/// `VICUNA_SEEDS` says which seeds are run instead of `0..usual`: a number of them, a range `FROM..TO`, or with `=SEED` a
+/// single one, as a failing run names it.
+fn seeds(usual: u64) -> std::ops::Range<u64> {
+    match std::env::var("VICUNA_SEEDS") {
+        Ok(asked) => parse_seeds(&asked)
+            .unwrap_or_else(|| panic!("VICUNA_SEEDS={asked}: give a number, a range FROM..TO, or =SEED for one")),
+        Err(_) => 0..usual,
+    }
+}
+
+fn parse_seeds(asked: &str) -> Option<std::ops::Range<u64>> {
+    let seeds = if let Some(one) = asked.strip_prefix('=') {
+        let one: u64 = one.parse().ok()?;
+        one..one.checked_add(1)?
+    } else if let Some((from, to)) = asked.split_once("..") {
+        from.parse().ok()?..to.parse().ok()?
+    } else {
+        0..asked.parse().ok()?
+    };
+    (!seeds.is_empty()).then_some(seeds)
+}
+
+/// Whichever assertion fails in a seed's run, how to have it again is said.
+struct Reproduce(u64, Trouble);
+
+impl Drop for Reproduce {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("seed {} with trouble {:?}: VICUNA_SEEDS=={} runs it alone", self.0, self.1, self.0);
+        }
+    }
+}
+
 fn run_to_the_end(seed: u64, trouble: Trouble) -> World {
+    let _reproduce = Reproduce(seed, trouble);
     let mut world = World::new(seed);
     for _ in 0..400 {
         world.round(trouble);
@@ -659,33 +693,52 @@ fn run_to_the_end(seed: u64, trouble: Trouble) -> World {
 
 #[test]
 fn every_random_run_keeps_the_invariants_and_ends() {
-    let (mut lost, mut generations, mut from_memory) = (0, 0, 0);
-    for seed in 0..400 {
+    let seeds = seeds(2_000);
+    let (mut lost, mut generations, mut from_memory, runs) = (0, 0, 0, seeds.end - seeds.start);
+    for seed in seeds {
         let world = run_to_the_end(seed, Trouble::All);
         lost += world.lost;
         from_memory += world.from_memory;
         generations += world.membership.generation();
     }
-    assert!(lost > 0 && generations > 4 * 400, "there was no trouble: {lost} lost, {generations} generations");
-    assert!(from_memory > generations / 4, "{from_memory} of {generations} generations went on from memory");
+    println!("{runs} runs, {generations} generations, {from_memory} from memory, {lost} steps lost");
+    // What only many runs are sure to meet.
+    if runs >= 400 {
+        assert!(lost > 0 && generations > 4 * runs, "there was no trouble: {lost} lost, {generations} generations");
+        assert!(from_memory > generations / 4, "{from_memory} of {generations} generations went on from memory");
+    }
 }
 
 #[test]
 fn reclaims_with_and_without_notice_lose_no_completed_step() {
-    let (mut generations, mut from_memory) = (0, 0);
-    for seed in 0..400 {
+    let seeds = seeds(2_000);
+    let (mut generations, mut from_memory, runs) = (0, 0, seeds.end - seeds.start);
+    for seed in seeds {
         let world = run_to_the_end(seed, Trouble::Reclaims);
-        assert_eq!(world.lost, 0, "seed {seed}");
+        assert_eq!(world.lost, 0, "seed {seed}: VICUNA_SEEDS=={seed} runs it alone");
         from_memory += world.from_memory;
         generations += world.membership.generation();
     }
-    assert!(from_memory > 2 * 400, "there was no trouble: {from_memory} of {generations} generations");
+    println!("{runs} runs, {generations} generations, {from_memory} from memory");
+    if runs >= 400 {
+        assert!(from_memory > 2 * runs, "there was no trouble: {from_memory} of {generations} generations");
+    }
 }
 
 #[test]
 fn without_trouble_nothing_is_lost() {
-    for seed in 0..50 {
+    for seed in seeds(50) {
         let world = run_to_the_end(seed, Trouble::None);
         assert_eq!(world.lost, 0, "seed {seed}");
+    }
+}
+
+#[test]
+fn seeds_are_a_number_a_range_or_a_single_one() {
+    assert_eq!(parse_seeds("2000"), Some(0..2_000));
+    assert_eq!(parse_seeds("400..500"), Some(400..500));
+    assert_eq!(parse_seeds("=7"), Some(7..8));
+    for wrong in ["", "0", "5..5", "9..5", "seven", "=", "1..2..3"] {
+        assert_eq!(parse_seeds(wrong), None, "{wrong}");
     }
 }
