@@ -147,7 +147,7 @@ fn the_engine_gives_the_logits_of_transformers() {
 }
 
 fn engine(model: &Pretrained, precision: Precision) -> Engine {
-    let options = EngineOptions { device: Device::Cpu, precision, max_length: Some(256), cache_bytes: 0, threads: 2 };
+    let options = EngineOptions { device: Device::Cpu, precision, max_length: None, cache_bytes: 0, threads: 2 };
     Engine::new(model, &options).unwrap()
 }
 
