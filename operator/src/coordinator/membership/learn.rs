@@ -59,6 +59,10 @@ impl Membership {
     fn rejoin_as_newcomer(&mut self, pod: &str, hello: &wire::Hello) {
         self.remember(hello);
         let generation = hello.generation;
+        // It forgets its state when it hears that: nobody may count on it any more.
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.holding = None;
+        }
         if let State::Finished(_) = self.state {
             return self.release(pod, wire::shutdown::Why::Complete);
         }
