@@ -89,7 +89,9 @@ impl Config {
             ("qwen2", None) => Family::Qwen2,
             ("qwen2", Some(_)) => return Err(refusal("attention.sliding_window of qwen2 is not supported")),
             (other, _) => {
-                return Err(refusal(format!("the GGUF file's architecture is {other:?}; llama and qwen2 are supported")));
+                return Err(refusal(format!(
+                    "the GGUF file's architecture is {other:?}; llama and qwen2 are supported"
+                )));
             }
         };
         let heads = gguf.size(&key("attention.head_count"))?;
@@ -283,7 +285,9 @@ fn refuse_unsupported(json: &Value) -> Result<(), ModelError> {
     }
     for field in ["num_local_experts", "num_experts", "n_routed_experts", "quantization_config"] {
         if !json[field].is_null() {
-            return Err(refusal(format!("{field} is set: mixtures of experts and quantised safetensors are not supported")));
+            return Err(refusal(format!(
+                "{field} is set: mixtures of experts and quantised safetensors are not supported"
+            )));
         }
     }
     for place in [json, &json["rope_scaling"], &json["rope_parameters"]] {
@@ -296,7 +300,9 @@ fn refuse_unsupported(json: &Value) -> Result<(), ModelError> {
     }
     let layers = json["layer_types"].as_array().into_iter().flatten();
     match layers.filter_map(Value::as_str).find(|kind| *kind != "full_attention") {
-        Some(kind) => Err(refusal(format!("layer_types has {kind:?}; layers of different attention are not supported"))),
+        Some(kind) => {
+            Err(refusal(format!("layer_types has {kind:?}; layers of different attention are not supported")))
+        }
         None => Ok(()),
     }
 }
@@ -415,7 +421,10 @@ mod tests {
             ("max_sequence_length", json!(512)),
             ("original_max_position_embeddings", json!(64)),
             ("rope_scaling", json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "truncate": null})),
-            ("rope_parameters", json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4})),
+            (
+                "rope_parameters",
+                json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}),
+            ),
         ] {
             whole[key] = value;
         }

@@ -176,8 +176,9 @@ impl RopeScaling {
             Self::Llama3 { .. } => frequencies.iter_mut().for_each(|frequency| *frequency = self.of_llama3(*frequency)),
             Self::Yarn { factor, beta_fast, beta_slow, original, .. } => {
                 // The dimension that turns so many times within the original length.
-                let turning =
-                    |turns: f64| dimensions * (original as f64 / (turns * std::f64::consts::TAU)).ln() / (2.0 * theta.ln());
+                let turning = |turns: f64| {
+                    dimensions * (original as f64 / (turns * std::f64::consts::TAU)).ln() / (2.0 * theta.ln())
+                };
                 let low = turning(beta_fast).floor().max(0.0);
                 let high = turning(beta_slow).ceil().min(dimensions - 1.0);
                 let width = if high == low { 0.001 } else { high - low };
@@ -244,14 +245,18 @@ fn from_divisors(divisors: &[f32], frequencies: &[f32]) -> Result<RopeScaling, M
         return Ok(RopeScaling::Unscaled);
     }
     let (low_freq_factor, high_freq_factor) = (1.0, 4.0);
-    let between = divisors.iter().zip(frequencies).find(|(divisor, _)| **divisor > 1.001 && f64::from(**divisor) < 0.999 * factor);
+    let between = divisors
+        .iter()
+        .zip(frequencies)
+        .find(|(divisor, _)| **divisor > 1.001 && f64::from(**divisor) < 0.999 * factor);
     let original = between.map_or(8192.0, |(divisor, frequency)| {
         let smooth = (f64::from(*divisor).recip() - factor.recip()) / (1.0 - factor.recip());
         let turns = smooth * (high_freq_factor - low_freq_factor) + low_freq_factor;
         (turns * std::f64::consts::TAU / f64::from(*frequency)).round()
     });
     let found = RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original: original as usize };
-    let follows = |(divisor, frequency): (&f32, &f32)| (frequency / found.of_llama3(*frequency) / divisor - 1.0).abs() < 1e-3;
+    let follows =
+        |(divisor, frequency): (&f32, &f32)| (frequency / found.of_llama3(*frequency) / divisor - 1.0).abs() < 1e-3;
     if divisors.len() != frequencies.len() || !divisors.iter().zip(frequencies).all(follows) {
         return Err(refuse(
             "tensor rope_freqs.weight is not that of a Llama 3 model; use the Hugging Face directory".to_owned(),

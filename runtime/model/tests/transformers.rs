@@ -87,7 +87,10 @@ fn checkpoints_of_transformers_give_its_logits_in_every_family() {
         let ours = [logits(&model.config, &model.tensors, &ids).unwrap(), engine_logits(&model, &ids, Precision::Fp32)];
         for ours in ours {
             let difference = largest_difference(&theirs, &ours);
-            eprintln!("{family}: largest logit {:.3}, largest difference {difference:e}", theirs.abs().max().double_value(&[]));
+            eprintln!(
+                "{family}: largest logit {:.3}, largest difference {difference:e}",
+                theirs.abs().max().double_value(&[])
+            );
             assert!(difference < 1e-4, "{family}: {difference}");
         }
         // And the other way round: what we save is what we read, to transformers too.

@@ -26,7 +26,8 @@ type Tensors = BTreeMap<String, Tensor>;
 fn transformers() -> Option<PathBuf> {
     let cache = std::env::var_os("VICUNA_CACHE").map(PathBuf::from)?;
     let entries = std::fs::read_dir(cache).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
-    let installed = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("transformers-"));
+    let installed =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("transformers-"));
     entries.filter(installed).max().or_else(|| {
         eprintln!("skipped: transformers is not installed, run tests/tools/transformers.sh");
         None
@@ -120,7 +121,8 @@ fn update(tensors: &mut Tensors, moments: &mut Moments, gradients: &Tensors, cou
 fn every_family_trains_as_transformers_does() {
     let Some(site) = transformers() else { return };
     let batches = batches();
-    let recipe = json!({ "batches": batches, "learningRate": LEARNING_RATE, "weightDecay": WEIGHT_DECAY, "clip": CLIP });
+    let recipe =
+        json!({ "batches": batches, "learningRate": LEARNING_RATE, "weightDecay": WEIGHT_DECAY, "clip": CLIP });
     for family in FAMILIES {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_str().unwrap();

@@ -20,7 +20,7 @@ impl Membership {
             let moved = match self.state.clone() {
                 State::Adopting { since, first_hello, answered } => self.adopting(now, since, first_hello, &answered),
                 State::Held { not_before, enough_since, eager } => self.held(now, not_before, enough_since, eager),
-                State::Moving { since, ready } => self.moving(now, since, &ready),
+                State::Moving { since, ready, leavers } => self.moving(now, since, &ready, &leavers),
                 State::Steady { since, progressed } => self.steady(now, since, progressed),
                 State::Collecting { planned, limit, answered, .. } => self.collecting(now, planned, limit, &answered),
                 State::Stopped => self.suspended(now),
@@ -180,13 +180,21 @@ impl Membership {
             members: record.members.len(),
             base_step: record.base_step,
         });
+        let members = record.members.iter().map(|member| member.pod_uid.clone());
+        let leavers = members.filter(|pod| self.leaves_in_a_hurry(pod)).collect();
         self.effects.push(Effect::Form(formation));
-        self.state = State::Moving { since: now, ready: BTreeMap::new() };
+        self.state = State::Moving { since: now, ready: BTreeMap::new(), leavers };
     }
 
-    fn moving(&mut self, now: Millis, since: Millis, ready: &BTreeMap<PodUid, String>) -> bool {
+    fn moving(
+        &mut self,
+        now: Millis,
+        since: Millis,
+        ready: &BTreeMap<PodUid, String>,
+        leavers: &BTreeSet<PodUid>,
+    ) -> bool {
         let members = self.members().to_vec();
-        if let Some(reason) = self.obstacle(now, &members) {
+        if let Some(reason) = self.obstacle(now, &members, leavers) {
             self.fruitless += 1;
             self.collect(now, false, reason, 0);
             return true;
@@ -212,8 +220,9 @@ impl Membership {
         overdue
     }
 
-    /// What keeps a generation from starting.
-    fn obstacle(&mut self, now: Millis, members: &[Member]) -> Option<String> {
+    /// What keeps a generation from starting. That `leavers` leave is not: they came along because only
+    /// they hold something, and hand it over once it has started.
+    fn obstacle(&mut self, now: Millis, members: &[Member], leavers: &BTreeSet<PodUid>) -> Option<String> {
         if self.target.is_some_and(|target| target.suspend) {
             return Some("the training is suspended".to_owned());
         }
@@ -228,7 +237,8 @@ impl Membership {
         if members.iter().any(absent) {
             return Some("a rank is out of reach".to_owned());
         }
-        let leaver = members.iter().find(|member| self.leaves_in_a_hurry(&member.pod_uid))?;
+        let leaves = |member: &&Member| self.leaves_in_a_hurry(&member.pod_uid) && !leavers.contains(&member.pod_uid);
+        let leaver = members.iter().find(leaves)?;
         self.interrupt(now);
         Some(self.why_it_leaves(leaver))
     }

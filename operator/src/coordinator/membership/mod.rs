@@ -164,6 +164,8 @@ enum State {
     Moving {
         since: Millis,
         ready: BTreeMap<PodUid, String>,
+        /// Members that were known to leave when it was formed.
+        leavers: BTreeSet<PodUid>,
     },
     Steady {
         since: Millis,

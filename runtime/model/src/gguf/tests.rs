@@ -213,7 +213,8 @@ fn half_precision_files_hold_the_rounded_weights() {
     for (weights, kind) in [(Weights::F16, Kind::Half), (Weights::Bf16, Kind::BFloat16)] {
         for (name, tensor) in written(&model, weights).unwrap().tensors {
             let original = &model.tensors[&name];
-            let expected = if original.dim() > 1 { original.to_kind(kind).to_kind(Kind::Float) } else { original.shallow_clone() };
+            let expected =
+                if original.dim() > 1 { original.to_kind(kind).to_kind(Kind::Float) } else { original.shallow_clone() };
             assert_eq!(tensor, expected, "{name}");
         }
     }

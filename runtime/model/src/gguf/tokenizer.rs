@@ -87,7 +87,12 @@ fn sentence_piece(gguf: &Gguf, tokens: &[&str]) -> Result<serde_json::Value, Mod
     }))
 }
 
-fn bpe(vocabulary: Map<String, serde_json::Value>, merges: serde_json::Value, pieces: bool, whole: bool) -> serde_json::Value {
+fn bpe(
+    vocabulary: Map<String, serde_json::Value>,
+    merges: serde_json::Value,
+    pieces: bool,
+    whole: bool,
+) -> serde_json::Value {
     let unknown = pieces && vocabulary.contains_key("<unk>");
     json!({
         "type": "BPE",
@@ -139,7 +144,9 @@ pub(super) fn describe(tokenizer: &Tokenizer, config: &Config, metadata: &mut Me
         let prefix = json["normalizer"].to_string().contains("Prepend") || json["pre_tokenizer"]["type"] == "Metaspace";
         metadata.switch("tokenizer.ggml.add_space_prefix", prefix);
     } else {
-        let name = PRE_TOKENIZERS.into_iter().find(|name| pre_tokenizer(name).is_some_and(|known| is_alike(&known, &json["pre_tokenizer"])));
+        let name = PRE_TOKENIZERS
+            .into_iter()
+            .find(|name| pre_tokenizer(name).is_some_and(|known| is_alike(&known, &json["pre_tokenizer"])));
         let name = name.ok_or_else(|| {
             refuse(format!("GGUF has no name for this tokenizer's pre-tokenizer; {PRE_TOKENIZERS:?} are known"))
         })?;
@@ -159,7 +166,8 @@ pub(super) fn describe(tokenizer: &Tokenizer, config: &Config, metadata: &mut Me
         metadata.number(&format!("tokenizer.ggml.{name}_token_id"), id as usize);
     }
     let nothing = tokenizer.encode("", true).map_err(|error| refuse(error.to_string()))?;
-    metadata.switch("tokenizer.ggml.add_bos_token", config.bos.is_some_and(|bos| nothing.get_ids().first() == Some(&bos)));
+    metadata
+        .switch("tokenizer.ggml.add_bos_token", config.bos.is_some_and(|bos| nothing.get_ids().first() == Some(&bos)));
     Ok(())
 }
 
@@ -256,11 +264,8 @@ const PRE_TOKENIZERS: [&str; 6] = ["gpt-2", "gpt2", "default", "smollm", "qwen2"
 
 /// How text is cut before merging: a property of the model family.
 fn pre_tokenizer(name: &str) -> Option<serde_json::Value> {
-    let byte_level =
-        |use_regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex });
-    let sequence = |first: serde_json::Value, second: serde_json::Value| {
-        json!({ "type": "Sequence", "pretokenizers": [first, second] })
-    };
+    let byte_level = |use_regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex });
+    let sequence = |first: serde_json::Value, second: serde_json::Value| json!({ "type": "Sequence", "pretokenizers": [first, second] });
     // Runs of digits are what they differ in.
     let split = |digits: &str| {
         let pattern = format!(

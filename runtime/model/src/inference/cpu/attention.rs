@@ -209,12 +209,7 @@ unsafe fn some_queries<I: Isa, const M: usize>(task: &Task<'_>, first: usize, sc
 
 /// Scaled products of queries and keys.
 #[inline(always)]
-unsafe fn score<I: Isa, const M: usize>(
-    task: &Task<'_>,
-    queries: &[*const f32; M],
-    span: Span,
-    scores: &mut [f32],
-) {
+unsafe fn score<I: Isa, const M: usize>(task: &Task<'_>, queries: &[*const f32; M], span: Span, scores: &mut [f32]) {
     let head_dim = task.cache.shape.head_dim;
     let scale = I::F::splat(1.0 / (head_dim as f32).sqrt());
     for (index, block) in span.blocks(task) {
@@ -266,13 +261,7 @@ unsafe fn softmax<I: Isa>(scores: &mut [f32], seen: Range<usize>) -> f32 {
 
 /// Values weighted by the scores.
 #[inline(always)]
-unsafe fn mix<I: Isa, const M: usize>(
-    task: &Task<'_>,
-    first: usize,
-    span: Span,
-    scores: &[f32],
-    inverses: &[f32; M],
-) {
+unsafe fn mix<I: Isa, const M: usize>(task: &Task<'_>, first: usize, span: Span, scores: &[f32], inverses: &[f32; M]) {
     let shape = task.cache.shape;
     let padded = shape.padded();
     for unit in (0..padded).step_by(UNITS) {

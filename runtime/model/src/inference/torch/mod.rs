@@ -240,7 +240,8 @@ impl Net {
         let (config, head_dim) = (&self.config, self.config.head_dim as i64);
         let (heads, kv_heads) = (config.heads as i64, config.kv_heads as i64);
         let normed = rms_norm(&x, &weights.input_norm, config.eps);
-        let projected = normed.linear(&weights.attention, weights.biases.as_ref()).view([-1, heads + 2 * kv_heads, head_dim]);
+        let projected =
+            normed.linear(&weights.attention, weights.biases.as_ref()).view([-1, heads + 2 * kv_heads, head_dim]);
         let rotated = batch.rope.rotate(&projected.narrow(1, 0, heads + kv_heads));
         cache.write(
             &batch.slots,
