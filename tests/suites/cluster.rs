@@ -41,7 +41,6 @@ const CASES: &[(&str, Case)] = &[
         training::a_reclaimed_run_has_the_weights_of_an_undisturbed_one,
     ),
     ("a_rank_that_is_cut_off_takes_no_step_with_it", training::a_rank_that_is_cut_off_takes_no_step_with_it),
-    ("a_killed_rank_costs_no_completed_step", matrix::a_killed_rank_costs_no_completed_step),
     (
         "a_suspended_training_gives_its_pods_back_and_goes_on",
         training::a_suspended_training_gives_its_pods_back_and_goes_on,

@@ -198,8 +198,7 @@ impl View for StoredView {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = Vec::new();
-        bytes.resize(self.data_len(), 0);
+        let mut bytes = vec![0; self.data_len()];
         // A contiguous CPU tensor is only copied; a failure would leave the wrong length, which the
         // writer below refuses.
         if self.tensor.f_copy_data_u8(&mut bytes, self.tensor.numel()).is_err() {

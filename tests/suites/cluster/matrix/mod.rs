@@ -221,17 +221,3 @@ fn wait_until_ready(fixture: &Fixture) -> Result<()> {
     }
     Ok(())
 }
-
-/// A row of the matrix as one of the cluster suite's cases; what it measures is printed.
-pub fn a_killed_rank_costs_no_completed_step(fixture: &Fixture) -> Result<()> {
-    let shape = rows::undisturbed(600);
-    let run = Run::start(fixture, "killed", run::Shape { max: 2, ..shape })?;
-    rows::rank_killed(&run)?;
-    let status = run.finish()?;
-    let reference = fixture.objects.get("vicunatraining", "reclaimed")?;
-    let reference = reference["status"]["result"]["digest"].as_str().context("the reclaimed run has no result")?;
-    let measured = Measured::of("rank_killed", &status, run.recoveries()?, reference);
-    println!("  {}", measured.in_words());
-    ensure!(measured.equal && measured.lost_steps == 0, "{measured:?}");
-    fixture.delete("vicunatraining", "killed")
-}
