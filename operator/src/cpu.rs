@@ -4,11 +4,14 @@ use k8s_openapi::api::core::v1::ResourceRequirements;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use std::collections::BTreeMap;
 
-/// Whole CPUs that a container may use, by its limit or else its request, at least 1; `None` where it names neither.
+/// What VICUNA_THREADS may say.
+const MOST: u64 = 1024;
+
+/// Whole CPUs that a container may use, by its limit or else its request, 1 to 1024; `None` where it names neither.
 pub fn threads(resources: Option<&ResourceRequirements>) -> Option<u64> {
     let resources = resources?;
     let of = |list: &Option<BTreeMap<String, Quantity>>| list.as_ref()?.get("cpu").and_then(|cpus| whole(&cpus.0));
-    of(&resources.limits).or_else(|| of(&resources.requests)).map(|cpus| cpus.max(1))
+    of(&resources.limits).or_else(|| of(&resources.requests)).map(|cpus| cpus.clamp(1, MOST))
 }
 
 fn whole(text: &str) -> Option<u64> {

@@ -4,29 +4,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops where what it relies on is not there")]
 
-use std::io::Write;
+mod golden;
+
+use golden::{FAMILIES, cache, made_by_transformers, python, transformers};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use tch::{Device, Tensor};
 use vicuna_model::inference::{BLOCK_TOKENS, Engine, EngineOptions, Outputs, Piece, Precision, Want};
 use vicuna_model::{Pretrained, load, logits, save};
-
-fn cache() -> Option<PathBuf> {
-    std::env::var_os("VICUNA_CACHE").map(PathBuf::from)
-}
-
-/// The newest installed transformers.
-fn transformers() -> Option<PathBuf> {
-    let entries = std::fs::read_dir(cache()?).ok()?;
-    let folders = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let named = folders.filter(|path| {
-        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("transformers-"))
-    });
-    named.max().or_else(|| {
-        eprintln!("skipped: transformers is not installed, run tests/tools/transformers.sh");
-        None
-    })
-}
 
 fn small_model() -> Option<PathBuf> {
     let path = cache()?.join("smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf");
@@ -37,25 +21,6 @@ fn small_model() -> Option<PathBuf> {
     Some(path)
 }
 
-/// Runs logits.py and returns what it prints.
-fn python(site: &Path, arguments: &[&str], input: &str) -> String {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/logits.py");
-    let mut child = Command::new("python3")
-        .arg(script)
-        .args(arguments)
-        .env("PYTHONPATH", site)
-        .env("HF_HUB_OFFLINE", "1")
-        .env_remove("LD_LIBRARY_PATH")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "logits.py {arguments:?} failed");
-    String::from_utf8(output.stdout).unwrap()
-}
-
 fn their_logits(site: &Path, directory: &Path, ids: &[u32]) -> Tensor {
     let printed = python(site, &["logits", directory.to_str().unwrap()], &serde_json::to_string(ids).unwrap());
     let values: Vec<f32> = serde_json::from_str(&printed).unwrap();
@@ -64,17 +29,6 @@ fn their_logits(site: &Path, directory: &Path, ids: &[u32]) -> Tensor {
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
-}
-
-const FAMILIES: [&str; 6] = ["llama", "llama-linear", "llama3", "qwen2", "qwen2-yarn", "mistral"];
-
-/// A family's tiny random model as transformers saves it.
-fn made_by_transformers(site: &Path, family: &str) -> (tempfile::TempDir, Pretrained) {
-    let directory = tempfile::tempdir().unwrap();
-    python(site, &["make", directory.path().to_str().unwrap(), family], "");
-    vicuna_model::tiny::tokenizer().save(directory.path().join("tokenizer.json"), false).unwrap();
-    let model = load(directory.path()).unwrap();
-    (directory, model)
 }
 
 #[test]

@@ -62,8 +62,7 @@ impl Dataset {
 
     /// The longest padded sequence.
     pub fn longest(&self) -> usize {
-        let longest = self.examples.iter().map(|example| example.ids.len()).max();
-        padded(longest.unwrap_or(0))
+        longest(&self.examples)
     }
 
     /// What step `step` (from 1) consists of.
@@ -99,8 +98,12 @@ pub fn pad(rows: &[&Example]) -> MicroBatch {
     MicroBatch { rows: rows.len(), length, ids, labels }
 }
 
-/// The length that a sequence of `length` tokens is padded to at least.
-pub fn padded(length: usize) -> usize {
+/// Tokens of the longest of these sequences, padded; 0 if there is none.
+pub fn longest(examples: &[Example]) -> usize {
+    padded(examples.iter().map(|example| example.ids.len()).max().unwrap_or(0))
+}
+
+fn padded(length: usize) -> usize {
     length.max(1).next_multiple_of(LENGTH_STEP)
 }
 

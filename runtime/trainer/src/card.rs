@@ -1,6 +1,6 @@
 //! The model card of a result: what it was made from, how, and what came of it.
 
-use crate::log::{Line, What};
+use crate::log::Line;
 use crate::prepare::{DATA_REPORT, Session};
 
 /// The drawing beside the card.
@@ -34,9 +34,9 @@ pub fn markdown(session: &Session, log: &[Line], digest: &str) -> String {
 
 fn rows(session: &Session, log: &[Line], digest: &str) -> String {
     let mut rows = vec![
-        ("loss of the last step", last(log, trained)),
-        ("loss on the held-out conversations", last(log, held_out)),
-        ("pods that left on the way", departures(log).to_string()),
+        ("loss of the last step", last(log, Line::loss)),
+        ("loss on the held-out conversations", last(log, Line::held_out_loss)),
+        ("pods that left on the way", log.iter().map(|line| line.left().len()).sum::<usize>().to_string()),
         ("digest of the weights (BLAKE3)", format!("`{digest}`")),
         ("digest of the recipe (BLAKE3)", format!("`{}`", session.recipe_digest)),
     ];
@@ -47,26 +47,4 @@ fn rows(session: &Session, log: &[Line], digest: &str) -> String {
 /// The newest of these numbers; empty if there is none.
 fn last(log: &[Line], value: impl Fn(&Line) -> Option<f64>) -> String {
     log.iter().rev().find_map(value).map_or_else(String::new, |loss| format!("{loss:.4}"))
-}
-
-fn trained(line: &Line) -> Option<f64> {
-    match &line.what {
-        What::Step(step) => step.loss,
-        What::Evaluation(_) => None,
-    }
-}
-
-fn held_out(line: &Line) -> Option<f64> {
-    match &line.what {
-        What::Step(_) => None,
-        What::Evaluation(it) => it.evaluation_loss,
-    }
-}
-
-fn departures(log: &[Line]) -> usize {
-    let left = |line: &Line| match &line.what {
-        What::Step(step) => step.left.len(),
-        What::Evaluation(_) => 0,
-    };
-    log.iter().map(left).sum()
 }

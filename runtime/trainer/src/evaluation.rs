@@ -5,7 +5,7 @@
 //! other losses and wishes, so that all end it alike when one of them is to leave. Losses are added in the order of
 //! micro-batches, whoever ran them: the sum has the same bits for every number of ranks.
 
-use crate::batch::{MicroBatch, pad, padded};
+use crate::batch::{MicroBatch, longest, pad};
 use crate::collective::{CollectiveError, Kind, Tag};
 use crate::step::commit::{self, Commit, Contribution, Wishes};
 use crate::step::{Engine, Peers, StepError};
@@ -36,7 +36,7 @@ impl HeldOut {
 
     /// The longest padded sequence; 0 if there is none.
     pub fn longest(&self) -> usize {
-        self.examples.iter().map(|example| padded(example.ids.len())).max().unwrap_or(0)
+        longest(&self.examples)
     }
 
     fn micro_batches(&self) -> u32 {

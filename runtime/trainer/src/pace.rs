@@ -31,7 +31,7 @@ impl Pace {
         if self.counts.iter().sum::<u32>() != micro_batches || self.counts.len() != world {
             self.counts = even(micro_batches, world);
         }
-        if let Some(seconds) = self.seconds.iter().copied().collect::<Option<Vec<f64>>>() {
+        if let Some(seconds) = self.known() {
             let better = fastest(micro_batches, &seconds);
             if longest(&better, &seconds) < GAIN * longest(&self.counts, &seconds) {
                 self.counts = better;
@@ -42,10 +42,16 @@ impl Pace {
 
     /// Shares of a pass of its own, which leaves the steps' shares as they are.
     pub fn shares_apart(&self, micro_batches: u32) -> Vec<Range<u32>> {
-        let known: Option<Vec<f64>> = self.seconds.iter().copied().collect();
-        ranges(
-            &known.map_or_else(|| even(micro_batches, self.seconds.len()), |seconds| fastest(micro_batches, &seconds)),
-        )
+        let counts = match self.known() {
+            Some(seconds) => fastest(micro_batches, &seconds),
+            None => even(micro_batches, self.seconds.len()),
+        };
+        ranges(&counts)
+    }
+
+    /// Seconds a micro-batch, once all ranks have run one.
+    fn known(&self) -> Option<Vec<f64>> {
+        self.seconds.iter().copied().collect()
     }
 
     /// Takes what a step's commit says: seconds that each rank computed for.

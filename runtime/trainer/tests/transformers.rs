@@ -3,54 +3,26 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops where what it relies on is not there")]
 
+#[path = "../../model/tests/golden/mod.rs"]
+#[allow(dead_code, reason = "shared with the model's tests, which use all of it")]
+mod golden;
+
+use golden::{FAMILIES, made_by_transformers, python, transformers};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use tch::{Device, Kind, Tensor};
 use vicuna_model::gradients::{embedding_backward, head_backward, layer_backward};
 use vicuna_model::layers::{IGNORED, LayerWeights, Rope, embed, layer_forward};
 use vicuna_model::parameters::{EMBEDDING, FINAL_NORM, head_name};
-use vicuna_model::{Config, layer_parameter_names, load};
+use vicuna_model::{Config, layer_parameter_names};
 use vicuna_trainer::optimizer::{Slot, Update, adamw, clip_scale, squared_norm};
 
 const STEPS: usize = 30;
 const LEARNING_RATE: f64 = 1e-3;
 const WEIGHT_DECAY: f64 = 0.01;
 const CLIP: f64 = 1.0;
-const FAMILIES: [&str; 6] = ["llama", "llama-linear", "llama3", "qwen2", "qwen2-yarn", "mistral"];
 
 type Tensors = BTreeMap<String, Tensor>;
-
-fn transformers() -> Option<PathBuf> {
-    let cache = std::env::var_os("VICUNA_CACHE").map(PathBuf::from)?;
-    let entries = std::fs::read_dir(cache).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
-    let installed =
-        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("transformers-"));
-    entries.filter(installed).max().or_else(|| {
-        eprintln!("skipped: transformers is not installed, run tests/tools/transformers.sh");
-        None
-    })
-}
-
-fn python(site: &Path, arguments: &[&str], input: &str) -> String {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/logits.py");
-    let mut child = Command::new("python3")
-        .arg(script)
-        .args(arguments)
-        .env("PYTHONPATH", site)
-        .env("HF_HUB_OFFLINE", "1")
-        .env_remove("LD_LIBRARY_PATH")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "logits.py {arguments:?} failed");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// Two sequences of 40 tokens a step, a part of each without loss.
 fn batches() -> Vec<[Vec<Vec<i64>>; 2]> {
@@ -124,12 +96,9 @@ fn every_family_trains_as_transformers_does() {
     let recipe =
         json!({ "batches": batches, "learningRate": LEARNING_RATE, "weightDecay": WEIGHT_DECAY, "clip": CLIP });
     for family in FAMILIES {
-        let directory = tempfile::tempdir().unwrap();
+        let (directory, model) = made_by_transformers(&site, family);
         let path = directory.path().to_str().unwrap();
-        python(&site, &["make", path, family], "");
-        vicuna_model::tiny::tokenizer().save(directory.path().join("tokenizer.json"), false).unwrap();
         let theirs: Value = serde_json::from_str(&python(&site, &["train", path], &recipe.to_string())).unwrap();
-        let model = load(directory.path()).unwrap();
         let (mut tensors, mut moments) = (model.tensors, Moments::new());
         let (mut gradient_gap, mut loss_gap) = (0f64, 0f64);
         for (step, [ids, labels]) in batches.iter().enumerate() {

@@ -152,18 +152,11 @@ impl Stream {
         let mut last = self.started;
         while let Some(event) = self.next_event()? {
             watch(&event)?;
-            match event {
-                StreamEvent::Text(text) => {
-                    answer.first_token.get_or_insert(self.started.elapsed());
-                    answer.longest_gap = answer.longest_gap.max(last.elapsed());
-                    last = Instant::now();
-                    answer.text += &text;
-                }
-                StreamEvent::Finished(reason) => answer.finish_reason = Some(reason),
-                StreamEvent::Usage(usage) => answer.count(&usage),
-                StreamEvent::Failed(error) => answer.error = Some(error),
-                StreamEvent::Comment(_) => {}
-                StreamEvent::Done => return Ok(answer),
+            if matches!(event, StreamEvent::Text(_)) {
+                answer.first_token.get_or_insert(self.started.elapsed());
+            }
+            if answer.take(event, &mut last) {
+                return Ok(answer);
             }
         }
         match &answer.error {
@@ -174,10 +167,24 @@ impl Stream {
 }
 
 impl Answer {
-    /// Takes the numbers of a stream's last event over.
-    pub fn count(&mut self, usage: &Value) {
-        self.resumes = usage["resumes"].as_u64().unwrap_or(0);
-        self.completion_tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
+    /// Takes an event in; whether it was the last. `last` is when there was text before.
+    pub fn take(&mut self, event: StreamEvent, last: &mut Instant) -> bool {
+        match event {
+            StreamEvent::Text(text) => {
+                self.longest_gap = self.longest_gap.max(last.elapsed());
+                *last = Instant::now();
+                self.text += &text;
+            }
+            StreamEvent::Finished(reason) => self.finish_reason = Some(reason),
+            StreamEvent::Usage(usage) => {
+                self.resumes = usage["resumes"].as_u64().unwrap_or(0);
+                self.completion_tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
+            }
+            StreamEvent::Failed(error) => self.error = Some(error),
+            StreamEvent::Comment(_) => {}
+            StreamEvent::Done => return true,
+        }
+        false
     }
 }
 

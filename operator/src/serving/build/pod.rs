@@ -31,8 +31,6 @@ const TRUST_FOLDER: &str = "/etc/vicuna/trust";
 const SCRATCH_FOLDER: &str = "/scratch";
 const STORE_FOLDER: &str = "/var/run/secrets/store";
 const TOKEN_SECONDS: i64 = 3600;
-/// Most threads that a worker takes.
-const MOST_THREADS: u64 = 1024;
 /// What a worker gets after its drain before it is killed.
 const GRACE_MARGIN: Duration = Duration::from_secs(10);
 /// A node that stopped answering holds its workers so long; the gateway has moved their streams by then.
@@ -169,7 +167,7 @@ fn args(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool) 
 
 fn environment(serving: &VicunaServing) -> Vec<EnvVar> {
     let value = |name: &str, value: String| EnvVar { name: name.to_owned(), value: Some(value), ..EnvVar::default() };
-    let threads = cpu::threads(serving.spec.worker.resources.as_ref()).map(|threads| threads.min(MOST_THREADS));
+    let threads = cpu::threads(serving.spec.worker.resources.as_ref());
     [
         ("POD_NAME", "metadata.name"),
         ("POD_NAMESPACE", "metadata.namespace"),

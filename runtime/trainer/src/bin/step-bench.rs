@@ -7,12 +7,13 @@ use clap::Parser;
 use std::time::Instant;
 use tch::Kind;
 use tokio_util::sync::CancellationToken;
+use vicuna_model::layers::Rope;
 use vicuna_model::tiny;
 use vicuna_trainer::batch::MicroBatch;
 use vicuna_trainer::blocks::BlockTable;
 use vicuna_trainer::collective::CollectiveError;
 use vicuna_trainer::state::Weights;
-use vicuna_trainer::step::gradients::{Computation, rope};
+use vicuna_trainer::step::gradients::Computation;
 
 #[derive(Parser)]
 struct Options {
@@ -48,7 +49,7 @@ fn main() -> Result<()> {
     let tensor = |name: &String| model.tensors.get(name).map(tch::Tensor::shallow_clone).context("complete");
     let tensors = table.parameters.iter().map(|parameter| tensor(&parameter.name)).collect::<Result<_>>()?;
     let weights = Weights { tensors };
-    let rope = rope(&model.config, options.length, kind, device);
+    let rope = Rope::new(&model.config, options.length, device, kind);
     let abort = CancellationToken::new();
     let computation =
         Computation { config: &model.config, table: &table, weights: &weights, rope: &rope, device, abort: &abort };

@@ -64,6 +64,31 @@ pub struct HeldOutLoss {
     pub evaluation_seconds: f64,
 }
 
+impl Line {
+    /// Of the step.
+    pub fn loss(&self) -> Option<f64> {
+        match &self.what {
+            What::Step(step) => step.loss,
+            What::Evaluation(_) => None,
+        }
+    }
+
+    pub fn held_out_loss(&self) -> Option<f64> {
+        match &self.what {
+            What::Step(_) => None,
+            What::Evaluation(evaluation) => evaluation.evaluation_loss,
+        }
+    }
+
+    /// Pods that left before the step.
+    pub fn left(&self) -> &[String] {
+        match &self.what {
+            What::Step(step) => &step.left,
+            What::Evaluation(_) => &[],
+        }
+    }
+}
+
 /// How far lines reach.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reach {

@@ -1,6 +1,6 @@
 //! The loss as a drawing (SVG), with the steps at which ranks left marked. Readable on light and on dark ground.
 
-use super::{Line, What};
+use super::Line;
 use std::fmt::Write;
 
 const WIDTH: f64 = 860.0;
@@ -48,14 +48,7 @@ impl Scale {
 
 /// Draws the log of a run called `title`.
 pub fn svg(title: &str, lines: &[Line]) -> String {
-    let trained = curve(lines, |line| match &line.what {
-        What::Step(step) => step.loss,
-        What::Evaluation(_) => None,
-    });
-    let held_out = curve(lines, |line| match &line.what {
-        What::Step(_) => None,
-        What::Evaluation(it) => it.evaluation_loss,
-    });
+    let (trained, held_out) = (curve(lines, Line::loss), curve(lines, Line::held_out_loss));
     let losses = trained.iter().chain(&held_out).map(|(_, loss)| *loss);
     let scale = Scale::new(lines.iter().map(|line| line.step), losses);
     let mut out = format!(
@@ -84,7 +77,7 @@ fn curve(lines: &[Line], value: impl Fn(&Line) -> Option<f64>) -> Vec<(u64, f64)
 /// The last point stays.
 fn thinned(points: &[(u64, f64)]) -> impl Iterator<Item = (u64, f64)> {
     let every = points.len().div_ceil(MOST_POINTS).max(1);
-    points.iter().rev().step_by(every).rev().copied().collect::<Vec<_>>().into_iter()
+    points.iter().rev().step_by(every).rev().copied()
 }
 
 fn axes(out: &mut String, scale: &Scale) {
@@ -108,13 +101,9 @@ fn axes(out: &mut String, scale: &Scale) {
 }
 
 fn departures(out: &mut String, scale: &Scale, lines: &[Line]) {
-    for line in lines {
-        let What::Step(step) = &line.what else { continue };
-        if step.left.is_empty() {
-            continue;
-        }
+    for line in lines.iter().filter(|line| !line.left().is_empty()) {
         let (x, bottom) = (scale.x(line.step), HEIGHT - BOTTOM);
-        let who = escaped(&step.left.join(", "));
+        let who = escaped(&line.left().join(", "));
         let _ = write!(
             out,
             "<line class=\"left\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{TOP}\" y2=\"{bottom}\"><title>{who} left before step {}</title></line>",

@@ -202,11 +202,6 @@ fn partial(group: usize, part: u8, sum: TreeSum<GroupGradients>) -> Partial {
     Partial { group, part, sums: sum.into_nodes() }
 }
 
-/// Rotary tables for sequences of up to `length` tokens.
-pub fn rope(config: &Config, length: usize, kind: Kind, device: Device) -> Rope {
-    Rope::new(config, length, device, kind)
-}
-
 /// Names that [`Weights`] must hold first and last; checked once, so that indexing is safe.
 pub fn is_canonical(table: &BlockTable) -> bool {
     let head = table.group_parameters(table.head_group());

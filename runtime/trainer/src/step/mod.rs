@@ -119,7 +119,7 @@ impl Engine {
     ) -> Self {
         debug_assert!(gradients::is_canonical(&table));
         let kind = weights.tensors.first().map_or(tch::Kind::Float, tch::Tensor::kind);
-        let rope = gradients::rope(&config, longest, kind, device);
+        let rope = Rope::new(&config, longest, device, kind);
         Self {
             config,
             table,

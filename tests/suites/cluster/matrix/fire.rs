@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde::Serialize;
 use serde_json::{Value, json};
 use vicuna_tests::cluster::wait_for;
-use vicuna_tests::product::{Answer, Chat, Objects, SYSTEM_NAMESPACE, Signal, StreamEvent, field, signal_pod};
+use vicuna_tests::product::{Answer, Chat, Objects, SYSTEM_NAMESPACE, Signal, field, signal_pod};
 
 use super::run::PATIENCE;
 use crate::bad_input::set;
@@ -223,17 +223,8 @@ fn ask(gateways: &[SocketAddr], number: usize) -> Result<(Answer, usize)> {
         let mut stream = chat(gateway).stream_after(words, last_id.as_deref())?;
         let heard = answer.text.len();
         while let Some(event) = stream.next_event()? {
-            match event {
-                StreamEvent::Text(text) => {
-                    answer.longest_gap = answer.longest_gap.max(last.elapsed());
-                    last = Instant::now();
-                    answer.text += &text;
-                }
-                StreamEvent::Finished(reason) => answer.finish_reason = Some(reason),
-                StreamEvent::Usage(usage) => answer.count(&usage),
-                StreamEvent::Failed(error) => answer.error = Some(error),
-                StreamEvent::Comment(_) => {}
-                StreamEvent::Done => return Ok((answer, returns)),
+            if answer.take(event, &mut last) {
+                return Ok((answer, returns));
             }
         }
         ensure!(gateways.len() > 1, "the stream broke off: {answer:?}");

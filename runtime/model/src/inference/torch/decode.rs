@@ -11,6 +11,7 @@ use crate::cuda::{Capture, Graph};
 use crate::inference::{BLOCK_TOKENS, Outputs, Piece};
 use crate::layers::head_logits;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use tch::{Device, Kind, Tensor};
 
 /// Shortest context that a graph is made for: 16 blocks.
@@ -60,28 +61,30 @@ impl Decoder {
     pub fn step(&mut self, net: &Net, pieces: &[Piece<'_>], outputs: &mut Outputs) -> Result<(), ModelError> {
         let Some(shape) = self.rounding.shape(pieces) else { return net.step(pieces, outputs) };
         let inputs = self.rounding.numbers(pieces, shape);
-        if !self.graphs.contains_key(&shape) {
-            let step = self.record(net, shape, &inputs)?;
-            self.graphs.insert(shape, step);
-        }
-        let Some(step) = self.graphs.get_mut(&shape) else { return net.step(pieces, outputs) };
+        let step = match self.graphs.entry(shape) {
+            Entry::Occupied(recorded) => recorded.into_mut(),
+            Entry::Vacant(place) => place.insert(Step::record(&mut self.capture, net, &inputs)?),
+        };
         step.inputs.f_copy_(&inputs)?;
         step.graph.replay()?;
         let count = outputs.logits.len();
         let logits = step.logits.f_narrow(0, 0, pieces.len() as i64)?.f_to_device(Device::Cpu)?;
         Ok(logits.f_copy_data(&mut outputs.logits, count)?)
     }
+}
 
-    fn record(&mut self, net: &Net, shape: Shape, example: &Tensor) -> Result<Step, ModelError> {
+impl Step {
+    /// For numbers of the shape of `example`.
+    fn record(capture: &mut Capture, net: &Net, example: &Tensor) -> Result<Self, ModelError> {
         let inputs = example.f_to_device(net.embedding.device())?;
-        let (graph, logits) = self.capture.record(|| {
+        let (graph, logits) = capture.record(|| {
             let batch = batch(net, &inputs)?;
             let ids = inputs.f_select(1, 0)?.f_contiguous()?;
             let x = net.forward(&ids, &batch);
             Ok(head_logits(&net.config, &x, &net.norm, &net.head).f_to_kind(Kind::Float)?)
         })?;
-        tracing::debug!(rows = shape.rows, blocks = shape.blocks, "decoding recorded");
-        Ok(Step { graph, inputs, logits })
+        tracing::debug!(shape = ?example.size(), "decoding recorded");
+        Ok(Self { graph, inputs, logits })
     }
 }
 
