@@ -34,7 +34,7 @@ suite() {
 
 # What the golden tests compare with; without it they would say that they are skipped.
 golden_suite() {
-    tests/tools/transformers.sh &&
+    tests/tools/transformers.sh && tests/tools/peft.sh &&
         cargo test --release --locked --workspace --exclude vicuna-tests --test '*' --no-fail-fast
 }
 

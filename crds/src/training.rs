@@ -166,12 +166,17 @@ pub struct Identity {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("self.globalBatch % self.microBatch == 0").message("globalBatch must be a multiple of microBatch: change one of them."),
-    validation = Rule::new("has(self.epochs) != has(self.steps)").message("Set exactly one of epochs and steps.")
+    validation = Rule::new("has(self.epochs) != has(self.steps)").message("Set exactly one of epochs and steps."),
+    validation = Rule::new("!has(self.lora) || self.method != 'Full'").message("lora is for the methods LoRA and QLoRA: set method to one of them, or leave lora out."),
+    validation = Rule::new("!has(self.lora) || !has(self.lora.base) || self.method == 'QLoRA'").message("lora.base is for the method QLoRA: LoRA's base stays as it is.")
 )]
 pub struct Recipe {
-    /// What is trained. Full: every weight.
+    /// What is trained. Full: every weight; LoRA: low-rank adapters of a frozen model, which are the result; QLoRA: the same with the frozen model's projections in 4 or 8 bits.
     #[serde(default)]
     pub method: Method,
+    /// The adapters, with the methods LoRA and QLoRA; absent: all as by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// Sequences in a step, over all workers; a multiple of microBatch.
     #[serde(default = "default_global_batch")]
     #[schemars(range(min = 1, max = 65536))]
@@ -250,6 +255,100 @@ fn default_max_length() -> u32 {
 pub enum Method {
     #[default]
     Full,
+    LoRA,
+    QLoRA,
+}
+
+/// Adapters of the layers' projections (Hu et al. 2021).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Lora {
+    /// Rank of the adapters.
+    #[serde(default = "default_rank")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub rank: u32,
+    /// What an adapter adds is multiplied by alpha / rank.
+    #[serde(default = "default_alpha")]
+    #[schemars(range(max = 65_536.0))]
+    #[x_kube(validation = Rule::new("self > 0.0").message("Set lora.alpha above 0; twice the rank is usual."))]
+    pub alpha: f64,
+    /// Share of an adapter's inputs that is dropped in training.
+    #[serde(default = "default_dropout")]
+    #[schemars(range(min = 0.0, max = 0.9))]
+    pub dropout: f64,
+    /// Which projections of every layer are adapted; all-linear is all of them.
+    #[serde(default = "default_targets")]
+    #[schemars(length(min = 1, max = 7))]
+    #[x_kube(validation = Rule::new("!('all-linear' in self) || size(self) == 1").message("all-linear is every projection: name it alone, or name projections."))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub targets: Vec<Target>,
+    /// How QLoRA holds the frozen base's projections. Nf4: 4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023); Int8: 8-bit integers with a scale for each row. Absent: Nf4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Base>,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self {
+            rank: default_rank(),
+            alpha: default_alpha(),
+            dropout: default_dropout(),
+            targets: default_targets(),
+            base: None,
+        }
+    }
+}
+
+fn default_rank() -> u32 {
+    8
+}
+fn default_alpha() -> f64 {
+    16.0
+}
+fn default_dropout() -> f64 {
+    0.05
+}
+fn default_targets() -> Vec<Target> {
+    vec![Target::QProj, Target::VProj]
+}
+
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Target {
+    QProj,
+    KProj,
+    VProj,
+    OProj,
+    GateProj,
+    UpProj,
+    DownProj,
+    #[serde(rename = "all-linear")]
+    AllLinear,
+}
+
+impl Target {
+    /// As PEFT names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QProj => "q_proj",
+            Self::KProj => "k_proj",
+            Self::VProj => "v_proj",
+            Self::OProj => "o_proj",
+            Self::GateProj => "gate_proj",
+            Self::UpProj => "up_proj",
+            Self::DownProj => "down_proj",
+            Self::AllLinear => "all-linear",
+        }
+    }
+}
+
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Base {
+    #[default]
+    Nf4,
+    Int8,
 }
 
 #[allow(missing_docs)]

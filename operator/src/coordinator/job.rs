@@ -4,8 +4,8 @@ use kube::{Resource, ResourceExt};
 use vicuna_crds::VicunaTraining;
 use vicuna_crds::training as spec;
 use vicuna_protocol::job::{
-    Checkpointing, DatasetSource, Identity, Method, ModelSource, Precision, Prepare, Recipe, RunLength, Schedule,
-    TrainingJob,
+    Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Precision, Prepare, Recipe, RunLength,
+    Schedule, TrainingJob,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -56,9 +56,7 @@ fn prepare(prepare: Option<&spec::Prepare>) -> Prepare {
 
 fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
     Ok(Recipe {
-        method: match recipe.method {
-            spec::Method::Full => Method::Full,
-        },
+        method: method(recipe),
         global_batch: recipe.global_batch,
         micro_batch: recipe.micro_batch,
         length: match (recipe.epochs, recipe.steps) {
@@ -83,6 +81,22 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
             spec::Precision::Bf16 => Precision::Bf16,
         },
     })
+}
+
+fn method(recipe: &spec::Recipe) -> Method {
+    let settings = recipe.lora.clone().unwrap_or_default();
+    let lora = Lora {
+        rank: settings.rank,
+        alpha: settings.alpha,
+        dropout: settings.dropout,
+        targets: settings.targets.iter().map(|target| target.name().to_owned()).collect(),
+    };
+    match (recipe.method, settings.base.unwrap_or_default()) {
+        (spec::Method::Full, _) => Method::Full,
+        (spec::Method::LoRA, _) => Method::LoRA(lora),
+        (spec::Method::QLoRA, spec::Base::Nf4) => Method::QLoRA(lora, Base::Nf4),
+        (spec::Method::QLoRA, spec::Base::Int8) => Method::QLoRA(lora, Base::Int8),
+    }
 }
 
 #[cfg(test)]
@@ -111,5 +125,21 @@ mod tests {
         assert_eq!(job.checkpoint.to, "s3://bucket/run");
         let text = serde_json::to_string(&job).unwrap();
         assert_eq!(serde_json::from_str::<TrainingJob>(&text).unwrap(), job);
+    }
+
+    #[test]
+    fn adapters_are_passed_on_with_their_defaults() {
+        let mut training = crate::training::tests::training("t");
+        let method = |training: &VicunaTraining| serde_json::to_value(job(training).unwrap().recipe.method).unwrap();
+        assert_eq!(method(&training), json!("Full"));
+        training.spec.recipe.method = spec::Method::LoRA;
+        let defaults = json!({ "rank": 8, "alpha": 16.0, "dropout": 0.05, "targets": ["q_proj", "v_proj"] });
+        assert_eq!(method(&training), json!({ "LoRA": defaults }));
+        training.spec.recipe.method = spec::Method::QLoRA;
+        assert_eq!(method(&training), json!({ "QLoRA": [defaults, "Nf4"] }));
+        let lora = json!({ "rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["all-linear"], "base": "Int8" });
+        training.spec.recipe.lora = Some(serde_json::from_value(lora).unwrap());
+        let passed = json!({ "rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["all-linear"] });
+        assert_eq!(method(&training), json!({ "QLoRA": [passed, "Int8"] }));
     }
 }

@@ -52,6 +52,8 @@ pub enum ModelError {
     Cuda(String),
     #[error("VICUNA_THREADS={0:?} is not a number of threads from 1 to 1024")]
     Threads(String),
+    #[error("the adapter is not usable: {0}")]
+    Lora(String),
     #[error(transparent)]
     Torch(#[from] tch::TchError),
 }

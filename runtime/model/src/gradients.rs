@@ -61,25 +61,48 @@ pub fn head_backward(
     lm_head: &Tensor,
     labels: &Tensor,
 ) -> HeadGradients {
-    let (rows, targets) = predicting_rows(labels);
     let (norm, lm_head) = (leaf(norm), leaf(lm_head));
-    let flat = hidden.detach().reshape([-1, config.hidden as i64]);
-    let mut upstream = flat.zeros_like();
-    let mut loss_sum = Tensor::zeros([], (Kind::Float, hidden.device()));
-    for (rows, targets) in loss_chunks(&rows, &targets) {
-        let piece = leaf(&flat.index_select(0, &rows));
-        let loss = tch::with_grad(|| chunk_loss(config, &piece, &norm, &lm_head, &targets));
-        loss.backward();
-        upstream = upstream.index_copy_(0, &rows, &piece.grad());
-        loss_sum += loss.detach();
-    }
+    let loss = frozen_head_backward(config, hidden, &norm, &lm_head, labels);
     HeadGradients {
-        loss_sum,
-        tokens: rows.size()[0],
-        hidden: upstream.view_as(hidden),
+        loss_sum: loss.sum,
+        tokens: loss.tokens,
+        hidden: loss.hidden,
         norm: gradient_or_zeros(&norm),
         lm_head: gradient_or_zeros(&lm_head),
     }
+}
+
+/// Loss, and its gradient with respect to the last layer's output alone.
+#[derive(Debug)]
+pub struct Loss {
+    /// Over the trained tokens, fp32 scalar.
+    pub sum: Tensor,
+    /// Number of those tokens.
+    pub tokens: i64,
+    /// With respect to the last layer's output, `[B, T, H]`.
+    pub hidden: Tensor,
+}
+
+/// [`head_backward`] where norm and projection are not trained: nothing of their size is allocated.
+pub fn frozen_head_backward(
+    config: &Config,
+    hidden: &Tensor,
+    norm: &Tensor,
+    lm_head: &Tensor,
+    labels: &Tensor,
+) -> Loss {
+    let (rows, targets) = predicting_rows(labels);
+    let flat = hidden.detach().reshape([-1, config.hidden as i64]);
+    let mut upstream = flat.zeros_like();
+    let mut sum = Tensor::zeros([], (Kind::Float, hidden.device()));
+    for (rows, targets) in loss_chunks(&rows, &targets) {
+        let piece = leaf(&flat.index_select(0, &rows));
+        let loss = tch::with_grad(|| chunk_loss(config, &piece, norm, lm_head, &targets));
+        loss.backward();
+        upstream = upstream.index_copy_(0, &rows, &piece.grad());
+        sum += loss.detach();
+    }
+    Loss { sum, tokens: rows.size()[0], hidden: upstream.view_as(hidden) }
 }
 
 /// Gradient of the embedding `[V, H]` for `ids [B, T]`, given that of its output `[B, T, H]`.

@@ -43,7 +43,7 @@ fn add_end_tokens(config: &mut Config, more: &[u32]) {
 }
 
 /// The single file, or all files that the index names.
-fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
+pub(crate) fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, ModelError> {
     if directory.join(SINGLE).is_file() {
         return Ok(vec![directory.join(SINGLE)]);
     }
@@ -95,7 +95,7 @@ fn is_redundant(config: &Config, name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || (config.tie_word_embeddings && name == LM_HEAD)
 }
 
-fn tensor_kind(name: &str, dtype: Dtype) -> Result<Kind, ModelError> {
+pub(crate) fn tensor_kind(name: &str, dtype: Dtype) -> Result<Kind, ModelError> {
     match dtype {
         Dtype::F32 => Ok(Kind::Float),
         Dtype::F16 => Ok(Kind::Half),
@@ -109,7 +109,7 @@ fn tensor_kind(name: &str, dtype: Dtype) -> Result<Kind, ModelError> {
 }
 
 /// In a file of its own since transformers 4.51, before that in `tokenizer_config.json`.
-fn chat_template(directory: &Path) -> Result<Option<String>, ModelError> {
+pub(crate) fn chat_template(directory: &Path) -> Result<Option<String>, ModelError> {
     let path = directory.join("chat_template.jinja");
     if path.is_file() {
         let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Read { path, source })?;
@@ -125,7 +125,7 @@ fn default_template(value: &Value) -> Option<String> {
     value.as_str().or_else(named).map(str::to_owned)
 }
 
-fn read_json(path: &Path) -> Result<Value, ModelError> {
+pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
     let bytes = std::fs::read(path).map_err(|source| ModelError::Read { path: path.to_owned(), source })?;
     serde_json::from_slice(&bytes).map_err(|source| ModelError::Json { path: path.to_owned(), source })
 }
@@ -151,15 +151,23 @@ pub fn save(
     description["torch_dtype"] = json!(if all_bf16 { "bfloat16" } else { "float32" });
     write_json(&directory.join("config.json"), &description)?;
     write_json(&directory.join("generation_config.json"), &generation_config(config))?;
-    write_json(&directory.join("tokenizer_config.json"), &tokenizer_config(config, tokenizer, chat_template))?;
-    write_json(&directory.join("special_tokens_map.json"), &Value::Object(special_tokens(config, tokenizer)))?;
-    tokenizer
-        .save(directory.join("tokenizer.json"), false)
-        .map_err(|error| ModelError::Tokenizer(error.to_string()))?;
+    save_tokenizer(directory, config, tokenizer, chat_template)?;
     write_safetensors(&directory.join(SINGLE), tensors)
 }
 
-fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<(), ModelError> {
+/// Writes the tokenizer and its settings into a directory that is there.
+pub fn save_tokenizer(
+    directory: &Path,
+    config: &Config,
+    tokenizer: &Tokenizer,
+    chat_template: Option<&str>,
+) -> Result<(), ModelError> {
+    write_json(&directory.join("tokenizer_config.json"), &tokenizer_config(config, tokenizer, chat_template))?;
+    write_json(&directory.join("special_tokens_map.json"), &Value::Object(special_tokens(config, tokenizer)))?;
+    tokenizer.save(directory.join("tokenizer.json"), false).map_err(|error| ModelError::Tokenizer(error.to_string()))
+}
+
+pub(crate) fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<(), ModelError> {
     let views = tensors
         .iter()
         .map(|(name, tensor)| Ok((name.as_str(), StoredView::new(tensor)?)))
@@ -168,7 +176,11 @@ fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     safetensors::serialize_to_file(views, Some(metadata), path)
         .map_err(|error| ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() })?;
-    // The crate makes it readable for its owner only, unlike the files beside it.
+    readable(path)
+}
+
+/// The crate makes files readable for their owner only, unlike those beside them.
+pub(crate) fn readable(path: &Path) -> Result<(), ModelError> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
         .map_err(|source| ModelError::Write { path: path.to_owned(), source })
 }
@@ -238,7 +250,7 @@ fn special_tokens(config: &Config, tokenizer: &Tokenizer) -> Map<String, Value> 
         .collect()
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<(), ModelError> {
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), ModelError> {
     let text = format!("{value:#}\n");
     std::fs::write(path, text).map_err(|source| ModelError::Write { path: path.to_owned(), source })
 }

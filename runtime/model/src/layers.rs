@@ -13,6 +13,59 @@ pub const IGNORED: i64 = -100;
 /// Rows of logits that exist at a time: bounds memory at `ROWS × V`.
 pub(crate) const LOSS_ROWS: i64 = 512;
 
+/// The linear maps of a layer, in canonical order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Projection {
+    Query,
+    Key,
+    Value,
+    Output,
+    Gate,
+    Up,
+    Down,
+}
+
+/// Changes what a projection made of its input: takes the projection, input and output.
+pub(crate) type Adapt<'a> = &'a dyn Fn(Projection, &Tensor, Tensor) -> Tensor;
+
+const UNADAPTED: Adapt<'static> = &|_, _, output| output;
+
+impl Projection {
+    pub const ALL: [Self; 7] = [Self::Query, Self::Key, Self::Value, Self::Output, Self::Gate, Self::Up, Self::Down];
+
+    /// The last part of Hugging Face's module name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Query => "q_proj",
+            Self::Key => "k_proj",
+            Self::Value => "v_proj",
+            Self::Output => "o_proj",
+            Self::Gate => "gate_proj",
+            Self::Up => "up_proj",
+            Self::Down => "down_proj",
+        }
+    }
+
+    /// Hugging Face's name of its weight in layer `index`.
+    pub fn weight_name(self, index: usize) -> String {
+        let part = if self < Self::Gate { "self_attn" } else { "mlp" };
+        format!("model.layers.{index}.{part}.{}.weight", self.name())
+    }
+
+    /// Outputs and inputs.
+    pub fn size(self, config: &Config) -> (i64, i64) {
+        let [hidden, intermediate] = [config.hidden as i64, config.intermediate as i64];
+        let [queries, keys] = [config.heads, config.kv_heads].map(|heads| (heads * config.head_dim) as i64);
+        match self {
+            Self::Query => (queries, hidden),
+            Self::Key | Self::Value => (keys, hidden),
+            Self::Output => (hidden, queries),
+            Self::Gate | Self::Up => (intermediate, hidden),
+            Self::Down => (hidden, intermediate),
+        }
+    }
+}
+
 /// The weights of one layer. Projections are `[out, in]`.
 #[derive(Debug)]
 pub struct LayerWeights {
@@ -174,18 +227,40 @@ pub fn embed(embedding: &Tensor, ids: &Tensor) -> Tensor {
 /// One layer on `x [B, T, H]`, causal, positions from 0. Sequences are padded on the right: nothing
 /// before the padding sees it, and the labels there are [`IGNORED`].
 pub fn layer_forward(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> Tensor {
-    let (middle, gated) = layer_middle(config, weights, x, rope);
-    middle + linear(&gated, &weights.down)
+    layer_forward_with(config, weights, x, rope, UNADAPTED)
+}
+
+/// [`layer_forward`] whose projections are changed by `adapt`.
+pub(crate) fn layer_forward_with(
+    config: &Config,
+    weights: &LayerWeights,
+    x: &Tensor,
+    rope: &Rope,
+    adapt: Adapt<'_>,
+) -> Tensor {
+    let (middle, gated) = layer_middle_with(config, weights, x, rope, adapt);
+    middle + adapt(Projection::Down, &gated, linear(&gated, &weights.down))
 }
 
 /// A layer up to its last projection: what comes out of its attention `[B, T, H]`, and the projection's
 /// input `[B, T, I]`, gated as SwiGLU (Shazeer 2020) has it.
 pub(crate) fn layer_middle(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> (Tensor, Tensor) {
+    layer_middle_with(config, weights, x, rope, UNADAPTED)
+}
+
+fn layer_middle_with(
+    config: &Config,
+    weights: &LayerWeights,
+    x: &Tensor,
+    rope: &Rope,
+    adapt: Adapt<'_>,
+) -> (Tensor, Tensor) {
     let normed = rms_norm(x, &weights.input_norm, config.eps);
-    let middle = x + causal_attention(config, weights, &normed, rope);
+    let middle = x + causal_attention(config, weights, &normed, rope, adapt);
     let normed = rms_norm(&middle, &weights.post_norm, config.eps);
-    let gated = linear(&normed, &weights.gate).silu() * linear(&normed, &weights.up);
-    (middle, gated)
+    let gate = adapt(Projection::Gate, &normed, linear(&normed, &weights.gate));
+    let up = adapt(Projection::Up, &normed, linear(&normed, &weights.up));
+    (middle, gate.silu() * up)
 }
 
 /// Logits of `hidden [.., H]`: final norm, then the output projection; `[.., V]`.
@@ -247,19 +322,21 @@ pub(crate) fn chunk_loss(
     logits.cross_entropy_loss(targets, None::<&Tensor>, tch::Reduction::Sum, IGNORED, 0.0)
 }
 
-fn causal_attention(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> Tensor {
+fn causal_attention(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope, adapt: Adapt<'_>) -> Tensor {
     let (batch, length, _) = x.size3().unwrap_or((0, 0, 0));
     let rope = rope.range(0, length as usize);
-    let heads = |x: Tensor, count: usize| x.view([batch, length, count as i64, config.head_dim as i64]).transpose(1, 2);
+    let heads = |projection: Projection, projected: Tensor, count: usize| {
+        adapt(projection, x, projected).view([batch, length, count as i64, config.head_dim as i64]).transpose(1, 2)
+    };
     let [query, key, value] = weights.query_key_value(x);
-    let query = rope.rotate(&heads(query, config.heads));
-    let key = rope.rotate(&heads(key, config.kv_heads));
-    let value = heads(value, config.kv_heads);
+    let query = rope.rotate(&heads(Projection::Query, query, config.heads));
+    let key = rope.rotate(&heads(Projection::Key, key, config.kv_heads));
+    let value = heads(Projection::Value, value, config.kv_heads);
     let (key, value) = (shared(config, &key), shared(config, &value));
     let seen = window_mask(config, length, x.device());
     let mixed = attention(&query, &key, &value, seen.as_ref(), seen.is_none());
     let mixed = mixed.transpose(1, 2).reshape([batch, length, (config.heads * config.head_dim) as i64]);
-    linear(&mixed, &weights.output)
+    adapt(Projection::Output, &mixed, linear(&mixed, &weights.output))
 }
 
 /// `[T, T]`, what each position sees; `None` where that is all before it.

@@ -1,6 +1,7 @@
 //! A model read from disk, whatever its format.
 
 use crate::gguf::packed::Packed;
+use crate::lora::Adapter;
 use crate::{Config, ModelError, gguf, hugging_face};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -35,6 +36,14 @@ pub fn load(path: &Path) -> Result<Pretrained, ModelError> {
         };
     }
     load_gguf(path)
+}
+
+/// Reads a base model and adds a PEFT adapter to its weights.
+pub fn load_adapted(base: &Path, adapter: &Path) -> Result<Pretrained, ModelError> {
+    let adapter = Adapter::load(adapter)?;
+    let mut model = load(base)?;
+    adapter.merge_into(&mut model)?;
+    Ok(model)
 }
 
 fn only_gguf(directory: &Path) -> Option<std::path::PathBuf> {

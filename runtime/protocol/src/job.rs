@@ -105,9 +105,45 @@ impl Precision {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Method {
+    /// Every weight.
     Full,
+    /// Low-rank adapters of a frozen base.
+    LoRA(Lora),
+    /// … whose projections are held in fewer bits.
+    QLoRA(Lora, Base),
+}
+
+impl Method {
+    /// The adapters' settings, if adapters are trained.
+    pub fn lora(&self) -> Option<&Lora> {
+        match self {
+            Self::Full => None,
+            Self::LoRA(lora) | Self::QLoRA(lora, _) => Some(lora),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Lora {
+    pub rank: u32,
+    pub alpha: f64,
+    /// Share of an adapter's inputs that is dropped, from 0 to below 1.
+    pub dropout: f64,
+    /// `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`, or `all-linear`.
+    pub targets: Vec<String>,
+}
+
+/// How a frozen base's projections are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Base {
+    /// 4-bit NormalFloat in blocks of 64.
+    Nf4,
+    /// 8-bit integers with a scale a row.
+    Int8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,6 +5,7 @@
 //! it is [`crate::layout`]'s.
 
 use std::ops::Range;
+use vicuna_model::lora::Lora;
 use vicuna_model::{Config, layer_parameter_names, parameter_names, parameter_shape};
 
 /// Elements in a block, at most: 4 MiB of weights, 12 MiB with both moments.
@@ -47,8 +48,8 @@ pub struct Block {
     pub segments: Vec<Segment>,
 }
 
-/// All blocks of a model: a pure function of its configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// All blocks of what is trained: a pure function of the model's configuration and the adapters'.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlockTable {
     /// In canonical order.
     pub parameters: Vec<Parameter>,
@@ -65,6 +66,26 @@ struct Group {
 impl BlockTable {
     pub fn new(config: &Config) -> Self {
         Self::cut(config, BLOCK_ELEMENTS)
+    }
+
+    /// Of a model whose own weights are frozen: embedding and head have no blocks, a layer's are those
+    /// of its adapters.
+    pub fn adapters(config: &Config, lora: &Lora) -> Self {
+        let layers = (0..config.layers).map(|layer| lora.layer_parameters(config, layer));
+        let parameter = |(name, shape): (String, Vec<i64>)| Parameter {
+            elements: shape.iter().product::<i64>() as usize,
+            name,
+            shape,
+        };
+        let mut table = Self::default();
+        table.add_group("embedding", 0..0, BLOCK_ELEMENTS);
+        for (layer, parameters) in layers.enumerate() {
+            let first = table.parameters.len();
+            table.parameters.extend(parameters.into_iter().map(parameter));
+            table.add_group(&format!("layer-{layer}"), first..table.parameters.len(), BLOCK_ELEMENTS);
+        }
+        table.add_group("head", table.parameters.len()..table.parameters.len(), BLOCK_ELEMENTS);
+        table
     }
 
     fn cut(config: &Config, block_elements: usize) -> Self {
@@ -92,8 +113,8 @@ impl BlockTable {
         let group = self.groups.len();
         let first_block = self.blocks.len();
         let total: usize = self.parameters[parameters.clone()].iter().map(|p| p.elements).sum();
-        let pieces = total.div_ceil(block_elements).max(1);
-        let size = total.div_ceil(pieces);
+        let pieces = total.div_ceil(block_elements);
+        let size = total.div_ceil(pieces.max(1));
         for piece in 0..pieces {
             let range = piece * size..total.min((piece + 1) * size);
             self.blocks.push(Block {
@@ -165,6 +186,18 @@ mod tests {
             }
             assert!(seen.iter().flatten().all(|count| *count == 1));
         }
+    }
+
+    #[test]
+    fn of_adapters_only_layers_have_blocks() {
+        let config = vicuna_model::tiny::config();
+        let lora = Lora::new(8, 16.0, 0.0, &["q_proj", "v_proj"]).unwrap();
+        let table = BlockTable::adapters(&config, &lora);
+        let names: Vec<&str> = table.blocks.iter().map(|block| block.name.as_str()).collect();
+        assert_eq!(names, ["layer-0/0", "layer-1/0"]);
+        assert_eq!(table.elements(), 2 * 8 * (64 + 64 + 64 + 32));
+        assert!(table.group_blocks(EMBEDDING_GROUP).is_empty() && table.group_blocks(table.head_group()).is_empty());
+        assert_eq!(table.group_parameters(BlockTable::layer_group(1)), 4..8);
     }
 
     #[test]

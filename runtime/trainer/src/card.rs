@@ -12,10 +12,11 @@ pub fn markdown(session: &Session, log: &[Line], digest: &str) -> String {
     let recipe = serde_json::to_string_pretty(&job.recipe).unwrap_or_default();
     let data: Vec<String> = job.dataset.iter().map(|set| format!("- `{}`, weight {}", set.from, set.weight)).collect();
     let base = &job.model.from;
+    let adapted = session.adapted.is_some();
     format!(
-        "---\nlicense: unknown\nbase_model: {}\ntags: [conversational]\n---\n\n\
+        "---\nlicense: unknown\nbase_model: {}\n{}tags: [conversational]\n---\n\n\
          # {}\n\n\
-         Fine-tuned from `{base}` in {} steps. The licence is for you to fill in: it follows from those of the base model \
+         {} `{base}`, trained in {} steps. The licence is for you to fill in: it follows from those of the base model \
          and of the data, which are not known here.\n\n\
          | | |\n|---|---|\n{}\n\
          ![loss]({PLOT})\n\n\
@@ -23,7 +24,9 @@ pub fn markdown(session: &Session, log: &[Line], digest: &str) -> String {
          ## Recipe\n\n```json\n{recipe}\n```\n",
         // A JSON string is a YAML string, whatever is in it.
         serde_json::Value::from(base.as_str()),
+        if adapted { "base_model_relation: adapter\nlibrary_name: peft\n" } else { "" },
         job.name,
+        if adapted { "LoRA adapters for" } else { "Fine-tuned from" },
         session.data.steps(),
         rows(session, log, digest),
         data.join("\n"),

@@ -39,6 +39,21 @@ enum Command {
     Local(local::Arguments),
     /// Writes a model with its tokenizer as one GGUF file.
     Export(export::Arguments),
+    /// Merges a PEFT adapter into its base model: writes a whole Hugging Face directory.
+    Merge(MergeArguments),
+}
+
+#[derive(Clone, Debug, clap::Args)]
+struct MergeArguments {
+    /// The base model: a Hugging Face directory or a GGUF file.
+    #[arg(long)]
+    base: PathBuf,
+    /// The adapter: a directory with adapter_config.json, such as a training's result.
+    #[arg(long)]
+    adapter: PathBuf,
+    /// The directory to write.
+    #[arg(long)]
+    out: PathBuf,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -89,6 +104,7 @@ pub fn main() -> ExitCode {
     let done = match (arguments.command, arguments.rank) {
         (Some(Command::Local(arguments)), _) => runtime.block_on(local::run(arguments)).map(|()| Exit::Done),
         (Some(Command::Export(arguments)), _) => export::run(&arguments).map(|()| Exit::Done),
+        (Some(Command::Merge(arguments)), _) => merge(&arguments).map(|()| Exit::Done),
         (None, Some(arguments)) => runtime.block_on(run(arguments)),
         (None, None) => Err(anyhow::anyhow!("--coordinator is missing; see --help")),
     };
@@ -98,6 +114,11 @@ pub fn main() -> ExitCode {
         Ok(exit) => ExitCode::from(exit.code()),
         Err(error) => fail(&error),
     }
+}
+
+fn merge(arguments: &MergeArguments) -> Result<()> {
+    let MergeArguments { base, adapter, out } = arguments;
+    vicuna_model::lora::merge(base, adapter, out).with_context(|| format!("cannot merge {}", adapter.display()))
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

@@ -512,7 +512,7 @@ fn stand_at_start<'a>(
 }
 
 fn from_model(session: &Session, layout: Layout, rank: usize) -> Result<Engine, GenerationError> {
-    let masters = session.base_weights()?;
+    let masters = session.first_weights()?;
     let state = |block: usize| Ok((block, BlockState::new(masters.read(&session.table.blocks[block])?)));
     let blocks = layout.kept(rank).map(state).collect::<Result<_, GenerationError>>()?;
     let mut engine = engine(session, masters.to(session.kind(), session.device), layout);
@@ -577,7 +577,8 @@ fn from_memory<'a>(
 fn engine(session: &Session, weights: Weights, layout: Layout) -> Engine {
     let (config, table) = (session.config.clone(), session.table.clone());
     let longest = session.data.longest().max(session.held_out.longest());
-    Engine::new(config, table, weights, layout, longest, session.device)
+    let adapted = session.adapted.as_ref().map(|base| base.lock().share());
+    Engine::new(config, table, weights, layout, longest, session.device, adapted)
 }
 
 /// Equal on ranks that stand at the same state and compute alike.

@@ -12,6 +12,7 @@
 //! - who holds which block ([`layout`]) and runs which micro-batch ([`pace`]) is free, and follows what
 //!   is where and who is fast; between generations state goes from memory to memory ([`transfer`]).
 
+pub mod adapters;
 pub mod batch;
 pub mod blocks;
 pub mod card;

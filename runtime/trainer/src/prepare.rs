@@ -1,5 +1,6 @@
 //! Gets everything that a rank needs within reach: the base model, the encoded data, the store.
 
+use crate::adapters::{self, AdaptedBase};
 use crate::batch::Dataset;
 use crate::blocks::BlockTable;
 use crate::checkpoint::Publisher;
@@ -50,6 +51,8 @@ pub struct Session {
     pub store: Store,
     pub config: Config,
     pub table: Arc<BlockTable>,
+    /// The frozen base, if adapters are trained.
+    pub adapted: Option<Mutex<AdaptedBase>>,
     pub data: Dataset,
     /// Sequences that are not trained on (`prepare.holdOut`); empty where none was asked for.
     pub held_out: HeldOut,
@@ -167,14 +170,26 @@ fn assemble(
     runtime: Handle,
 ) -> Result<Session, Trouble> {
     tch::set_num_threads(place.threads);
-    let model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
+    let lora = adapters::lora(&job.recipe.method);
+    let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
+    let mut model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
     let template = template(&job, &model)?;
     let prepared = data(&job, files, &model, &template)?;
     let data = ordered(&job, prepared.examples, &prepared.mixtures)?;
+    let table = match &lora {
+        None => BlockTable::new(&model.config),
+        Some(lora) => BlockTable::adapters(&model.config, lora),
+    };
+    let freeze = |lora| {
+        let tensors = std::mem::take(&mut model.tensors);
+        let adapted = AdaptedBase::new(&job.recipe, lora, &model.config, tensors, kind(&job), place.device);
+        adapted.map(Mutex::new).map_err(|error| Trouble::new(Cause::Model, error.to_string()))
+    };
     Ok(Session {
         store,
+        adapted: lora.map(freeze).transpose()?,
         config: model.config.clone(),
-        table: Arc::new(BlockTable::new(&model.config)),
+        table: Arc::new(table),
         data,
         held_out: HeldOut::new(prepared.held_out, job.recipe.micro_batch as usize),
         data_report: prepared.report,
@@ -277,6 +292,13 @@ fn ordered(job: &TrainingJob, examples: Vec<Example>, mixtures: &[Mixture]) -> R
     Ok(Dataset::new(examples, order, recipe.micro_batch as usize))
 }
 
+fn kind(job: &TrainingJob) -> Kind {
+    match job.recipe.precision {
+        Precision::Fp32 => Kind::Float,
+        Precision::Bf16 => Kind::BFloat16,
+    }
+}
+
 /// Model, data, preparation and recipe, as the job writes them.
 fn recipe_digest(job: &TrainingJob) -> String {
     let recipe = Recipe { evaluate_every: None, ..job.recipe.clone() };
@@ -324,14 +346,15 @@ impl Session {
 
     /// What forward and backward passes compute in.
     pub fn kind(&self) -> Kind {
-        match self.job.recipe.precision {
-            Precision::Fp32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
-        }
+        kind(&self.job)
     }
 
-    /// The base model's weights, on the CPU; read again when a generation took them before.
-    pub fn base_weights(&self) -> Result<Weights, ModelError> {
+    /// What training starts from, on the CPU: the base model's weights, read again when a generation
+    /// took them before, or the adapters' first values.
+    pub fn first_weights(&self) -> Result<Weights, ModelError> {
+        if self.adapted.is_some() {
+            return Ok(Weights::adapters(&self.table, self.job.recipe.seed));
+        }
         let mut tensors = std::mem::take(&mut self.model.lock().tensors);
         if tensors.is_empty() {
             tensors = vicuna_model::load(&self.model_path)?.tensors;

@@ -1,4 +1,4 @@
-//! The result of a run: a plain Hugging Face directory in the bucket.
+//! The result of a run: a plain Hugging Face directory in the bucket, or PEFT's where adapters were trained.
 
 use crate::card;
 use crate::checkpoint::{CheckpointError, retry};
@@ -10,6 +10,7 @@ use std::path::Path;
 use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{StoreError, upload_dir};
 use vicuna_model::ModelError;
+use vicuna_model::lora::Adapter;
 
 /// Where it lies below the checkpoint URI.
 pub const RESULT: &str = "result";
@@ -30,7 +31,7 @@ fn describe(session: &Session, log: &[Line], digest: &str, directory: &Path) -> 
     })
 }
 
-/// Saves the model to scratch and uploads it, trying until it works or `cancel` is called.
+/// Saves what was trained to scratch and uploads it, trying until it works or `cancel` is called.
 pub fn write(
     session: &Session,
     engine: &Engine,
@@ -38,12 +39,7 @@ pub fn write(
     trouble: &dyn Fn(&StoreError),
 ) -> Result<Written, GenerationError> {
     let directory = session.scratch.join(RESULT);
-    let tensors = engine.weights.to_map(&engine.table);
-    let digest = vicuna_model::weights_digest(&tensors)?;
-    let model = session.model.lock();
-    vicuna_model::save(&directory, &session.config, &tensors, &model.tokenizer, Some(&session.chat_template))?;
-    drop(model);
-    drop(tensors);
+    let digest = save(session, engine, &directory)?;
     let log = retry(&session.runtime, cancel, trouble, || session.log())?;
     describe(session, &log, &digest, &directory)?;
     let store = session.store.below(RESULT);
@@ -52,4 +48,19 @@ pub fn write(
     std::fs::remove_dir_all(&directory).map_err(|source| ModelError::Write { path: directory, source })?;
     tracing::info!(uri = store.uri(), digest, "result written");
     Ok(Written { uri: store.uri().to_owned(), digest })
+}
+
+/// The model, or the adapters for PEFT with their base's tokenizer; returns the digest of what was trained.
+fn save(session: &Session, engine: &Engine, directory: &Path) -> Result<String, GenerationError> {
+    let tensors = engine.weights.to_map(&engine.table);
+    let (config, template) = (&session.config, Some(session.chat_template.as_str()));
+    let model = session.model.lock();
+    match &session.adapted {
+        None => vicuna_model::save(directory, config, &tensors, &model.tokenizer, template)?,
+        Some(adapted) => {
+            Adapter::save(directory, &adapted.lock().lora, &session.job.model.from, &tensors)?;
+            vicuna_model::save_tokenizer(directory, config, &model.tokenizer, template)?;
+        }
+    }
+    Ok(vicuna_model::weights_digest(&tensors)?)
 }

@@ -1,10 +1,11 @@
-//! What a rank holds: the compute weights of the whole model, and masters and moments of the blocks
+//! What a rank holds: the compute weights of all that is trained, and masters and moments of the blocks
 //! that it owns or is twin of (ZeRO stage 1, Rajbhandari et al. 2020, with one spare copy).
 
-use crate::blocks::{Block, BlockTable};
+use crate::blocks::{Block, BlockTable, Parameter};
 use crate::optimizer::{Slot, Update, adamw};
 use std::collections::BTreeMap;
 use tch::{Device, Kind, TchError, Tensor};
+use vicuna_model::lora::Lora;
 
 /// Master weights and AdamW's moments of one block, in the order of its elements.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,7 +64,7 @@ pub fn floats(bytes: &[u8]) -> Vec<f32> {
     values.iter().map(|value| f32::from_le_bytes(*value)).collect()
 }
 
-/// Compute weights on the device, in canonical order: fp32, or masters rounded to bf16.
+/// Compute weights of what is trained, on the device, in canonical order: fp32, or masters rounded to bf16.
 #[derive(Debug)]
 pub struct Weights {
     pub tensors: Vec<Tensor>,
@@ -87,6 +88,12 @@ impl Weights {
     pub fn to(self, kind: Kind, device: Device) -> Self {
         let tensors = self.tensors.into_iter().map(|tensor| tensor.to_kind(kind).to_device(device)).collect();
         Self { tensors }
+    }
+
+    /// The first values of adapters, on the CPU.
+    pub fn adapters(table: &BlockTable, seed: u64) -> Self {
+        let initial = |parameter: &Parameter| Lora::initial(seed, &parameter.name, &parameter.shape);
+        Self { tensors: table.parameters.iter().map(initial).collect() }
     }
 
     /// By name, on the CPU.

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use support::{Fixture, STEPS, url};
 use tch::Device;
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
+use vicuna_model::lora::Adapter;
 use vicuna_protocol::coordinator::MemoryBase;
-use vicuna_protocol::job::{Precision, TrainingJob};
+use vicuna_protocol::job::{Base, Lora, Method, Precision, TrainingJob};
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
@@ -392,6 +393,97 @@ fn state_goes_from_memory_to_memory_and_leaves_no_trace_in_the_weights() {
 
     let losses = |run: &Run| run.watches[0].losses.lock().clone();
     assert_eq!(losses(&last), losses(&undisturbed)[5..], "losses are the same bits, too");
+}
+
+fn lora() -> Lora {
+    Lora { rank: 4, alpha: 8.0, dropout: 0.1, targets: vec!["q_proj".to_owned(), "down_proj".to_owned()] }
+}
+
+fn adapter_job(fixture: &Fixture, bucket: &str, method: &Method) -> TrainingJob {
+    let mut job = fixture.job(bucket);
+    job.recipe.method = method.clone();
+    job
+}
+
+#[test]
+fn adapters_are_the_same_bits_for_every_number_of_ranks_and_whatever_happens() {
+    let fixture = Fixture::new();
+    let methods = [Method::LoRA(lora()), Method::QLoRA(lora(), Base::Nf4), Method::QLoRA(lora(), Base::Int8)];
+    let mut digests = Vec::new();
+    for (index, method) in methods.iter().enumerate() {
+        let session = |name: &str| fixture.session(adapter_job(&fixture, &format!("{name}-{index}"), method));
+        let losses = |run: &Run| run.watches[0].losses.lock().clone();
+        let undisturbed = generation(&session("undisturbed"), 1, None, None);
+        let (expected, curve) = (undisturbed.result().digest.clone(), losses(&undisturbed));
+        assert!(curve[STEPS as usize - 1] < curve[0], "{method:?} learns: {curve:?}");
+        for world in [2, 3] {
+            let run = generation(&session(&format!("bucket-{world}")), world, None, None);
+            assert_eq!((&run.result().digest, &losses(&run)), (&expected, &curve), "{method:?}, {world} ranks");
+        }
+
+        // Of three ranks one leaves; two, of which one is lost in a step; another joins; a checkpoint; one rank
+        // that resumes from it in another session.
+        let disturbed = session("disturbed");
+        let mut memories = continued(&disturbed, 1, &Start::Model, vec![None, None, None], End::Left(1)).memories;
+        memories.truncate(2);
+        let start = from_memory(&disturbed, &memories);
+        let mut memories = continued(&disturbed, 2, &start, memories, End::Paused(2)).memories;
+        broken_step(&disturbed, &mut memories, Kind::Commit);
+        assert_eq!(steps_of(&memories), [3, 2]);
+        memories.truncate(1);
+        let start = from_memory(&disturbed, &memories);
+        memories.push(None);
+        let joined = from_memory(&disturbed, &memories);
+        assert_eq!(start.step(), joined.step());
+        let (step, manifest) = continued(&disturbed, 3, &joined, memories, End::Saved(5)).stopped();
+        assert_eq!(step, 5);
+        let resumed = generation(&session("disturbed"), 1, Some(manifest), None);
+        assert_eq!(resumed.result().digest, expected, "{method:?} after leave, loss, join and resume");
+        assert_eq!(losses(&resumed), curve[5..]);
+        digests.push(expected);
+    }
+    digests.dedup();
+    assert_eq!(digests.len(), methods.len(), "the base's precision makes a difference");
+}
+
+#[test]
+fn of_adapters_only_the_adapters_are_checkpointed_and_the_result() {
+    let fixture = Fixture::new();
+    let session = fixture.session(adapter_job(&fixture, "bucket", &Method::QLoRA(lora(), Base::Nf4)));
+    let run = generation(&session, 2, None, None);
+    let store = Store::open(&url(&fixture.path("bucket"))).unwrap();
+    let newest = manifests(&fixture, &session).remove(0);
+    let manifest = fixture.runtime.block_on(vicuna_checkpoint::manifest::open(&store, &newest)).unwrap();
+    let bytes: u64 = manifest.blocks.iter().map(|block| block.bytes).sum();
+    // q_proj 64 → 64 and down_proj 128 → 64 in two layers, with both moments.
+    assert_eq!(bytes, 12 * 2 * 4 * (64 + 64 + 128 + 64));
+
+    let result = fixture.path("bucket/result");
+    let adapter = Adapter::load(&result).unwrap();
+    assert_eq!((adapter.base, adapter.scale), (session.job.model.from.clone(), 2.0));
+    let base = vicuna_model::load(&fixture.path("model")).unwrap();
+    let adapted = vicuna_model::load_adapted(&fixture.path("model"), &result).unwrap();
+    assert!(adapted.chat_template.is_some());
+    for (name, tensor) in &adapted.tensors {
+        let changes = name.contains("q_proj") || name.contains("down_proj");
+        assert_eq!(*tensor != base.tensors[name], changes, "{name}");
+    }
+    let merged = fixture.path("merged");
+    vicuna_model::lora::merge(&fixture.path("model"), &result, &merged).unwrap();
+    let merged = vicuna_model::load(&merged).unwrap();
+    let digest = |model: &vicuna_model::Pretrained| vicuna_model::weights_digest(&model.tensors).unwrap();
+    assert_eq!(digest(&merged), digest(&adapted));
+    assert_ne!(run.result().digest, digest(&merged), "the digest that was told is the adapter's");
+}
+
+#[test]
+fn a_target_that_no_layer_has_is_refused_by_name() {
+    let fixture = Fixture::new();
+    let targets = vec!["query".to_owned()];
+    let job = adapter_job(&fixture, "bucket", &Method::LoRA(Lora { targets, ..lora() }));
+    let place = Place { scratch: fixture.path("scratch"), device: Device::Cpu, threads: 1 };
+    let trouble = fixture.runtime.block_on(prepare(job, place)).unwrap_err();
+    assert!(trouble.message.contains("recipe.lora") && trouble.message.contains("\"query\""), "{trouble}");
 }
 
 /// The first generation of four ranks, of which some leave after the first step.

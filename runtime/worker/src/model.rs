@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use tch::Device;
 use vicuna_data::template::{Encoder, Template};
 use vicuna_model::inference::{Engine, EngineOptions};
+use vicuna_model::lora::{self, Adapter};
 use vicuna_model::{Config, Pretrained};
 use vicuna_protocol::inference::ModelOffer;
 
@@ -34,6 +35,13 @@ struct Source {
     name: String,
     uri: String,
     folder: PathBuf,
+}
+
+impl Source {
+    /// Where the base model goes, if this is an adapter.
+    fn base_folder(&self) -> PathBuf {
+        self.folder.with_extension("base")
+    }
 }
 
 /// Fetches and loads all models, trying again for `model_patience` while one cannot be had. The error
@@ -80,26 +88,50 @@ async fn attempt(source: &Source, options: &Options, device: Device, health: &He
         health.loading(format!("fetched {done} of {total} bytes of {}", source.name));
     })
     .await?;
+    let base = base(source, &path, health).await?;
     health.loading(format!("the model {} is being loaded", source.name));
     let (name, settings) = (source.name.clone(), options.clone());
-    let loading = tokio::task::spawn_blocking(move || load(&name, &path, &settings, device));
+    let loading = tokio::task::spawn_blocking(move || load(&name, &path, base.as_deref(), &settings, device));
     let loaded = loading.await.context("loading the model was interrupted")?;
     if loaded.is_err() {
         forget(&source.folder).await;
+        forget(&source.base_folder()).await;
     }
     loaded.with_context(|| format!("the model {} cannot be used", source.uri))
 }
 
+/// The base model of what was fetched, if that is an adapter.
+async fn base(source: &Source, path: &Path, health: &Health) -> Result<Option<PathBuf>> {
+    if !lora::is_adapter(path) {
+        return Ok(None);
+    }
+    let unusable = || format!("the adapter {} cannot be used", source.uri);
+    let uri = Adapter::load(path).with_context(unusable)?.base;
+    let folder = source.base_folder();
+    let fetched = vicuna_checkpoint::fetch(&uri, &folder, |done, total| {
+        health.loading(format!("fetched {done} of {total} bytes of the base model of {}", source.name));
+    });
+    let fetched = fetched.await.with_context(|| format!("the base model {uri:?} of the adapter {}", source.uri))?;
+    Ok(Some(fetched))
+}
+
 /// Files of the right size are not fetched again; those of a model that does not load must be.
 async fn forget(folder: &Path) {
-    if let Err(error) = tokio::fs::remove_dir_all(folder).await {
+    let removed = tokio::fs::remove_dir_all(folder).await;
+    if let Err(error) = removed
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
         tracing::warn!(%error, folder = %folder.display(), "cannot remove the model's files");
     }
 }
 
-/// Loads, checks and names a model on disk.
-pub fn load(name: &str, path: &Path, options: &Options, device: Device) -> Result<Served> {
-    let model = vicuna_model::load(path)?;
+/// Loads, checks and names a model on disk. With `base` that is the model, and `path` an adapter which is
+/// added to its weights.
+pub fn load(name: &str, path: &Path, base: Option<&Path>, options: &Options, device: Device) -> Result<Served> {
+    let model = match base {
+        Some(base) => vicuna_model::load_adapted(base, path)?,
+        None => vicuna_model::load(path)?,
+    };
     let encoder = template(&model, options.template.as_deref())?.bind(&model.tokenizer)?;
     let engine = Engine::new(&model, &engine_options(options, device))?;
     let bytes = Arc::new(TokenBytes::of(&model.tokenizer));

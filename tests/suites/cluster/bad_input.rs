@@ -10,10 +10,12 @@ use vicuna_tests::product::{self, Images, Objects};
 use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED, put_folder, serving, tiny_model, training};
 
 pub fn an_impossible_spec_is_rejected_with_a_sentence(fixture: &Fixture) -> Result<()> {
-    let edits: [(&str, Value, &str); 4] = [
+    let edits: [(&str, Value, &str); 6] = [
         ("/spec/recipe/globalBatch", json!(15), "globalBatch must be a multiple of microBatch"),
         ("/spec/workers/min", json!(3), "workers.min must not be above workers.max"),
         ("/spec/recipe/epochs", json!(2), "exactly one of epochs and steps"),
+        ("/spec/recipe/lora", json!({"rank": 4}), "lora is for the methods LoRA and QLoRA"),
+        ("/spec/recipe/lora", json!({"targets": ["all-linear", "q_proj"]}), "name it alone"),
         ("/spec/model/from", json!("hf://some/model"), "s3://"),
     ];
     for (path, value, sentence) in edits {

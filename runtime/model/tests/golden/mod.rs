@@ -13,14 +13,16 @@ pub fn cache() -> Option<PathBuf> {
     std::env::var_os("VICUNA_CACHE").map(PathBuf::from)
 }
 
-/// The newest installed transformers; says so where there is none.
-pub fn transformers() -> Option<PathBuf> {
+/// The newest folder of the cache with a name that begins like this.
+pub fn newest(prefix: &str) -> Option<PathBuf> {
     let entries = std::fs::read_dir(cache()?).ok()?;
     let folders = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let named = folders.filter(|path| {
-        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("transformers-"))
-    });
-    named.max().or_else(|| {
+    folders.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))).max()
+}
+
+/// The newest installed transformers; says so where there is none.
+pub fn transformers() -> Option<PathBuf> {
+    newest("transformers-").or_else(|| {
         eprintln!("skipped: transformers is not installed, run tests/tools/transformers.sh");
         None
     })

@@ -51,8 +51,16 @@ fn main() -> Result<()> {
     let weights = Weights { tensors };
     let rope = Rope::new(&model.config, options.length, device, kind);
     let abort = CancellationToken::new();
-    let computation =
-        Computation { config: &model.config, table: &table, weights: &weights, rope: &rope, device, abort: &abort };
+    let computation = Computation {
+        config: &model.config,
+        table: &table,
+        weights: &weights,
+        rope: &rope,
+        device,
+        adapted: None,
+        step: 1,
+        abort: &abort,
+    };
     let batches: Vec<_> = (0..options.micro_batches).map(|index| batch(&options, index)).collect();
     let tokens = options.micro_batches * options.rows * options.length;
     let mut digests = Vec::new();

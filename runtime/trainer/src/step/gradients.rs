@@ -4,6 +4,7 @@
 //! and each layer runs again for its gradient. A layer's sums are handed on before the next layer's
 //! exist.
 
+use crate::adapters::AdaptedBase;
 use crate::batch::MicroBatch;
 use crate::blocks::{BlockTable, EMBEDDING_GROUP};
 use crate::collective::CollectiveError;
@@ -11,8 +12,9 @@ use crate::state::Weights;
 use crate::tree::{Node, Summand, TreeSum};
 use tch::{Device, Kind, Tensor};
 use tokio_util::sync::CancellationToken;
-use vicuna_model::gradients::{embedding_backward, head_backward, layer_backward};
+use vicuna_model::gradients::{embedding_backward, frozen_head_backward, head_backward, layer_backward};
 use vicuna_model::layers::{LayerWeights, Rope, cross_entropy_sum, embed, layer_forward};
+use vicuna_model::lora::{LayerAdapters, adapted_layer_backward, adapted_layer_forward};
 use vicuna_model::{Config, parameters};
 
 /// Gradients of a group's parameters, in order. A micro-batch's are of the kind that it was computed
@@ -49,17 +51,6 @@ pub struct Partial {
     pub sums: Vec<(Node, GroupGradients)>,
 }
 
-/// In which order partials of a step come: the same on every rank, also on one without micro-batches.
-pub fn order(table: &BlockTable, config: &Config) -> Vec<(usize, u8)> {
-    let mut order = vec![(table.head_group(), 0)];
-    if config.tie_word_embeddings {
-        order.push((EMBEDDING_GROUP, 0));
-    }
-    order.extend((0..config.layers).rev().map(|layer| (BlockTable::layer_group(layer), 0)));
-    order.push((EMBEDDING_GROUP, u8::from(config.tie_word_embeddings)));
-    order
-}
-
 /// The model as gradients need it.
 #[derive(Debug)]
 pub struct Computation<'a> {
@@ -68,8 +59,18 @@ pub struct Computation<'a> {
     pub weights: &'a Weights,
     pub rope: &'a Rope,
     pub device: Device,
+    /// The frozen model, where `weights` are those of its adapters.
+    pub adapted: Option<&'a AdaptedBase>,
+    pub step: u64,
     /// Looked at between layers.
     pub abort: &'a CancellationToken,
+}
+
+/// A layer's weights, and its adapters where those are what is trained.
+struct Layer<'a> {
+    index: usize,
+    weights: LayerWeights,
+    adapters: Option<(LayerAdapters<'a>, &'a AdaptedBase)>,
 }
 
 struct Batch {
@@ -78,8 +79,10 @@ struct Batch {
 }
 
 impl Computation<'_> {
-    /// Runs micro-batches `first..` and hands on each group's sums as soon as they are there, in
-    /// [`order`]. Returns the loss sums of the micro-batches.
+    /// Runs micro-batches `first..` and hands on each group's sums as soon as they are there, in the same
+    /// order on every rank, also on one without micro-batches: the head, the tied embedding's first part,
+    /// layers from the last to the first, the embedding; of adapters only the layers. Returns the loss
+    /// sums of the micro-batches.
     pub fn run<E: From<CollectiveError>>(
         &self,
         first: u32,
@@ -87,34 +90,55 @@ impl Computation<'_> {
         mut hand_on: impl FnMut(Partial) -> Result<(), E>,
     ) -> Result<Vec<f64>, E> {
         let batches: Vec<Batch> = micro_batches.iter().map(|batch| self.batch(batch)).collect();
-        let mut inputs = self.forward(&batches)?;
-        let (losses, mut upstream) = self.head(first, &batches, &inputs.pop().unwrap_or_default(), &mut hand_on)?;
-        for layer in (0..self.config.layers).rev() {
-            let weights = self.layer_weights(layer);
+        let mut inputs = self.forward(first, &batches)?;
+        let hidden = inputs.pop().unwrap_or_default();
+        let (losses, mut upstream) = match self.adapted {
+            Some(base) => self.frozen_head(base, &batches, &hidden),
+            None => self.head(first, &batches, &hidden, &mut hand_on)?,
+        };
+        drop(hidden);
+        for index in (0..self.config.layers).rev() {
+            let layer = self.layer(index);
             let inputs = inputs.pop().unwrap_or_default();
             let mut sum = TreeSum::default();
-            for (index, (input, upstream)) in inputs.iter().zip(&mut upstream).enumerate() {
-                let gradients = layer_backward(self.config, &weights, input, self.rope, upstream);
-                *upstream = gradients.input;
-                let values = gradients.weights.as_vec().into_iter().map(Tensor::shallow_clone).collect();
-                sum.push(Node::leaf(first + index as u32), GroupGradients(values));
+            for (number, (input, upstream)) in (first..).zip(inputs.iter().zip(&mut upstream)) {
+                let (above, gradients) = self.layer_backward(&layer, number, input, upstream);
+                *upstream = above;
+                sum.push(Node::leaf(number), gradients);
             }
-            hand_on(partial(BlockTable::layer_group(layer), 0, sum))?;
+            hand_on(partial(BlockTable::layer_group(index), 0, sum))?;
         }
-        self.embedding(first, &batches, &upstream, &mut hand_on)?;
+        if self.adapted.is_none() {
+            self.embedding(first, &batches, &upstream, &mut hand_on)?;
+        }
         Ok(losses)
     }
 
-    /// Loss sum of one micro-batch, forward only.
+    /// Loss sum of one micro-batch, forward only and without dropout.
     pub fn loss(&self, batch: &MicroBatch) -> f64 {
         let batch = self.batch(batch);
-        let mut x = embed(&self.weights.tensors[0], &batch.ids);
-        for layer in 0..self.config.layers {
-            x = layer_forward(self.config, &self.layer_weights(layer), &x, self.rope);
+        let mut x = embed(&self.embedding_weights(), &batch.ids);
+        for index in 0..self.config.layers {
+            x = self.layer_forward(&self.layer(index), None, &x);
         }
-        let (norm, projection) = self.head_weights();
-        let loss = cross_entropy_sum(self.config, &x, norm, projection, &batch.labels);
+        let loss = match self.adapted {
+            Some(base) => {
+                let (norm, projection) = (base.frozen.final_norm(), base.frozen.head());
+                cross_entropy_sum(self.config, &x, &norm, &projection, &batch.labels)
+            }
+            None => {
+                let (norm, projection) = self.head_weights();
+                cross_entropy_sum(self.config, &x, norm, projection, &batch.labels)
+            }
+        };
         loss.to_kind(Kind::Double).double_value(&[])
+    }
+
+    fn embedding_weights(&self) -> Tensor {
+        match self.adapted {
+            Some(base) => base.frozen.embedding(),
+            None => self.weights.tensors[0].shallow_clone(),
+        }
     }
 
     /// The final norm and the output projection.
@@ -130,26 +154,66 @@ impl Computation<'_> {
         Batch { ids: tensor(&batch.ids), labels: tensor(&batch.labels) }
     }
 
-    #[expect(clippy::expect_used, reason = "the table and the weights are of one configuration")]
-    fn layer_weights(&self, layer: usize) -> LayerWeights {
-        let range = self.table.group_parameters(BlockTable::layer_group(layer));
-        LayerWeights::from_slice(&self.weights.tensors[range]).expect("a whole layer")
+    fn layer(&self, index: usize) -> Layer<'_> {
+        let tensors = &self.weights.tensors[self.table.group_parameters(BlockTable::layer_group(index))];
+        let adapted = self.adapted.and_then(|base| Some((LayerAdapters::from_slice(&base.lora, tensors)?, base)));
+        let weights = match &adapted {
+            Some((_, base)) => base.frozen.layer(index),
+            None => layer_weights(tensors),
+        };
+        Layer { index, weights, adapters: adapted }
+    }
+
+    /// Without a micro-batch's number nothing is dropped.
+    fn layer_forward(&self, layer: &Layer<'_>, micro_batch: Option<u32>, x: &Tensor) -> Tensor {
+        let Layer { index, weights, adapters } = layer;
+        let Some((adapters, base)) = adapters else { return layer_forward(self.config, weights, x, self.rope) };
+        let dropout = micro_batch.map(|number| base.dropout(self.step, number, *index));
+        adapted_layer_forward(self.config, weights, adapters, x, self.rope, dropout.as_ref())
+    }
+
+    /// The gradients of the layer's input and of what is trained in it.
+    fn layer_backward(
+        &self,
+        layer: &Layer<'_>,
+        micro_batch: u32,
+        x: &Tensor,
+        upstream: &Tensor,
+    ) -> (Tensor, GroupGradients) {
+        let Layer { index, weights, adapters } = layer;
+        let Some((adapters, base)) = adapters else {
+            let gradients = layer_backward(self.config, weights, x, self.rope, upstream);
+            let values = gradients.weights.as_vec().into_iter().map(Tensor::shallow_clone).collect();
+            return (gradients.input, GroupGradients(values));
+        };
+        let dropout = base.dropout(self.step, micro_batch, *index);
+        let gradients = adapted_layer_backward(self.config, weights, adapters, x, self.rope, Some(&dropout), upstream);
+        (gradients.input, GroupGradients(gradients.adapters))
     }
 
     /// The inputs of every layer and, last, what comes out of the last one; by micro-batch each.
-    fn forward(&self, batches: &[Batch]) -> Result<Vec<Vec<Tensor>>, CollectiveError> {
-        let embedding = &self.weights.tensors[0];
-        let mut inputs = vec![batches.iter().map(|batch| embed(embedding, &batch.ids)).collect::<Vec<_>>()];
-        for layer in 0..self.config.layers {
+    fn forward(&self, first: u32, batches: &[Batch]) -> Result<Vec<Vec<Tensor>>, CollectiveError> {
+        let embedding = self.embedding_weights();
+        let mut inputs = vec![batches.iter().map(|batch| embed(&embedding, &batch.ids)).collect::<Vec<_>>()];
+        for index in 0..self.config.layers {
             if self.abort.is_cancelled() {
                 return Err(CollectiveError::Aborted);
             }
-            let weights = self.layer_weights(layer);
-            let next = inputs[layer].iter().map(|x| layer_forward(self.config, &weights, x, self.rope));
+            let layer = self.layer(index);
+            let next = (first..).zip(&inputs[index]).map(|(number, x)| self.layer_forward(&layer, Some(number), x));
             let next = next.collect();
             inputs.push(next);
         }
         Ok(inputs)
+    }
+
+    /// Losses, and gradients of what comes out of the last layer.
+    fn frozen_head(&self, base: &AdaptedBase, batches: &[Batch], hidden: &[Tensor]) -> (Vec<f64>, Vec<Tensor>) {
+        let (norm, projection) = (base.frozen.final_norm(), base.frozen.head());
+        let pairs = batches.iter().zip(hidden);
+        let losses =
+            pairs.map(|(batch, hidden)| frozen_head_backward(self.config, hidden, &norm, &projection, &batch.labels));
+        losses.map(|loss| (loss.sum.to_kind(Kind::Double).double_value(&[]), loss.hidden)).unzip()
     }
 
     fn head<E>(
@@ -196,6 +260,11 @@ impl Computation<'_> {
         }
         hand_on(partial(EMBEDDING_GROUP, u8::from(self.config.tie_word_embeddings), sum))
     }
+}
+
+#[expect(clippy::expect_used, reason = "the table and the weights are of one configuration")]
+fn layer_weights(tensors: &[Tensor]) -> LayerWeights {
+    LayerWeights::from_slice(tensors).expect("a whole layer")
 }
 
 fn partial(group: usize, part: u8, sum: TreeSum<GroupGradients>) -> Partial {

@@ -4,6 +4,7 @@ pub mod commit;
 pub mod gradients;
 pub mod reduce;
 
+use crate::adapters::AdaptedBase;
 use crate::batch::{Dataset, StepPlan};
 use crate::blocks::BlockTable;
 use crate::collective::{Collective, CollectiveError, Kind, Tag};
@@ -70,6 +71,7 @@ pub struct Engine {
     pace: Pace,
     rope: Rope,
     device: Device,
+    adapted: Option<AdaptedBase>,
 }
 
 /// What a step came to; the same on every rank but for the times.
@@ -116,8 +118,9 @@ impl Engine {
         layout: Layout,
         longest: usize,
         device: Device,
+        adapted: Option<AdaptedBase>,
     ) -> Self {
-        debug_assert!(gradients::is_canonical(&table));
+        debug_assert!(adapted.is_some() || gradients::is_canonical(&table));
         let kind = weights.tensors.first().map_or(tch::Kind::Float, tch::Tensor::kind);
         let rope = Rope::new(&config, longest, device, kind);
         Self {
@@ -137,6 +140,7 @@ impl Engine {
             log: Log::default(),
             rope,
             device,
+            adapted,
         }
     }
 
@@ -248,6 +252,7 @@ impl Engine {
         self.pace.shares_apart(micro_batches)
     }
 
+    /// Of the step after the last one.
     pub(crate) fn computation<'a>(&'a self, abort: &'a CancellationToken) -> Computation<'a> {
         Computation {
             config: &self.config,
@@ -255,6 +260,8 @@ impl Engine {
             weights: &self.weights,
             rope: &self.rope,
             device: self.device,
+            adapted: self.adapted.as_ref(),
+            step: self.step + 1,
             abort,
         }
     }
@@ -340,13 +347,13 @@ impl Engine {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// Digest of the weights, as the worker computes it.
+    /// Digest of what is trained: of a whole model, as the worker computes it.
     pub fn digest(&self) -> Result<String, TchError> {
         vicuna_model::weights_digest(&self.weights.to_map(&self.table))
     }
 }
 
-/// Bytes that may wait unread at a rank: all weights, the gradients of the blocks that it is twin of,
+/// Bytes that may wait unread at a rank: all trained weights, the gradients of the blocks that it is twin of,
 /// the state of those that it is to keep, the partial sums of two groups of the largest size from
 /// everyone, and small change.
 pub fn unread_limit_bytes(table: &BlockTable, micro_batches: u32, world: usize) -> usize {

@@ -84,7 +84,7 @@ fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<
     vicuna_model::save(&path, &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref()).unwrap();
     let arguments = ["worker", "--model-name", "default/tiny", "--model-uri", "file:///unused", "--gateway", url];
     let options = Options::parse_from(arguments);
-    let served = crate::model::load("default/tiny", &path, &options, tch::Device::Cpu).unwrap();
+    let served = crate::model::load("default/tiny", &path, None, &options, tch::Device::Cpu).unwrap();
     let metrics = Metrics::new().unwrap();
     let tokens = metrics.tokens.clone();
     let (scheduler, handle) = Scheduler::new(served.engine, 2, metrics);

@@ -1,0 +1,181 @@
+//! Merging an adapter into its base model on disk, tensor by tensor.
+
+use super::Adapter;
+use crate::hugging_face::{readable, save, tensor_kind, weight_files};
+use crate::pretrained::map_file;
+use crate::{ModelError, load};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors, View};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use tch::{Kind, Tensor};
+
+/// What an adapter's directory may have of its own, and the merged model takes over.
+const TOKENIZER: [&str; 4] =
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+
+/// Writes the Hugging Face directory `out`: the base model (a directory or a GGUF file) with the adapter
+/// added. A directory's files keep their names and precision, and no more than one tensor of it is in
+/// memory; a GGUF model is written as fp32.
+pub fn merge(base: &Path, adapter: &Path, out: &Path) -> Result<(), ModelError> {
+    let added = Adapter::load(adapter)?;
+    std::fs::create_dir_all(out).map_err(|source| ModelError::Write { path: out.to_owned(), source })?;
+    if !base.join("config.json").is_file() {
+        let mut model = load(base)?;
+        added.merge_into(&mut model)?;
+        return save(out, &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref());
+    }
+    let weights = weight_files(base)?;
+    check(&weights, &added)?;
+    copy_others(base, &weights, out)?;
+    for name in TOKENIZER.iter().filter(|name| adapter.join(name).is_file()) {
+        copy(&adapter.join(name), &out.join(name))?;
+    }
+    weights.iter().try_for_each(|file| merge_file(file, &added, out))
+}
+
+fn invalid(path: &Path, error: impl ToString) -> ModelError {
+    ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() }
+}
+
+/// All that the adapter changes must be there, before anything is written.
+fn check(files: &[PathBuf], adapter: &Adapter) -> Result<(), ModelError> {
+    let mut shapes = BTreeMap::new();
+    for path in files {
+        let bytes = map_file(path)?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| invalid(path, error))?;
+        for (name, view) in file.iter() {
+            if adapter.pairs.contains_key(name) {
+                tensor_kind(name, view.dtype())?;
+            }
+            shapes.insert(name.to_owned(), view.shape().iter().map(|size| *size as i64).collect::<Vec<_>>());
+        }
+    }
+    adapter.check(|name| shapes.get(name).cloned())
+}
+
+/// Configuration, tokenizer, the index: every file of the directory but its weights in any format.
+fn copy_others(base: &Path, weights: &[PathBuf], out: &Path) -> Result<(), ModelError> {
+    let failed = |source| ModelError::Read { path: base.to_owned(), source };
+    for entry in std::fs::read_dir(base).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let named = |extension: &&str| path.extension().is_some_and(|its| its == *extension);
+        let is_weights = weights.contains(&path) || ["safetensors", "bin", "pt", "pth", "gguf"].iter().any(named);
+        if let Some(name) = path.file_name().filter(|_| path.is_file() && !is_weights) {
+            copy(&path, &out.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), ModelError> {
+    std::fs::copy(from, to).map_err(|source| ModelError::Write { path: to.to_owned(), source })?;
+    Ok(())
+}
+
+fn merge_file(path: &Path, adapter: &Adapter, out: &Path) -> Result<(), ModelError> {
+    let bytes = map_file(path)?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|error| invalid(path, error))?;
+    let views: Vec<_> =
+        file.iter().map(|(name, view)| (name, Merged { adapter, name: name.to_owned(), view })).collect();
+    let target = out.join(path.file_name().unwrap_or_default());
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    safetensors::serialize_to_file(views, Some(metadata), &target).map_err(|error| invalid(&target, error))?;
+    readable(&target)
+}
+
+/// A tensor of the base with what the adapter adds, made when it is written.
+struct Merged<'a> {
+    adapter: &'a Adapter,
+    name: String,
+    view: TensorView<'a>,
+}
+
+impl Merged<'_> {
+    fn sum(&self) -> Result<Option<Vec<u8>>, ModelError> {
+        let Some(added) = self.adapter.added(&self.name) else { return Ok(None) };
+        let kind = tensor_kind(&self.name, self.view.dtype())?;
+        let base = Tensor::f_from_data_size(self.view.data(), &added.size(), kind)?.f_to_kind(Kind::Float)?;
+        let sum = base.f_add(&added)?.f_to_kind(kind)?.f_contiguous()?;
+        let mut bytes = vec![0; self.view.data().len()];
+        sum.f_copy_data_u8(&mut bytes, sum.numel())?;
+        Ok(Some(bytes))
+    }
+}
+
+impl View for Merged<'_> {
+    fn dtype(&self) -> Dtype {
+        self.view.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.view.shape()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        match self.sum() {
+            Ok(None) => Cow::Borrowed(self.view.data()),
+            Ok(Some(bytes)) => Cow::Owned(bytes),
+            // Shapes and types were checked. Without memory the length is wrong, and readers refuse the file.
+            Err(error) => {
+                tracing::error!(%error, tensor = self.name, "a tensor could not be merged");
+                Cow::Owned(Vec::new())
+            }
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        self.view.data().len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lora::Lora;
+    use crate::lora::adapter::tests::saved;
+    use crate::tiny::tiny;
+
+    #[test]
+    fn a_merged_directory_is_the_base_with_what_the_adapter_adds() {
+        let lora = Lora::new(4, 16.0, 0.1, &["all-linear"]).unwrap();
+        let (adapter, _) = saved(&lora);
+        let base = tempfile::tempdir().unwrap();
+        let model = tiny(3);
+        save(base.path(), &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref()).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        merge(base.path(), adapter.path(), out.path()).unwrap();
+
+        let mut expected = tiny(3);
+        Adapter::load(adapter.path()).unwrap().merge_into(&mut expected).unwrap();
+        let merged = load(out.path()).unwrap();
+        let digest = |model: &crate::Pretrained| crate::weights_digest(&model.tensors).unwrap();
+        assert_eq!(digest(&merged), digest(&expected));
+        assert_ne!(digest(&merged), digest(&model));
+        assert_eq!(merged.chat_template, model.chat_template);
+    }
+
+    #[test]
+    fn a_base_in_half_precision_stays_in_it() {
+        let lora = Lora::new(4, 16.0, 0.1, &["q_proj"]).unwrap();
+        let (adapter, _) = saved(&lora);
+        let base = tempfile::tempdir().unwrap();
+        let model = tiny(3);
+        save(base.path(), &model.config, &model.tensors, &model.tokenizer, None).unwrap();
+        let halves: Vec<_> =
+            model.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.to_kind(Kind::BFloat16))).collect();
+        Tensor::write_safetensors(&halves, base.path().join("model.safetensors")).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        merge(base.path(), adapter.path(), out.path()).unwrap();
+
+        let size = |directory: &Path| std::fs::metadata(directory.join("model.safetensors")).unwrap().len();
+        assert!(size(out.path()) < size(base.path()) + 1000);
+        let (before, after) = (load(base.path()).unwrap(), load(out.path()).unwrap());
+        let added = Adapter::load(adapter.path()).unwrap();
+        for (name, tensor) in &before.tensors {
+            let expected = added.added(name).map_or_else(|| tensor.shallow_clone(), |added| tensor + added);
+            assert_eq!(after.tensors[name], expected.to_kind(Kind::BFloat16).to_kind(Kind::Float), "{name}");
+        }
+    }
+}
