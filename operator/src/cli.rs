@@ -15,6 +15,9 @@ pub struct Cli {
     /// Name of this pod: the identity in the lease.
     #[arg(long, env = "POD_NAME")]
     pub pod_name: String,
+    /// UID of this pod, with which it knows its own lease again after it was killed.
+    #[arg(long, env = "POD_UID")]
+    pub pod_uid: Option<String>,
     /// Image of trainers and workers, with its digest where it has one.
     #[arg(long, env = "VICUNA_RUNTIME_IMAGE")]
     pub runtime_image: String,
@@ -62,6 +65,7 @@ impl From<Cli> for Config {
         let Cli {
             namespace,
             pod_name,
+            pod_uid,
             runtime_image,
             image_pull_policy,
             coordinator_service,
@@ -79,6 +83,7 @@ impl From<Cli> for Config {
         Self {
             namespace,
             pod_name,
+            pod_uid,
             runtime_image,
             image_pull_policy,
             coordinator_service,

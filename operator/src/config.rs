@@ -24,6 +24,7 @@ pub const LEADER_LABEL: &str = "vicuna.dev/leader";
 pub struct Config {
     pub namespace: String,
     pub pod_name: String,
+    pub pod_uid: Option<String>,
     pub runtime_image: String,
     pub image_pull_policy: String,
     pub coordinator_service: String,

@@ -4,6 +4,9 @@
 //! successful renewal. Others take the lease only after they have watched it unchanged for [`LEASE`].
 //! Since the first is shorter than the second, two never write at once, whatever their wall clocks
 //! say: only the pace of the clocks must be about the same.
+//!
+//! Who is told to stop gives the lease back. Who was killed finds its own lease when the kubelet has started it again,
+//! and takes it at once: a container of a pod is not started before the one in its place is gone.
 
 use crate::config::{Config, MANAGER};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -81,7 +84,10 @@ impl Leadership {
 pub struct Elector {
     leases: Api<Lease>,
     name: String,
+    /// Of this life; the pod's lives have the beginning in common.
     identity: String,
+    /// `None` outside of a pod, where two lives may overlap.
+    lives: Option<String>,
     seen: Option<Seen>,
     deadline: watch::Sender<Option<Instant>>,
 }
@@ -106,10 +112,12 @@ impl Elector {
     /// `instance` makes two lives of one pod different holders.
     pub fn new(client: kube::Client, config: &Config, instance: &str) -> (Self, Leadership) {
         let (sender, deadline) = watch::channel(None);
+        let lives = config.pod_uid.as_ref().map(|uid| format!("{}_{uid}_", config.pod_name));
         let elector = Self {
             leases: Api::namespaced(client, &config.namespace),
             name: config.lease.clone(),
-            identity: format!("{}_{instance}", config.pod_name),
+            identity: format!("{}{instance}", lives.clone().unwrap_or_else(|| format!("{}_", config.pod_name))),
+            lives,
             seen: None,
             deadline: sender,
         };
@@ -178,11 +186,16 @@ impl Elector {
         self.seen = Some(Seen { version, since });
         let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref());
         let free = holder.is_none_or(str::is_empty);
-        if free || holder == Some(&self.identity) || now.duration_since(since) >= LEASE {
+        if free || holder.is_some_and(|holder| self.is_us(holder)) || now.duration_since(since) >= LEASE {
             Claim::Replace
         } else {
             Claim::Wait
         }
+    }
+
+    /// This life of the pod, or one before it.
+    fn is_us(&self, holder: &str) -> bool {
+        holder == self.identity || self.lives.as_ref().is_some_and(|lives| holder.starts_with(lives))
     }
 
     fn claim(&self, current: Option<Lease>) -> Lease {
@@ -266,7 +279,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn another_life_of_the_pod_is_another_holder() {
+    async fn a_life_of_the_same_pod_that_was_killed_is_succeeded_at_once() {
+        let config = Config { pod_uid: Some("u1".to_owned()), ..crate::config::tests::sample() };
+        let mut elector = Elector::new(crate::testing::dead_client(), &config, "2").0;
+        assert_eq!(elector.judge(Some(&lease("operator-0_u1_1", "1")), Instant::now()), Claim::Replace);
+        assert_eq!(elector.claim(None).spec.unwrap().holder_identity.as_deref(), Some("operator-0_u1_2"));
+        // A namesake may still run on a node that nobody hears of.
+        assert_eq!(elector.judge(Some(&lease("operator-0_u0_1", "2")), Instant::now()), Claim::Wait);
+    }
+
+    #[tokio::test]
+    async fn outside_of_a_pod_another_life_is_another_holder() {
         let mut elector = elector();
         assert_eq!(elector.judge(Some(&lease("operator-0_1", "1")), Instant::now()), Claim::Replace);
         assert_eq!(elector.judge(Some(&lease("operator-0_2", "2")), Instant::now()), Claim::Wait);

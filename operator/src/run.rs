@@ -14,7 +14,7 @@ use crate::spot::notices::NoticeBook;
 use crate::watches::Watches;
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::{Api, ListParams, Patch, PatchParams};
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
@@ -113,6 +113,7 @@ async fn lead(
         .with_context(|| format!("cannot listen on {}", context.config.coordinator_listen))?;
     let connections = context.trust.listen(listener)?;
     mark_leader(&context.client, &context.config, true).await;
+    unmark_others(&context.client, &context.config).await;
     let calls = service::serve(context.clone(), connections, stop);
     tokio::select! {
         () = context.leadership.lost() => bail!("the lease is lost"),
@@ -135,5 +136,22 @@ async fn mark_leader(client: &kube::Client, config: &Config, leads: bool) {
     let patch = json!({"metadata": {"labels": {LEADER_LABEL: value}}});
     if let Err(error) = pods.patch(&config.pod_name, &PatchParams::default(), &Patch::Merge(&patch)).await {
         tracing::warn!(%error, pod = config.pod_name, "the pod's leader label cannot be set");
+    }
+}
+
+/// A leader that lost its network could not take its own mark away, and would go on getting every second call.
+async fn unmark_others(client: &kube::Client, config: &Config) {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), &config.namespace);
+    let marked = ListParams::default().labels(&format!("{LEADER_LABEL}=true"));
+    let marked = match pods.list(&marked).await {
+        Ok(marked) => marked,
+        Err(error) => return tracing::warn!(%error, "former leaders cannot be looked for"),
+    };
+    for name in marked.into_iter().filter_map(|pod| pod.metadata.name).filter(|name| *name != config.pod_name) {
+        let patch = json!({"metadata": {"labels": {LEADER_LABEL: serde_json::Value::Null}}});
+        match pods.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Ok(_) => tracing::info!(pod = name, "a former leader is no longer called"),
+            Err(error) => tracing::warn!(%error, pod = name, "a former leader's label cannot be taken away"),
+        }
     }
 }

@@ -26,8 +26,9 @@ use vicuna_protocol::coordinator::rank_message::Body;
 use vicuna_protocol::coordinator::{CoordinatorMessage, Hello, LoadAck, LoadReport, RankMessage};
 
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
-/// Dead peers are found within twice this.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// A rank that is cut off is known to be away about when its peers say that they have lost it.
+const KEEP_ALIVE: Duration = Duration::from_secs(3);
+const ALIVE_WITHIN: Duration = Duration::from_secs(2);
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
 const MAX_STREAMS_OF_A_CONNECTION: u32 = 16;
 
@@ -40,7 +41,7 @@ pub async fn serve(
     let service = Service { context, streams: Arc::default() };
     Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(ALIVE_WITHIN))
         .max_concurrent_streams(MAX_STREAMS_OF_A_CONNECTION)
         .add_service(CoordinatorServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(LoadReportsServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES))

@@ -151,6 +151,7 @@ async fn run(arguments: RankArguments) -> Result<Exit> {
         generation: 0,
         step: 0,
         numerics_class: numerics::class(device),
+        since_step_ms: 0,
     };
     let (link, inbox) = Link::start(route(&arguments), hello);
     let parts = Parts {

@@ -7,7 +7,7 @@
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -52,6 +52,8 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     hello: Hello,
+    /// When the last step was applied.
+    stepped_at: Option<Instant>,
     welcomed: bool,
     queue: VecDeque<Body>,
     said: Said,
@@ -66,6 +68,13 @@ struct Said {
     notice: Option<Body>,
     /// Blocked, Ready, Stopped, LoadFailed, Finished or Failed: where the rank is.
     place: Option<Body>,
+}
+
+impl State {
+    fn hello(&self) -> Hello {
+        let since_step_ms = self.stepped_at.map_or(0, |at| at.elapsed().as_millis().max(1) as u64);
+        Hello { since_step_ms, ..self.hello.clone() }
+    }
 }
 
 impl Said {
@@ -93,7 +102,7 @@ impl Said {
 impl Link {
     /// Starts the stream; what the coordinator says arrives at the receiver.
     pub fn start(route: Route, hello: Hello) -> (Self, mpsc::Receiver<Heard>) {
-        let state = State { hello, welcomed: false, queue: VecDeque::new(), said: Said::default() };
+        let state = State { hello, stepped_at: None, welcomed: false, queue: VecDeque::new(), said: Said::default() };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             wake: Notify::new(),
@@ -111,6 +120,7 @@ impl Link {
         state.said.note(&body);
         if let Body::Progress(progress) = &body {
             state.hello.step = progress.step;
+            state.stepped_at = Some(Instant::now());
             if matches!(state.queue.back(), Some(Body::Progress(_))) {
                 state.queue.pop_back();
             }
@@ -192,7 +202,7 @@ impl From<Status> for LinkError {
 /// One stream, from hello to its end.
 async fn converse(shared: &Shared, route: &Route, heard: &mpsc::Sender<Heard>) -> Result<(), LinkError> {
     let (say, outbound) = mpsc::channel(64);
-    let hello = Body::Hello(shared.state.lock().hello.clone());
+    let hello = Body::Hello(shared.state.lock().hello());
     // The receiver is right here.
     drop(say.try_send(message(hello)));
     let mut client = CoordinatorClient::new((route.channel)()?);

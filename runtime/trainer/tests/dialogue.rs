@@ -100,6 +100,7 @@ impl Play {
             generation: 0,
             step: 0,
             numerics_class: "class".to_owned(),
+            since_step_ms: 0,
         };
         let (link, inbox) = Link::start(route, hello);
         let scratch = fixture.path(&format!("scratch-{pod}"));

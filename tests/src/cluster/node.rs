@@ -283,9 +283,12 @@ fn start(layout: &Layout, record: &NodeRecord) -> Result<()> {
     process(layout, name).start(&mut command, Some(&layout.node_namespace(name)))
 }
 
-/// Ends everything on the node at once and removes its network, cgroups and disk.
+/// Ends everything on the node at once and removes its network, cgroups and disk. The network goes first: a machine
+/// without power closes no connection.
 pub fn power_off(layout: &Layout, record: &NodeRecord) -> Result<()> {
     let name = &record.options.name;
+    // A node whose start failed has none.
+    let _ = network::set_link(layout, record.index, false);
     process(layout, name).kill()?;
     network::remove_node(layout, name, record.index);
     remove_cgroups(&format!("{}/{name}", layout.cgroup()));

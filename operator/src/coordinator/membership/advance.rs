@@ -245,7 +245,7 @@ impl Membership {
 
     /// From here on time counts as recovery.
     pub(super) fn interrupt(&mut self, now: Millis) {
-        if self.progress.is_some() && !self.interrupted {
+        if !self.interrupted {
             self.interrupted = true;
             self.recovery = Stages { detected: Some(now), ..Stages::default() };
         }
@@ -477,11 +477,15 @@ impl Membership {
         self.disband(now)
     }
 
-    /// Whom peers have lost, and who does not answer us either, is not waited for to the end.
+    /// Whom peers have lost, and who does not answer us either, is not waited for to the end; not at all where its stream
+    /// is broken too and the others have all that it may hold.
     fn are_lost(&self, now: Millis, limit: Millis, waiting: &[PodUid]) -> bool {
         let since = limit.saturating_sub(self.limits.collect_ms);
         let lost = |pod: &PodUid| self.ranks.get(pod).is_none_or(|rank| rank.reported_lost);
-        now >= since.saturating_add(self.limits.lost_ms) && waiting.iter().all(lost)
+        // Whom a new leader does not know may just not have called it yet.
+        let away = |pod: &PodUid| self.ranks.get(pod).is_some_and(|rank| !rank.connected);
+        let dispensable = || waiting.iter().all(away) && self.held_state(now, &self.candidates()).is_some();
+        waiting.iter().all(lost) && (now >= since.saturating_add(self.limits.lost_ms) || dispensable())
     }
 
     /// A checkpoint that cannot be written is waited for, unless somebody is about to go.

@@ -48,6 +48,10 @@ impl Membership {
         if let State::Finished(_) = self.state {
             return self.release(&pod, wire::shutdown::Why::Complete);
         }
+        if member && hello.since_step_ms > 0 {
+            // Steps that were made while there was no leader: a recovery is counted from them.
+            self.last_step_at = self.last_step_at.max(now.saturating_sub(hello.since_step_ms));
+        }
         self.effects.push(Effect::Welcome(pod.clone()));
         match (member, hello.generation) {
             (true, 0) => self.dropped_out(now, &pod),
@@ -220,10 +224,7 @@ impl Membership {
         // The last step of a generation that is being stopped is not the first one after it.
         if self.interrupted && matches!(self.state, State::Steady { .. }) {
             self.interrupted = false;
-            let after_ms = now.saturating_sub(self.last_step_at);
-            self.counters.last_recovery_ms = Some(after_ms);
-            let phases = self.recovery_phases(now);
-            self.happened(Happening::Recovered { after_ms, phases });
+            self.recovered(now);
         }
         self.step = report.step;
         self.steps = self.steps.max(report.steps);
@@ -235,6 +236,16 @@ impl Membership {
         }
         self.progress = Some(report.clone());
         self.happened(Happening::Stepped(report));
+    }
+
+    /// Steps are made again. What befell a training before its first step is no recovery.
+    fn recovered(&mut self, now: Millis) {
+        let phases = self.recovery_phases(now);
+        if self.last_step_at > 0 {
+            let after_ms = now.saturating_sub(self.last_step_at);
+            self.counters.last_recovery_ms = Some(after_ms);
+            self.happened(Happening::Recovered { after_ms, phases });
+        }
     }
 
     fn evaluated(&mut self, now: Millis, pod: &str, said: &wire::Evaluated) {

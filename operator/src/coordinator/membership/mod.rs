@@ -206,6 +206,7 @@ pub struct Membership {
     manifests: Manifests,
     /// The last step that anybody applied, in the branch that counts.
     step: u64,
+    /// By our own clock; 0 until we hear of a step, be it one that was made before we led.
     last_step_at: Millis,
     step_ms: Option<u64>,
     /// The membership was broken up since the last step, by what counts as a disruption.
@@ -240,7 +241,7 @@ impl Membership {
             pods: None,
             manifests: Manifests::default(),
             step: record.as_ref().map_or(0, |record| record.base_step),
-            last_step_at: now,
+            last_step_at: 0,
             step_ms: None,
             interrupted: false,
             recovery: Stages::default(),

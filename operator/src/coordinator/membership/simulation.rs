@@ -313,7 +313,7 @@ impl World {
             peer_address: "10.0.0.1:1".into(),
             generation,
             step,
-            numerics_class: String::new(),
+            ..Default::default()
         }));
     }
 

@@ -54,7 +54,7 @@ impl Fixture {
             peer_address: "10.0.0.1:7600".to_owned(),
             generation,
             step: 0,
-            numerics_class: String::new(),
+            ..Default::default()
         }))
     }
 
@@ -545,6 +545,49 @@ fn whom_a_peer_has_lost_is_not_waited_for_to_the_end() {
     assert_eq!(fixture.phase(), Phase::Collecting);
     fixture.after(500);
     assert_eq!(fixture.phase(), Phase::Planning);
+}
+
+#[test]
+fn whose_stream_is_broken_too_is_not_waited_for_at_all_where_others_have_what_it_held() {
+    for (holding, phase) in [(0b11, Phase::Planning), (0b01, Phase::Collecting)] {
+        let mut fixture = Fixture::training(1, 2);
+        let holding = wire::Holding { step: 1, updates: 1, blocks: vec![holding], ..Default::default() };
+        let (holding, lost) = (Some(holding), vec!["b".to_owned()]);
+        fixture.say("a", Said::Stopped(wire::Stopped { generation: 1, step: 1, lost, holding, ..Default::default() }));
+        assert_eq!(fixture.phase(), Phase::Collecting);
+        fixture.apply(Event::Disconnected("b".to_owned()));
+        assert_eq!(fixture.phase(), phase);
+    }
+}
+
+#[test]
+fn a_loss_without_a_leader_is_a_recovery_counted_from_the_last_step() {
+    let mut first = Fixture::training(1, 2);
+    let record = first.membership.record.clone();
+    let mut fixture = Fixture::with_record(record, 1, 2);
+    fixture.pods = std::mem::take(&mut first.pods);
+    fixture.lose("b");
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    let since_step_ms = 7_000;
+    let hello = wire::Hello { pod_uid: "a".into(), generation: 1, step: 5, since_step_ms, ..Default::default() };
+    fixture.apply(Event::Joined(hello)).prepare("a", vec![]).holds("a", 5, 0).written().ready("a").take();
+    fixture.after(1_000).progress("a", 6);
+    let recoveries = fixture.take().into_iter().filter_map(|effect| match effect {
+        Effect::Happened(Happening::Recovered { after_ms, .. }) => Some(after_ms),
+        _ => None,
+    });
+    assert_eq!(recoveries.collect::<Vec<_>>(), [8_000]);
+    assert_eq!(fixture.membership.counters.lost_steps, 0);
+}
+
+#[test]
+fn what_befalls_a_training_before_its_first_step_is_no_recovery() {
+    let mut fixture = Fixture::new(1, 2);
+    fixture.join("a", 0).join("b", 0).prepare("a", vec![]).prepare("b", vec![]);
+    fixture.after(30_000).written().ready("a").lose("b").stopped("a", 0, vec![]);
+    fixture.after(3_000).written().ready("a").progress("a", 1);
+    assert_eq!(fixture.membership.step, 1);
+    assert!(!fixture.take().iter().any(|it| matches!(it, Effect::Happened(Happening::Recovered { .. }))));
 }
 
 #[test]

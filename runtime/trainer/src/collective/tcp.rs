@@ -18,11 +18,12 @@ use tokio_util::sync::CancellationToken;
 
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_LIMIT: Duration = Duration::from_secs(60);
-/// A peer whose machine is gone answers no probe: it counts as lost after these.
+/// An idle peer is probed so often. Kernels answer, however busy their processes are.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 const PROBES: u32 = 4;
-/// … or if it acknowledges nothing of what was sent for so long.
-const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(6);
+/// A peer whose machine is gone acknowledges neither probes nor what was sent: it counts as lost after so long, which is
+/// four probes, or four repetitions of what was sent.
+const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(4);
 const DIAL_PAUSE: Duration = Duration::from_millis(100);
 /// Handshakes at a time; more are turned away, and their diallers try again.
 const HANDSHAKES: usize = 64;

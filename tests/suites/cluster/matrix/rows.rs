@@ -31,6 +31,8 @@ const SHORT: u64 = 400;
 const MEDIUM: u64 = 800;
 /// For faults that take minutes.
 const LONG: u64 = 2000;
+/// For nodes that boot again several times.
+const LONGEST: u64 = 8000;
 const TWO: Shape =
     Shape { steps: SHORT, min: 1, max: 2, notice_seconds: 10, fallback: true, nodes: &[], interval_seconds: 10 };
 const THREE: Shape = Shape { max: 3, ..TWO };
@@ -55,8 +57,8 @@ pub const ROWS: &[Row] = &[
     row("operator_killed_in_a_change", TWO, operator_killed_in_a_change),
     row("leader_partitioned", Shape { steps: MEDIUM, ..TWO }, leader_partitioned),
     row("store_down_in_an_emergency", Shape { min: 2, nodes: &SPOT, ..TWO }, store_down_in_an_emergency),
-    row("node_comes_and_goes", Shape { steps: LONG, ..TWO }, node_comes_and_goes),
-    row("ten_reclaims", Shape { steps: LONG, ..TWO }, ten_reclaims),
+    row("node_comes_and_goes", Shape { steps: LONGEST, ..TWO }, node_comes_and_goes),
+    row("ten_reclaims", Shape { steps: LONGEST, ..TWO }, ten_reclaims),
     row(
         "return_to_the_first_pool",
         Shape { steps: LONG, max: 1, nodes: &["spot-1", "onprem-1"], ..TWO },
@@ -198,6 +200,7 @@ fn network_cut_to_the_store(run: &Run) -> Result<()> {
 /// In the moment in which it has told the ranks to stop.
 fn operator_killed_in_a_change(run: &Run) -> Result<()> {
     let (leader, victim) = (leader(run.fixture)?, run.victim()?);
+    let before = run.recoveries()?.len();
     let mut command = run.fixture.cluster.kubectl().command()?;
     command.args([
         "logs",
@@ -219,7 +222,7 @@ fn operator_killed_in_a_change(run: &Run) -> Result<()> {
     stopping.context("the operator's log ended before it stopped a generation")?;
     std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
     run.fixture.cluster.kill(&victim.node, true)?;
-    run.wait_for_progress()
+    run.wait_for_recovery(before)
 }
 
 /// The first leader lives on without a network; the second one has to replace a rank that dies.
