@@ -106,7 +106,8 @@ pub struct Session {
 }
 
 impl Session {
-    pub(super) fn start(
+    /// Runs it until its last handle is dropped.
+    pub fn start(
         key: Key,
         opening: Opening,
         store: Box<dyn RecordStore>,

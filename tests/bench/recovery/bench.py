@@ -1,0 +1,232 @@
+"""How long it takes from `kill -9` of one of two ranks to the next finished step: ours, and torchrun's elastic DDP.
+
+    bench.py BINARIES WORK [--model tiny|smollm2] [--kills N]
+
+Both run on this machine, a thread a rank, with the same model's shape, the same global batch, and a new process in the
+killed one's place. Ours are real trainer processes and the operator's coordinator (examples/coordinator.rs), over TLS. The
+peer has two agents, as on two nodes. In its first part one of two ranks is killed, and the agents start both anew; in the second
+the rank's agent is killed too, as when a node goes, and the other one has to find out and go on alone.
+"""
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PATIENCE_S = 180
+SHAPES = {
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 vocab_size=295, tie_word_embeddings=True),
+    "smollm2": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                    num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+}
+GLOBAL_BATCH, MICRO_BATCH, LENGTH, SAVE_EVERY = 8, 2, 128, 10
+children = []
+
+
+def spawn(command, log, **environment):
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", "VICUNA_THREADS": "1", **environment}
+    child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT if log != subprocess.PIPE else None,
+                             env=everything, start_new_session=True)
+    children.append(child)
+    return child
+
+
+def kill(child):
+    """The process and its children, as when a node goes."""
+    with_children = [child.pid, *descendants(child.pid)]
+    for pid in with_children:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    child.wait()
+
+
+def descendants(pid):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [below for child in map(int, listed) for below in (child, *descendants(child))]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Log:
+    """JSON lines of a file that others write to."""
+
+    def __init__(self, path):
+        path.touch()
+        self.file, self.rest = open(path), ""
+
+    def until(self, wanted, what):
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            self.rest += self.file.readline()
+            if not self.rest.endswith("\n"):
+                time.sleep(0.005)
+                continue
+            line, self.rest = json.loads(self.rest), ""
+            if wanted(line):
+                return line
+        sys.exit(f"waited {PATIENCE_S} s for {what}: see {self.file.name}")
+
+
+class Ours:
+    def __init__(self, binaries, work, source):
+        self.binaries, self.work, self.ranks, self.born = binaries, work, [], 0
+        (work / "token").write_text("bench\n")
+        (work / "job.json").write_text(json.dumps(job(work, source)))
+        self.events = work / "events.jsonl"
+        command = [binaries / "examples/coordinator", "--job", work / "job.json", "--ca", work / "ca.crt"]
+        self.coordinator = spawn(command, open(self.events, "w"))
+        self.log = Log(self.events)
+        self.port = self.log.until(lambda line: "port" in line, "the coordinator")["port"]
+        self.start(), self.start()
+        self.wait_for_two()
+
+    def start(self):
+        name, log = f"rank-{self.born}", open(self.work / f"rank-{self.born}.log", "w")
+        command = [
+            self.binaries / "vicuna-trainer", f"--coordinator=https://127.0.0.1:{self.port}", f"--ca={self.work}/ca.crt",
+            f"--token-file={self.work}/token", f"--scratch={self.work}/{name}", f"--listen=127.0.0.1:{free_port()}",
+            f"--metrics=127.0.0.1:{free_port()}", f"--pod-name={name}", f"--pod-uid={name}", f"--node-name={name}",
+            "--pod-ip=127.0.0.1"]
+        self.ranks.append(spawn(command, log))
+        self.born += 1
+
+    def wait_for_two(self):
+        formed = self.log.until(lambda line: line.get("formed") == 2, "two ranks")
+        self.log.until(lambda line: line.get("generation") == formed["generation"] and "step" in line, "a step of two")
+        time.sleep(1)
+
+    def measure(self):
+        victim = self.ranks.pop(0)
+        killed_at = time.time()
+        kill(victim)
+        recovered = self.log.until(lambda line: "recoveredAfterMs" in line and line["at"] > killed_at, "a recovery")
+        self.start()
+        self.wait_for_two()
+        return recovered["at"] - killed_at
+
+
+class Peer:
+    def __init__(self, work, model):
+        self.work = work
+        self.settings = {
+            "config": {**SHAPES[model], "max_position_embeddings": 512}, "threads": 1, "steps": 10**9, "log": str(work / "log"),
+            "checkpoint": str(work / "checkpoint"), "save_every": SAVE_EVERY, "global_batch": GLOBAL_BATCH,
+            "micro_batch": MICRO_BATCH, "length": LENGTH}
+        (work / "settings.json").write_text(json.dumps(self.settings))
+        self.log, self.rendezvous = Log(work / "log"), free_port()
+        self.agents = {name: self.agent(name) for name in ("host", "other")}
+        self.victim_pid = None
+        self.wait_for_two()
+
+    def agent(self, name):
+        """Timeouts are a fraction of the defaults, to the peer's advantage: those wait 30 s for late nodes and 15 s for dead ones."""
+        timing = "last_call_timeout=5,join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=1000",
+            "--rdzv-id=bench", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.rendezvous}",
+            f"--rdzv-conf=is_host={int(name == 'host')},{timing}", "--monitor-interval=0.1", "--local-addr=127.0.0.1",
+            str(HERE / "torchrun.py"), str(self.work / "settings.json")]
+        log = open(self.work / f"{name}.log", "a")
+        # A store of its own for each start: in the agents' shared one they may look for each other under different numbers of
+        # restarts (one agent counts a failure, the other a change of members), and then never meet again.
+        own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return spawn(command, log, BENCH_AGENT=name, GLOO_SOCKET_IFNAME="lo", LD_LIBRARY_PATH="", **own)
+
+    def until(self, wanted, what):
+        def noted(line):
+            if "started" in line and line["agent"] == "other":
+                self.victim_pid = line["started"]
+            return wanted(line)
+
+        return self.log.until(noted, what)
+
+    def wait_for_two(self):
+        self.until(lambda line: line.get("world") == 2 and "step" in line, "a step of two ranks")
+        # Beyond a checkpoint, so that there is one to start again from.
+        self.until(lambda line: line.get("step", 0) % SAVE_EVERY == 1, "a checkpoint")
+
+    def measure(self, with_agent):
+        killed_at = time.time()
+        if with_agent:
+            kill(self.agents["other"])
+        else:
+            os.kill(self.victim_pid, signal.SIGKILL)
+        # A step that was under way when the other rank died may still be reported: a new process has to start first.
+        again = self.until(lambda line: "started" in line and line["at"] > killed_at, "a process in its place")
+        step = self.until(lambda line: "step" in line and line["at"] > again["at"], "a step after the kill")
+        if with_agent:
+            self.agents["other"] = self.agent("other")
+        self.wait_for_two()
+        return step["at"] - killed_at
+
+
+def job(work, source):
+    recipe = {
+        "method": "Full", "globalBatch": GLOBAL_BATCH, "microBatch": MICRO_BATCH, "length": {"steps": 10**6},
+        "learningRate": 1e-4, "schedule": "Constant", "warmupRatio": 0.0, "weightDecay": 0.0, "gradientClip": 1.0,
+        "maxLength": LENGTH, "seed": 1}
+    return {
+        "namespace": "bench", "name": "bench", "uid": "bench", "model": {"from": f"file://{source}"},
+        "dataset": [{"from": f"file://{work}/data.json", "weight": 1.0}], "recipe": recipe,
+        "checkpoint": {"to": f"file://{work}/bucket", "intervalSeconds": 60, "keep": 2}}
+
+
+def conversations():
+    turns = lambda number: [{"from": "human", "value": f"Tell me about {number}."},
+                            {"from": "gpt", "value": f"{number} comes after {number - 1}. " * 12}]
+    return [{"id": str(number), "conversations": turns(number)} for number in range(1, 65)]
+
+
+def report(name, seconds):
+    median = statistics.median(seconds)
+    print(f"{name}: median {median:.2f} s of {len(seconds)} kills ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("binaries", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", choices=SHAPES, default="tiny")
+    parser.add_argument("--kills", type=int, default=5)
+    options = parser.parse_args()
+    folders = [options.work / name for name in ("ours", "peer")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (folders[0] / "data.json").write_text(json.dumps(conversations()))
+    source = os.environ["BENCH_MODEL"]
+    try:
+        print(f"{options.model}, two ranks with a thread each, {GLOBAL_BATCH} sequences a step; from kill -9 to the next step")
+        ours = Ours(options.binaries, folders[0], source)
+        own = [ours.measure() for _ in range(options.kills)]
+        report("ours, rank killed", own)
+        end_all()
+        peer = Peer(folders[1], options.model)
+        for name, with_agent in [("torchrun, rank killed", False), ("torchrun, rank and agent killed", True)]:
+            theirs = [peer.measure(with_agent) for _ in range(options.kills)]
+            report(name, theirs)
+            print(f"  ratio of the medians: {statistics.median(theirs) / statistics.median(own):.1f}", flush=True)
+    finally:
+        end_all()
+
+
+def end_all():
+    while children:
+        child = children.pop()
+        if child.poll() is None:
+            kill(child)
+
+
+main()
