@@ -76,12 +76,19 @@ impl Membership {
         }
         let since = enough_since.unwrap_or(now);
         let settled = eager || candidates.len() >= self.max() || self.is_settled(now, since);
-        if now < not_before || !settled {
+        if now < not_before || !settled || self.awaits_memory(now, &candidates) {
             self.state = State::Held { not_before, enough_since: Some(since), eager };
             return false;
         }
         self.plan(now, candidates);
         true
+    }
+
+    /// A rank that only lost its stream is about to be back with what the others do not have.
+    fn awaits_memory(&self, now: Millis, candidates: &[PodUid]) -> bool {
+        let away = |since: Millis| now < since.saturating_add(self.limits.adopt_ms);
+        let mut ranks = self.ranks.iter().filter(|(pod, rank)| rank.holding.is_some() && !self.is_gone(pod));
+        ranks.any(|(_, rank)| rank.away_since.is_some_and(away)) && self.held_state(now, candidates).is_none()
     }
 
     /// Whether waiting longer for more ranks is of no use.
@@ -131,6 +138,13 @@ impl Membership {
             Some(HeldState { step, members, memory }) => (step, None, members, Some(memory)),
             None => (stored_step, manifest, candidates, None),
         };
+        self.committed = memory.as_ref().map(|memory| wire::Holding {
+            step: base_step,
+            updates: memory.updates,
+            norm: memory.norm,
+            updated: memory.updated,
+            ..Default::default()
+        });
         let mut history = history.to_vec();
         extend_history(&mut history, Base { generation: generation + 1, step: base_step });
         let lost = self.step.saturating_sub(base_step);

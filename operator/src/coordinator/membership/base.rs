@@ -34,7 +34,7 @@ impl Membership {
     fn memory_base(&self, candidates: &[PodUid]) -> Option<(u64, MemoryBase)> {
         let total = self.blocks?;
         let known = || self.ranks.values().filter_map(|rank| rank.holding.as_ref());
-        let ahead = known().max_by_key(|holding| holding.step)?;
+        let ahead = known().chain(&self.committed).max_by_key(|holding| holding.step)?;
         let offered = |pod: &PodUid| self.ranks.get(pod).and_then(|rank| rank.holding.as_ref());
         let holdings: Vec<Holding> = candidates
             .iter()

@@ -40,7 +40,9 @@ impl Membership {
             pods.entry(pod.clone()).or_default();
         }
         let member = self.is_member(&pod);
-        if hello.generation != 0 && !(member && hello.generation == self.generation()) {
+        let uncalled = member && self.is_uncalled(&hello);
+        let current = hello.generation == self.generation() && (member || self.is_held(&pod));
+        if hello.generation != 0 && !current && !uncalled {
             self.rejoin_as_newcomer(&pod, &hello);
             return;
         }
@@ -55,9 +57,31 @@ impl Membership {
         self.effects.push(Effect::Welcome(pod.clone()));
         match (member, hello.generation) {
             (true, 0) => self.dropped_out(now, &pod),
+            (true, _) if uncalled => self.missed_the_call(now, &pod),
             (true, _) => self.came_back(now, &pod, hello.step),
             (false, _) => {}
         }
+    }
+
+    /// It has said what it holds of the last generation, and waits with us for the next one.
+    fn is_held(&self, pod: &str) -> bool {
+        let holds = || self.ranks.get(pod).is_some_and(|rank| rank.holding.is_some());
+        matches!(self.state, State::Held { .. }) && holds()
+    }
+
+    /// The generation was recorded, and the rank that it counts on never heard of it: the leader went in that moment, or
+    /// the stream broke. It still has what it held, and nobody has gone on without it.
+    fn is_uncalled(&self, hello: &wire::Hello) -> bool {
+        let waited_for = matches!(self.state, State::Adopting { .. } | State::Moving { .. } | State::Collecting { .. });
+        waited_for && hello.generation > 0 && hello.generation + 1 == self.generation()
+    }
+
+    fn missed_the_call(&mut self, now: Millis, pod: &str) {
+        if matches!(self.state, State::Collecting { .. }) {
+            return self.came_back(now, pod, 0);
+        }
+        self.interrupt(now);
+        self.collect(now, false, "a rank did not hear of its generation".to_owned(), 0);
     }
 
     fn rejoin_as_newcomer(&mut self, pod: &str, hello: &wire::Hello) {

@@ -10,6 +10,8 @@
 
 mod advance;
 mod base;
+#[cfg(test)]
+mod exhaustive;
 mod learn;
 mod rank;
 #[cfg(test)]
@@ -208,6 +210,9 @@ pub struct Membership {
     step: u64,
     /// By our own clock; 0 until we hear of a step, be it one that was made before we led.
     last_step_at: Millis,
+    /// The base of the last generation, without blocks: should those go who have applied it, those who have its
+    /// gradients can follow.
+    committed: Option<wire::Holding>,
     step_ms: Option<u64>,
     /// The membership was broken up since the last step, by what counts as a disruption.
     interrupted: bool,
@@ -242,6 +247,7 @@ impl Membership {
             manifests: Manifests::default(),
             step: record.as_ref().map_or(0, |record| record.base_step),
             last_step_at: 0,
+            committed: None,
             step_ms: None,
             interrupted: false,
             recovery: Stages::default(),
