@@ -73,10 +73,16 @@ pub struct VicunaServingSpec {
 /// What is served, and what is needed to read it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new(OTHER_THAN_MODEL).message("An adapter's from must not be that of the model: name the base model in model.from and what was trained on it in adapters."))]
 pub struct ServedModel {
     /// Where the weights come from.
     pub from: ServedFrom,
-    /// The Secret for the model's address; absent: with trainingRef, that of the training.
+    /// Adapters of this model (LoRA), each offered as a model of its own, `namespace/serving:name`, and computed beside the weights, in one batch with the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub adapters: Vec<ServedAdapter>,
+    /// The Secret for all addresses; absent: that of the first training named in from and adapters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials: Option<SecretReference>,
     /// How a conversation is written as text; absent: the model's own template.
@@ -89,6 +95,20 @@ pub struct ServedModel {
     /// What weights are held as; File leaves the quantised tensors of a GGUF file as they are, None quantises nothing, Int8 and Int4 round on loading and are for the CPU only.
     #[serde(default)]
     pub quantization: Quantization,
+}
+
+/// CEL: no adapter comes from where the model comes from.
+const OTHER_THAN_MODEL: &str = "!has(self.adapters) || self.adapters.all(a, !(has(a.from.uri) && has(self.from.uri) && a.from.uri == self.from.uri) && !(has(a.from.trainingRef) && has(self.from.trainingRef) && a.from.trainingRef.name == self.from.trainingRef.name))";
+
+/// An adapter of the served model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ServedAdapter {
+    /// Requests name the model `namespace/serving:name`.
+    #[schemars(length(min = 1, max = 63), regex(pattern = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
+    pub name: String,
+    /// A directory as PEFT writes it, or a training with the method LoRA or QLoRA.
+    pub from: ServedFrom,
 }
 
 // No doc comment: see Template.
@@ -265,6 +285,10 @@ pub struct VicunaServingStatus {
     /// The name that requests give in `model`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// The names that requests give for its adapters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub adapters: Vec<String>,
     /// Address of the weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,

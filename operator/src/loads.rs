@@ -52,14 +52,14 @@ struct Reported {
 }
 
 impl Loads {
-    /// The demand for `namespace/name`. `None`: no gateway has reported yet, so nothing is known; a
-    /// model that no gateway names has a demand of zero.
-    pub fn demand(&self, model: &str) -> Option<Demand> {
-        self.demand_at(model, Instant::now())
+    /// The demand for all these names together, which the same workers serve. `None`: no gateway has
+    /// reported yet, so nothing is known; a model that no gateway names has a demand of zero.
+    pub fn demand(&self, models: &[impl AsRef<str>]) -> Option<Demand> {
+        self.demand_at(models, Instant::now())
     }
 
     /// [`Loads::demand`] at a given time.
-    pub fn demand_at(&self, model: &str, now: Instant) -> Option<Demand> {
+    pub fn demand_at(&self, models: &[impl AsRef<str>], now: Instant) -> Option<Demand> {
         let mut gateways = self.gateways.lock();
         gateways.retain(|_, reported| now.duration_since(reported.at) < FORGET_AFTER);
         let reported_at = gateways.values().map(|reported| reported.at).min()?;
@@ -73,7 +73,7 @@ impl Loads {
             stale_gateways: 0,
         };
         for reported in gateways.values() {
-            demand.add(reported, model, now);
+            demand.add(reported, models, now);
         }
         Some(demand)
     }
@@ -120,17 +120,16 @@ impl Loads {
 }
 
 impl Demand {
-    fn add(&mut self, reported: &Reported, model: &str, now: Instant) {
+    fn add(&mut self, reported: &Reported, models: &[impl AsRef<str>], now: Instant) {
         let stale = now.duration_since(reported.at) > STALE_AFTER;
         self.stale_gateways += usize::from(stale);
-        let Some(load) = reported.models.get(model) else {
-            return;
-        };
-        self.unfinished = self.unfinished.saturating_add(load.unfinished);
-        self.queued = self.queued.saturating_add(load.queued);
-        if !stale {
-            self.tokens_per_second += load.tokens_per_second;
-            self.workers.extend(load.workers.iter().take(MAX_WORKERS).cloned());
+        for load in models.iter().filter_map(|model| reported.models.get(model.as_ref())) {
+            self.unfinished = self.unfinished.saturating_add(load.unfinished);
+            self.queued = self.queued.saturating_add(load.queued);
+            if !stale {
+                self.tokens_per_second += load.tokens_per_second;
+                self.workers.extend(load.workers.iter().take(MAX_WORKERS).cloned());
+            }
         }
     }
 }
@@ -155,7 +154,7 @@ mod tests {
 
     #[test]
     fn nothing_is_known_before_a_gateway_reports() {
-        assert_eq!(Loads::default().demand("ns/m"), None);
+        assert_eq!(Loads::default().demand(&["ns/m"]), None);
     }
 
     #[test]
@@ -165,10 +164,21 @@ mod tests {
         loads.record(report("a", 7, "w1"), now);
         loads.record(report("a", 3, "w1"), now);
         loads.record(report("b", 4, "w1"), now);
-        let demand = loads.demand_at("ns/m", now).unwrap();
+        let demand = loads.demand_at(&["ns/m"], now).unwrap();
         assert_eq!((demand.unfinished, demand.queued), (7, 2));
         assert_eq!(demand.workers.len(), 1);
-        assert_eq!(loads.demand_at("ns/other", now).unwrap().unfinished, 0);
+        assert_eq!(loads.demand_at(&["ns/other"], now).unwrap().unfinished, 0);
+    }
+
+    #[test]
+    fn names_that_the_same_workers_serve_are_asked_for_together() {
+        let loads = Loads::default();
+        let now = Instant::now();
+        let mut both = report("a", 7, "w1");
+        both.models.push(ModelLoad { model: "ns/m:x".to_owned(), unfinished: 2, ..both.models[0].clone() });
+        loads.record(both, now);
+        let demand = loads.demand_at(&["ns/m", "ns/m:x", "ns/m:y"], now).unwrap();
+        assert_eq!((demand.unfinished, demand.workers.len(), demand.gateways), (9, 1, 1));
     }
 
     #[test]
@@ -178,11 +188,11 @@ mod tests {
         loads.record(report("a", 5, "w1"), start);
         let later = start + STALE_AFTER + Duration::from_secs(1);
         loads.record(report("b", 1, "w2"), later);
-        let demand = loads.demand_at("ns/m", later).unwrap();
+        let demand = loads.demand_at(&["ns/m"], later).unwrap();
         assert_eq!((demand.gateways, demand.stale_gateways), (2, 1));
         assert_eq!(demand.unfinished, 6);
         assert_eq!(demand.reported_at, start);
-        let demand = loads.demand_at("ns/m", start + FORGET_AFTER).unwrap();
+        let demand = loads.demand_at(&["ns/m"], start + FORGET_AFTER).unwrap();
         assert_eq!((demand.gateways, demand.unfinished), (1, 1));
     }
 

@@ -49,6 +49,7 @@ const CASES: &[(&str, Case)] = &[
     ("the_result_is_served", serving::the_result_is_served),
     ("a_stream_survives_its_worker", serving::a_stream_survives_its_worker),
     ("replicas_follow_demand", serving::replicas_follow_demand),
+    ("adapters_are_served_beside_their_base", serving::adapters_are_served_beside_their_base),
     ("the_chat_page_answers_in_a_browser", browser::the_chat_page_answers_in_a_browser),
 ];
 

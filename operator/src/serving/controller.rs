@@ -138,9 +138,11 @@ fn concerned(change: &Change, context: &Context, servings: &Store<VicunaServing>
         }
         Change::Training(namespace, name) => servings
             .state_filter(|serving| {
-                let training = serving.spec.model.from.training_ref.as_ref();
+                let model = &serving.spec.model;
+                let mut sources =
+                    std::iter::once(&model.from).chain(model.adapters.iter().map(|adapter| &adapter.from));
                 serving.metadata.namespace.as_ref() == Some(namespace)
-                    && training.is_some_and(|training| training.name == *name)
+                    && sources.any(|from| from.training_ref.as_ref().is_some_and(|training| training.name == *name))
             })
             .iter()
             .map(|serving| ObjectRef::from_obj(&**serving))

@@ -6,6 +6,7 @@ pub mod apply;
 pub mod build;
 pub mod controller;
 pub mod memory;
+mod names;
 pub mod observe;
 pub mod plan;
 pub mod status;

@@ -4,6 +4,7 @@ pub mod readiness;
 
 use super::build::pod::{self as worker_pod, REVISION_LABEL};
 use super::memory::Memory;
+use super::names::{adapter_name, public_names};
 use crate::config::{POOL_LABEL, SERVING_LABEL};
 use crate::context::Context;
 use crate::loads::Demand;
@@ -13,7 +14,8 @@ use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use vicuna_crds::training::TrainingState;
+use vicuna_crds::serving::ServedFrom;
+use vicuna_crds::training::{Method, TrainingState};
 use vicuna_crds::{VicunaServing, VicunaTraining};
 
 /// Everything that a plan may depend on, besides the time.
@@ -48,8 +50,19 @@ pub struct Source {
     pub uri: String,
     /// Digest of a training's result.
     pub digest: Option<String>,
-    /// Name of the Secret that reads it.
+    /// Name of the Secret that reads all of it.
     pub credentials: Option<String>,
+    pub adapters: Vec<AdapterSource>,
+}
+
+/// An adapter that is offered beside the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterSource {
+    /// Its public name.
+    pub name: String,
+    pub uri: String,
+    /// Digest of a training's result.
+    pub digest: Option<String>,
 }
 
 /// One worker pod.
@@ -108,11 +121,11 @@ pub async fn observe(context: &Context, serving: Arc<VicunaServing>, memory: Mem
         Model::Known(source) => Some(worker_pod::revision(&serving, source, &context.config)),
         Model::Missing { .. } => None,
     };
-    let public_name = format!("{namespace}/{name}");
-    context.loads.serve(&public_name, Instant::now());
+    let names = public_names(&serving);
+    names.iter().for_each(|name| context.loads.serve(name, Instant::now()));
     Ok(Observed {
         avoided_nodes: avoided_nodes(context),
-        demand: context.loads.demand(&public_name),
+        demand: context.loads.demand(&names),
         serving,
         model,
         workers,
@@ -150,42 +163,83 @@ fn avoided_nodes(context: &Context) -> Vec<String> {
     avoided.iter().map(|node| node.name_any()).collect()
 }
 
-/// The address of the model, or what it waits for.
+/// The addresses of the model and its adapters, or what they wait for.
 fn model(serving: &VicunaServing, training: impl Fn(&str) -> Option<Arc<VicunaTraining>>) -> Model {
-    let spec = &serving.spec.model;
-    let credentials = || spec.credentials.as_ref().map(|secret| secret.name.clone());
-    if let Some(uri) = &spec.from.uri {
-        return Model::Known(Source { uri: uri.clone(), digest: None, credentials: credentials() });
-    }
-    let Some(name) = spec.from.training_ref.as_ref().map(|training| &training.name) else {
-        return Model::Missing {
-            reason: "NoSource",
-            message: "Set spec.model.from.uri or spec.model.from.trainingRef.".to_owned(),
-        };
-    };
-    match training(name) {
-        Some(training) => result_of(&training, credentials()),
-        None => Model::Missing {
-            reason: "TrainingNotFound",
-            message: format!(
-                "There is no VicunaTraining {name} in this namespace: create it or correct spec.model.from.trainingRef."
-            ),
-        },
-    }
+    sources(serving, training).map_or_else(|missing| missing, Model::Known)
 }
 
-fn result_of(training: &VicunaTraining, credentials: Option<String>) -> Model {
+/// The error is the first that is missing.
+fn sources(serving: &VicunaServing, training: impl Fn(&str) -> Option<Arc<VicunaTraining>>) -> Result<Source, Model> {
+    let spec = &serving.spec.model;
+    let base = found(&spec.from, "spec.model", &training)?;
+    let mut credentials = spec.credentials.as_ref().map(|secret| secret.name.clone()).or(base.credentials);
+    let mut adapters = Vec::new();
+    for adapter in &spec.adapters {
+        let field = format!("spec.model.adapters[{}]", adapter.name);
+        let source = found(&adapter.from, &field, &training)?;
+        if source.method == Some(Method::Full) {
+            return Err(not_an_adapter(&adapter.from, &field));
+        }
+        credentials = credentials.or(source.credentials);
+        adapters.push(AdapterSource {
+            name: adapter_name(serving, &adapter.name),
+            uri: source.uri,
+            digest: source.digest,
+        });
+    }
+    Ok(Source { uri: base.uri, digest: base.digest, credentials, adapters })
+}
+
+/// What one address or training says.
+struct Found {
+    uri: String,
+    digest: Option<String>,
+    credentials: Option<String>,
+    /// How it was trained, if a training is named.
+    method: Option<Method>,
+}
+
+fn found(
+    from: &ServedFrom,
+    field: &str,
+    training: impl Fn(&str) -> Option<Arc<VicunaTraining>>,
+) -> Result<Found, Model> {
+    if let Some(uri) = &from.uri {
+        return Ok(Found { uri: uri.clone(), digest: None, credentials: None, method: None });
+    }
+    let Some(name) = from.training_ref.as_ref().map(|training| &training.name) else {
+        let message = format!("Set {field}.from.uri or {field}.from.trainingRef.");
+        return Err(Model::Missing { reason: "NoSource", message });
+    };
+    let Some(training) = training(name) else {
+        let message = format!(
+            "There is no VicunaTraining {name} in this namespace: create it or correct {field}.from.trainingRef."
+        );
+        return Err(Model::Missing { reason: "TrainingNotFound", message });
+    };
+    result_of(&training)
+}
+
+fn not_an_adapter(from: &ServedFrom, field: &str) -> Model {
+    let name = from.training_ref.as_ref().map_or("", |training| &training.name);
+    let message = format!(
+        "The training {name} makes a whole model and no adapter: name one with recipe.method LoRA or QLoRA in {field}.from.trainingRef, or serve {name} by a VicunaServing of its own."
+    );
+    Model::Missing { reason: "NotAnAdapter", message }
+}
+
+fn result_of(training: &VicunaTraining) -> Result<Found, Model> {
     let name = training.name_any();
     let status = training.status.as_ref();
     if let Some(result) = status.and_then(|status| status.result.as_ref()) {
-        let trained_with = training.spec.checkpoint.credentials.as_ref();
-        return Model::Known(Source {
+        return Ok(Found {
             uri: result.uri.clone(),
             digest: Some(result.digest.clone()),
-            credentials: credentials.or_else(|| trained_with.map(|secret| secret.name.clone())),
+            credentials: training.spec.checkpoint.credentials.as_ref().map(|secret| secret.name.clone()),
+            method: Some(training.spec.recipe.method),
         });
     }
-    match status.and_then(|status| status.state) {
+    Err(match status.and_then(|status| status.state) {
         Some(TrainingState::Failed) => Model::Missing {
             reason: "TrainingFailed",
             message: format!(
@@ -199,7 +253,7 @@ fn result_of(training: &VicunaTraining, credentials: Option<String>) -> Model {
                 state.map_or("not started".to_owned(), |state| format!("{state:?}"))
             ),
         },
-    }
+    })
 }
 
 fn worker(pod: &Pod) -> Worker {
@@ -360,6 +414,30 @@ mod tests {
         };
         assert_eq!(source.uri, "s3://b/c/result");
         assert_eq!(source.credentials.as_deref(), Some("keys"));
+    }
+
+    #[test]
+    fn adapters_come_from_addresses_and_trainings_of_their_method() {
+        let mut serving = served(json!({ "uri": "s3://b/base" }));
+        let adapters = json!([
+            { "name": "plain", "from": { "uri": "s3://b/adapter" } },
+            { "name": "tuned", "from": { "trainingRef": { "name": "t" } } }
+        ]);
+        serving.spec.model.adapters = serde_json::from_value(adapters).unwrap();
+        let with = |method: &str| {
+            let mut training = (*trained(json!({ "result": { "uri": "s3://b/c/result", "digest": "d" } }))).clone();
+            training.spec.recipe.method = serde_json::from_value(json!(method)).unwrap();
+            Arc::new(training)
+        };
+        let Model::Known(source) = model(&serving, |_| Some(with("QLoRA"))) else { panic!("there is a result") };
+        let found: Vec<_> = source.adapters.iter().map(|it| (it.name.as_str(), it.uri.as_str())).collect();
+        assert_eq!(found, [("n/s:plain", "s3://b/adapter"), ("n/s:tuned", "s3://b/c/result")]);
+        assert_eq!((source.adapters[1].digest.as_deref(), source.credentials.as_deref()), (Some("d"), Some("keys")));
+        let Model::Missing { reason, message } = model(&serving, |_| Some(with("Full"))) else {
+            panic!("a whole model is no adapter");
+        };
+        assert_eq!(reason, "NotAnAdapter");
+        assert!(message.contains("adapters[tuned]"), "{message}");
     }
 
     #[test]

@@ -120,7 +120,12 @@ pub(crate) mod tests {
         });
         Observed {
             serving: Arc::new(serde_json::from_value(serving).unwrap()),
-            model: Model::Known(Source { uri: "s3://b/m".into(), digest: None, credentials: None }),
+            model: Model::Known(Source {
+                uri: "s3://b/m".into(),
+                digest: None,
+                credentials: None,
+                adapters: Vec::new(),
+            }),
             workers: Vec::new(),
             avoided_nodes: Vec::new(),
             demand: demand(0),

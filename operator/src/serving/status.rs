@@ -2,6 +2,7 @@
 
 use super::apply::Applied;
 use super::build::selector;
+use super::names::{public_name, public_names};
 use super::observe::readiness::MODEL_UNAVAILABLE;
 use super::observe::{Life, Model, Observed, Trouble, Worker};
 use super::plan::Plan;
@@ -9,7 +10,6 @@ use super::plan::scale::{Activity, Decision};
 use crate::config::Config;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use kube::ResourceExt;
 use vicuna_crds::serving::condition::{MODEL_AVAILABLE, READY, SCALING_ACTIVE};
 use vicuna_crds::serving::{Replicas, SCALING_HISTORY_MAX, Scaling, VicunaServingStatus};
 use vicuna_crds::{Capacity, Condition, Pool};
@@ -45,7 +45,8 @@ pub fn status(
         replicas: Some(replicas),
         selector: Some(selector.join(",")),
         url: Some(config.gateway_url()),
-        model: Some(format!("{}/{}", serving.namespace().unwrap_or_default(), serving.name_any())),
+        model: Some(public_name(serving)),
+        adapters: public_names(serving).split_off(1),
         source,
         digest,
         scaling_history: history(before.scaling_history, &plan.scaling, now),

@@ -8,7 +8,7 @@ use serde_json::json;
 use support::{MODEL, gateway, in_time, text, tokens};
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
-use vicuna_protocol::inference::{Draining, Failure, failure};
+use vicuna_protocol::inference::{Draining, Failure, ModelOffer, WorkerHello, failure};
 
 #[tokio::test]
 async fn a_stream_goes_on_elsewhere_when_its_worker_dies() {
@@ -104,6 +104,76 @@ async fn other_weights_do_not_continue_an_answer() {
     assert_ne!(fresh.request, generate.request);
     other.done(&fresh, 0).await;
     assert_eq!(in_time(answer).await.unwrap().0, 200);
+}
+
+/// A worker with one slot for a model and two adapters of it.
+fn adapted(digest: &'static str) -> impl FnOnce(&mut WorkerHello) {
+    move |hello| {
+        let offer = |name: &str, digest: &str| ModelOffer {
+            name: format!("{MODEL}{name}"),
+            weights_digest: digest.to_owned(),
+            ..hello.models[0].clone()
+        };
+        hello.models = vec![offer("", "base"), offer(":a", digest), offer(":b", "digest-of-b")];
+        hello.slots = 1;
+    }
+}
+
+#[tokio::test]
+async fn a_stream_of_an_adapter_goes_on_where_that_adapter_is() {
+    let gateway = gateway(&[]).await;
+    let mut first = gateway.worker_with("w-1", adapted("digest-of-a")).await;
+    let name = format!("{MODEL}:a");
+    let stream = gateway.stream(json!({ "model": name }));
+    let generate = first.generate().await;
+    assert_eq!(generate.model, name);
+    first.speak(&generate, 0..2).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..2)).await;
+    let mut other = gateway.worker_with("w-2", adapted("retrained")).await;
+    drop(first);
+    let mut same = gateway.worker_with("w-3", adapted("digest-of-a")).await;
+    let resumed = same.generate().await;
+    assert_eq!((&resumed.model, &resumed.generated), (&name, &tokens(0..2)));
+    same.done(&resumed, 2).await;
+    stream.read_to_end().await;
+    assert!(stream.raw.contains(": resumed on w-3"), "{}", stream.raw);
+    // The worker with another adapter of that name has heard of nothing but this.
+    let answer = gateway.ask(json!({}));
+    let fresh = tokio::select! {
+        fresh = other.generate() => fresh,
+        fresh = same.generate() => fresh,
+    };
+    assert_ne!(fresh.request, generate.request);
+    drop(answer);
+}
+
+#[tokio::test]
+async fn a_place_that_one_adapter_leaves_is_another_s() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker_with("w-1", adapted("digest-of-a")).await;
+    let mut answers = Vec::new();
+    for name in [":a", ":b", ""] {
+        answers.push(gateway.ask(json!({ "model": format!("{MODEL}{name}") })));
+        let waiting = answers.len();
+        in_time(async {
+            while gateway.running.gateway.loads.unfinished() < waiting {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let generate = worker.generate().await;
+        worker.done(&generate, 0).await;
+        seen.push(generate.model);
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, ["", ":a", ":b"].map(|name| format!("{MODEL}{name}")));
+    for answer in answers {
+        assert_eq!(in_time(answer).await.unwrap().0, 200);
+    }
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 mod cpu;
 mod torch;
 
+use crate::lora::Adapter;
 use crate::{Config, ModelError, Pretrained};
 use cpu::CpuEngine;
 use tch::{Device, Kind};
@@ -47,6 +48,8 @@ pub struct Piece<'a> {
     /// The sequence's blocks in order, enough for `past` and `tokens`.
     pub blocks: &'a [u32],
     pub want: Want,
+    /// Which of the engine's adapters computes it; `None`: the bare model.
+    pub adapter: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +114,7 @@ pub struct Engine {
     max_length: usize,
     blocks: usize,
     precision: &'static str,
+    adapters: usize,
     backend: Backend,
 }
 
@@ -123,8 +127,17 @@ enum Backend {
 impl Engine {
     /// Lays out the weights and sets memory aside for the cache.
     pub fn new(model: &Pretrained, options: &EngineOptions) -> Result<Self, ModelError> {
+        Self::adapted(model, &[], options)
+    }
+
+    /// With adapters, which stay apart from the weights: each piece of a step has one, or none. They are
+    /// held as fp32 on the CPU, and in the engine's type on a GPU.
+    pub fn adapted(model: &Pretrained, adapters: &[Adapter], options: &EngineOptions) -> Result<Self, ModelError> {
         let config = &model.config;
         crate::parameters::check(config, &model.tensors)?;
+        for adapter in adapters {
+            adapter.check(|name| model.tensors.get(name).map(tch::Tensor::size))?;
+        }
         let max_length = max_length(options.max_length, config.max_position)?;
         let on_cpu = options.device == Device::Cpu;
         let token_bytes = match on_cpu {
@@ -134,16 +147,16 @@ impl Engine {
         let blocks = blocks_within(options.cache_bytes, token_bytes, max_length);
         let backend = match on_cpu {
             true => {
-                let engine = CpuEngine::new(model, options.precision, max_length, blocks, options.threads)?;
+                let engine = CpuEngine::new(model, adapters, options.precision, max_length, blocks, options.threads)?;
                 Backend::Cpu(Box::new(engine))
             }
             false => {
                 let kind = torch_kind(options.precision)?;
-                Backend::Torch(Box::new(TorchEngine::new(model, options.device, kind, max_length, blocks)?))
+                Backend::Torch(Box::new(TorchEngine::new(model, adapters, (options.device, kind), max_length, blocks)?))
             }
         };
         let precision = name_of(options.precision, on_cpu && !model.packed.is_empty());
-        Ok(Self { config: config.clone(), max_length, blocks, precision, backend })
+        Ok(Self { config: config.clone(), max_length, blocks, precision, adapters: adapters.len(), backend })
     }
 
     pub fn config(&self) -> &Config {
@@ -168,8 +181,8 @@ impl Engine {
 
     /// Computes all pieces. Each is as if it were alone; on the CPU to the bit.
     ///
-    /// Refuses pieces that are empty, longer than the model allows, of unknown tokens or with too few
-    /// blocks; nothing is computed then.
+    /// Refuses pieces that are empty, longer than the model allows, of unknown tokens or adapters, or with
+    /// too few blocks; nothing is computed then.
     pub fn step(&mut self, pieces: &[Piece<'_>], outputs: &mut Outputs) -> Result<(), ModelError> {
         pieces.iter().try_for_each(|piece| self.check(piece))?;
         match &mut self.backend {
@@ -187,6 +200,9 @@ impl Engine {
         }
         if piece.tokens.is_empty() || length > self.max_length {
             return Err(ModelError::TooLong { tokens: length, max_length: self.max_length });
+        }
+        if let Some(adapter) = piece.adapter.filter(|adapter| *adapter >= self.adapters) {
+            return Err(ModelError::Lora(format!("there is no adapter {adapter} among {}", self.adapters)));
         }
         let known = piece.blocks.iter().all(|block| (*block as usize) < self.blocks);
         if !known || piece.blocks.len() * BLOCK_TOKENS < length {

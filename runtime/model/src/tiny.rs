@@ -3,10 +3,12 @@
 
 use crate::config::Family;
 use crate::gguf::added_token;
+use crate::lora::{Adapter, Lora};
 use crate::rope::RopeScaling;
-use crate::{Config, Pretrained, parameter_names, parameter_shape};
+use crate::{Config, ModelError, Pretrained, parameter_names, parameter_shape};
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::path::Path;
 use tch::{Device, Kind, Tensor};
 use tokenizers::Tokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -48,6 +50,17 @@ pub fn config() -> Config {
 /// The same model for the same seed, on every machine.
 pub fn tiny(seed: u64) -> Pretrained {
     of_config(config(), seed)
+}
+
+/// Writes an adapter of the tiny model in PEFT's layout, with values in both A and B: it changes what
+/// the model says.
+pub fn save_adapter(directory: &Path, seed: u64, rank: usize, targets: &[&str]) -> Result<(), ModelError> {
+    let (config, lora) = (config(), Lora::new(rank, rank as f64, 0.0, targets)?);
+    let parameters = (0..config.layers).flat_map(|layer| lora.layer_parameters(&config, layer));
+    // A's rule for both: B would be zero.
+    let value = |name: &str, shape: &[i64]| Lora::initial(seed, &name.replace("lora_B", "lora_A of B"), shape);
+    let tensors = parameters.map(|(name, shape)| (name.clone(), value(&name, &shape))).collect();
+    Adapter::save(directory, &lora, "file:///models/tiny", &tensors)
 }
 
 /// Weights for any configuration with the tiny tokenizer's vocabulary.

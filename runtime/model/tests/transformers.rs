@@ -112,7 +112,9 @@ fn engine_logits(model: &Pretrained, ids: &[u32], precision: Precision) -> Tenso
     let mut engine = engine(model, precision);
     let blocks: Vec<u32> = (0..engine.blocks() as u32).collect();
     let mut outputs = Outputs::default();
-    engine.step(&[Piece { tokens: ids, past: 0, blocks: &blocks, want: Want::Every }], &mut outputs).unwrap();
+    engine
+        .step(&[Piece { tokens: ids, past: 0, blocks: &blocks, want: Want::Every, adapter: None }], &mut outputs)
+        .unwrap();
     let rows: Vec<Tensor> = outputs.logits(0).map(|row| Tensor::from_slice(row)).collect();
     Tensor::stack(&rows, 0)
 }
@@ -125,7 +127,12 @@ fn greedy(model: &Pretrained, prompt: &[u32], precision: Precision) -> String {
     let mut ids = prompt.to_vec();
     let mut past = 0;
     while ids.len() < prompt.len() + 24 {
-        engine.step(&[Piece { tokens: &ids[past..], past, blocks: &blocks, want: Want::Last }], &mut outputs).unwrap();
+        engine
+            .step(
+                &[Piece { tokens: &ids[past..], past, blocks: &blocks, want: Want::Last, adapter: None }],
+                &mut outputs,
+            )
+            .unwrap();
         past = ids.len();
         let row = outputs.logits(0).next().unwrap();
         let token = (0..row.len()).reduce(|best, id| if row[id] > row[best] { id } else { best }).unwrap() as u32;

@@ -58,6 +58,8 @@ pub struct Shared {
     pub hello: WorkerHello,
     /// By public name.
     pub models: HashMap<String, Lane>,
+    /// Each once, however many names it has.
+    pub schedulers: Vec<Handle>,
     pub health: Arc<Health>,
     /// Tokens generated since the start.
     pub tokens: prometheus::IntCounter,
@@ -69,6 +71,8 @@ pub struct Shared {
 
 /// One model and what runs it.
 pub struct Lane {
+    /// Which of the engine's adapters computes it; `None`: the bare model.
+    pub adapter: Option<usize>,
     pub encoder: Encoder,
     pub vocabulary: Vocabulary,
     pub scheduler: Handle,
@@ -81,8 +85,8 @@ impl Shared {
 
     /// To the schedulers of all models.
     async fn tell_all(&self, command: impl Fn() -> Command) {
-        for lane in self.models.values() {
-            lane.scheduler.send(command()).await;
+        for scheduler in &self.schedulers {
+            scheduler.send(command()).await;
         }
     }
 }
@@ -277,7 +281,7 @@ impl<'a> Stream<'a> {
         let completion = Completion::new(&generate, &prompt, &lane.vocabulary)?;
         let priority = generate.priority;
         let task = Task::Complete { prompt, completion, generate: Box::new(generate) };
-        Ok((&lane.scheduler, self.job(priority, task)))
+        Ok((&lane.scheduler, self.job(lane, priority, task)))
     }
 
     async fn embed(&self, embed: Embed) {
@@ -297,11 +301,11 @@ impl<'a> Stream<'a> {
         let inputs = embed.inputs.into_iter().map(ids).collect::<Result<Vec<_>, _>>()?;
         let (size, max_length) = (lane.vocabulary.size, lane.vocabulary.max_length);
         let embedder = Embedder::new(embed.request, inputs, size, max_length)?;
-        Ok((&lane.scheduler, self.job(0, Task::Embed(embedder))))
+        Ok((&lane.scheduler, self.job(lane, 0, Task::Embed(embedder))))
     }
 
-    fn job(&self, priority: i32, task: Task) -> Job {
-        Job { connection: self.connection, priority, task, replies: self.replies.clone() }
+    fn job(&self, lane: &Lane, priority: i32, task: Task) -> Job {
+        Job { connection: self.connection, priority, adapter: lane.adapter, task, replies: self.replies.clone() }
     }
 
     fn refuse(&self, request: &str, choice: u32, reason: String) {
@@ -317,9 +321,9 @@ impl<'a> Stream<'a> {
     /// One answer from all models' schedulers, which may be amid a step.
     async fn tell_transcript(&self, request: String) {
         let mut answers = Vec::new();
-        for lane in self.shared.models.values() {
+        for scheduler in &self.shared.schedulers {
             let (answer, answered) = oneshot::channel();
-            lane.scheduler.send(Command::TranscriptOf { request: request.clone(), answer }).await;
+            scheduler.send(Command::TranscriptOf { request: request.clone(), answer }).await;
             answers.push(answered);
         }
         let replies = self.replies.clone();
@@ -351,7 +355,7 @@ impl<'a> Stream<'a> {
     }
 
     fn send_load(&mut self) {
-        let now = occupancy(self.shared.models.values().map(|lane| &lane.scheduler));
+        let now = occupancy(&self.shared.schedulers);
         self.replies.send(Body::Load(Load {
             running: now.running as u32,
             waiting: now.waiting as u32,
@@ -364,12 +368,14 @@ impl<'a> Stream<'a> {
 }
 
 /// Of several schedulers together.
-pub fn occupancy<'a>(schedulers: impl Iterator<Item = &'a Handle>) -> Occupancy {
-    schedulers.map(|scheduler| *scheduler.occupancy().borrow()).fold(Occupancy::default(), |sum, one| Occupancy {
-        running: sum.running + one.running,
-        waiting: sum.waiting + one.waiting,
-        free_tokens: sum.free_tokens + one.free_tokens,
-        total_tokens: sum.total_tokens + one.total_tokens,
+pub fn occupancy(schedulers: &[Handle]) -> Occupancy {
+    schedulers.iter().map(|scheduler| *scheduler.occupancy().borrow()).fold(Occupancy::default(), |sum, one| {
+        Occupancy {
+            running: sum.running + one.running,
+            waiting: sum.waiting + one.waiting,
+            free_tokens: sum.free_tokens + one.free_tokens,
+            total_tokens: sum.total_tokens + one.total_tokens,
+        }
     })
 }
 

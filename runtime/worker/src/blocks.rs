@@ -8,8 +8,12 @@ use vicuna_model::inference::BLOCK_TOKENS;
 /// All tokens up to the end of a block: BLAKE3 over the chain of blocks, cut to 128 bits.
 pub type Chain = [u8; 16];
 
-/// The chain that begins every sequence.
-pub const START: Chain = [0; 16];
+/// The chain that begins every sequence of an adapter, or of the bare model: keys and values are that
+/// one's alone.
+pub fn start(adapter: Option<usize>) -> Chain {
+    let number = adapter.map_or(0, |adapter| adapter as u128 + 1);
+    number.to_le_bytes()
+}
 
 /// The chain after one more block of tokens.
 pub fn chain(before: &Chain, tokens: &[u32]) -> Chain {
@@ -139,9 +143,11 @@ mod tests {
     fn equal_beginnings_have_equal_names_and_others_do_not() {
         let first: Vec<u32> = (0..16).collect();
         let other: Vec<u32> = (1..17).collect();
-        assert_eq!(chain(&START, &first), chain(&START, &first));
-        assert_ne!(chain(&START, &first), chain(&START, &other));
-        assert_ne!(chain(&chain(&START, &other), &first), chain(&START, &first));
+        assert_eq!(chain(&start(None), &first), chain(&start(None), &first));
+        assert_ne!(chain(&start(None), &first), chain(&start(None), &other));
+        assert_ne!(chain(&start(None), &first), chain(&start(Some(0)), &first));
+        assert_ne!(chain(&start(Some(0)), &first), chain(&start(Some(1)), &first));
+        assert_ne!(chain(&chain(&start(None), &other), &first), chain(&start(None), &first));
     }
 
     #[test]
@@ -205,7 +211,7 @@ mod tests {
     }
 
     fn names(tokens: &[u32]) -> Vec<Chain> {
-        let mut name = START;
+        let mut name = start(None);
         let next = |block: &[u32]| {
             name = chain(&name, block);
             name

@@ -23,6 +23,10 @@ pub struct Options {
     /// Template, types and limits are the same for all.
     #[arg(long, env = "VICUNA_ALSO_SERVE", value_delimiter = ',', value_parser = named_uri)]
     pub also_serve: Vec<(String, String)>,
+    /// A PEFT adapter of the first model, NAME=URI, offered as a model of that name and computed beside
+    /// the weights; may be given several times, or separated by commas in the variable.
+    #[arg(long = "adapter", env = "VICUNA_ADAPTERS", value_delimiter = ',', value_parser = named_uri)]
+    pub adapters: Vec<(String, String)>,
     /// Chat template, vicuna_v1.1 or chatml; the model's own if absent.
     #[arg(long, env = "VICUNA_TEMPLATE")]
     pub template: Option<String>,
@@ -113,7 +117,7 @@ impl Options {
         self.threads.map_or_else(usable, |threads| threads as usize)
     }
 
-    /// Name and URI of every model.
+    /// Name and URI of every model, adapters apart.
     pub fn models(&self) -> Vec<(String, String)> {
         let mut models = vec![(self.model_name.clone(), self.model_uri.clone())];
         models.extend(self.also_serve.iter().cloned());
@@ -180,6 +184,9 @@ mod tests {
         let several = options(&["--also-serve", "a/c=file:///n", "--also-serve", "a/d=s3://x?y=z"]).models();
         assert_eq!(several.len(), 3);
         assert_eq!(several[2], ("a/d".to_owned(), "s3://x?y=z".to_owned()));
+        let adapted = options(&["--adapter", "a/b:x=s3://x/y", "--adapter", "a/b:z=file:///z"]).adapters;
+        assert_eq!(adapted[0], ("a/b:x".to_owned(), "s3://x/y".to_owned()));
+        assert_eq!(adapted.len(), 2);
         assert!(named_uri("nothing").is_err());
     }
 }

@@ -4,7 +4,7 @@ use crate::attach::{self, Gateways, Lane, Shared};
 use crate::health::{Health, explain};
 use crate::http;
 use crate::metrics::Metrics;
-use crate::model::{Served, obtain};
+use crate::model::{Offered, Served, obtain};
 use crate::options::Options;
 use crate::scheduler::{Command, Handle, Scheduler};
 use anyhow::{Context, Result, anyhow};
@@ -119,19 +119,24 @@ impl Worker {
         let (ended, scheduler_ended) = mpsc::channel(1);
         let mut models = HashMap::new();
         let mut offers = Vec::new();
-        for model in served {
-            tracing::info!(
-                model = model.offer.name,
-                digest = model.offer.weights_digest,
-                quantization = model.offer.quantization,
-                "the model is loaded"
-            );
-            let scheduler = start_scheduler(model.engine, options.slots as usize, metrics.clone(), ended.clone())?;
-            let lane = Lane { encoder: model.encoder, vocabulary: model.vocabulary, scheduler };
-            models.insert(model.offer.name.clone(), lane);
-            offers.push(model.offer);
+        let mut schedulers = Vec::new();
+        for Served { engine, models: offered } in served {
+            let scheduler = start_scheduler(engine, options.slots as usize, metrics.clone(), ended.clone())?;
+            for Offered { adapter, encoder, vocabulary, offer } in offered {
+                tracing::info!(
+                    model = offer.name,
+                    digest = offer.weights_digest,
+                    quantization = offer.quantization,
+                    "the model is loaded"
+                );
+                let lane = Lane { adapter, encoder, vocabulary, scheduler: scheduler.clone() };
+                if models.insert(offer.name.clone(), lane).is_some() {
+                    return Err(anyhow!("two models have the name {:?}: rename one of them", offer.name));
+                }
+                offers.push(offer);
+            }
+            schedulers.push(scheduler);
         }
-        let schedulers = models.values().map(|lane| lane.scheduler.clone()).collect();
         let (draining, drain_deadline) = watch::channel(None);
         let closing = CancellationToken::new();
         let shared = Shared {
@@ -140,10 +145,11 @@ impl Worker {
                 worker: options.worker_name.clone(),
                 node: options.node_name.clone(),
                 capacity: options.capacity.name().to_owned(),
-                slots: options.slots * offers.len() as u32,
+                slots: options.slots * schedulers.len() as u32,
                 models: offers,
             },
             models,
+            schedulers: schedulers.clone(),
             health: health.clone(),
             tokens: metrics.tokens,
             draining: drain_deadline,

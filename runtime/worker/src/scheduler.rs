@@ -62,6 +62,8 @@ pub struct Job {
     pub connection: Connection,
     /// Higher ones go first.
     pub priority: i32,
+    /// Which of the engine's adapters computes it; `None`: the bare model.
+    pub adapter: Option<usize>,
     pub task: Task,
     pub replies: Replies,
 }

@@ -24,6 +24,18 @@ pub fn an_impossible_spec_is_rejected_with_a_sentence(fixture: &Fixture) -> Resu
         let error = fixture.apply(&object).err().with_context(|| format!("{path} was accepted"))?;
         ensure!(format!("{error:#}").contains(sentence), "{path}: expected {sentence:?} in: {error:#}");
     }
+    let adapter = |name: &str, uri: &str| json!({"name": name, "from": {"uri": uri}});
+    for (adapters, sentence) in [
+        (json!([adapter("a", "s3://vicuna/models/tiny")]), "An adapter's from must not be that of the model"),
+        (json!([adapter("a", "s3://b/x"), adapter("a", "s3://b/y")]), "Duplicate value"),
+        (json!([adapter("a:b", "s3://b/x")]), "should match"),
+        (json!([{"name": "a", "from": {}}]), "exactly one of uri and trainingRef"),
+    ] {
+        let mut object = serving("impossible", "s3://vicuna/models/tiny");
+        object["spec"]["model"]["adapters"] = adapters;
+        let error = fixture.apply(&object).err().with_context(|| format!("accepted: {object}"))?;
+        ensure!(format!("{error:#}").contains(sentence), "expected {sentence:?} in: {error:#}");
+    }
     Ok(())
 }
 

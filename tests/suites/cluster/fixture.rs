@@ -112,12 +112,19 @@ pub fn tiny_model() -> PathBuf {
 
 fn upload_model(bucket: &Bucket) -> Result<()> {
     let folder = tiny_model();
+    make_tiny(&folder, &[])?;
+    put_folder(bucket, &folder, "models/tiny")
+}
+
+/// Writes the tiny model, or what `arguments` say, into a folder of the host.
+pub fn make_tiny(folder: &Path, arguments: &[&str]) -> Result<()> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
-    let status = Command::new(target.join("release/vicuna-tiny-model")).arg("--out").arg(&folder).status();
+    let mut command = Command::new(target.join("release/vicuna-tiny-model"));
+    let status = command.arg("--out").arg(folder).args(arguments).status();
     if !status.context("cannot start vicuna-tiny-model: cargo build --release --workspace --bins")?.success() {
         bail!("tiny-model failed");
     }
-    put_folder(bucket, &folder, "models/tiny")
+    Ok(())
 }
 
 /// Every file of a folder under a prefix of the bucket.

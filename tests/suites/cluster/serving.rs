@@ -4,10 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
-use vicuna_tests::cluster::wait_for;
+use vicuna_tests::cluster::{repository, wait_for};
 use vicuna_tests::product::{Chat, Objects, StreamEvent, field, kill_workers};
 
-use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED};
+use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED, make_tiny, put_folder, serving as one_worker};
 
 const WORDS: &str = "Tell me about yourself.";
 
@@ -79,6 +79,32 @@ pub fn replicas_follow_demand(fixture: &Fixture) -> Result<()> {
     let history = field(&serving, "status.scalingHistory").as_array().context("no scalingHistory")?;
     ensure!(history.len() >= 2, "up and down are not in the history: {history:?}");
     fixture.delete("vicunaserving", "tiny")
+}
+
+/// Two adapters and their base on one worker; one that is of another model is told by its name.
+pub fn adapters_are_served_beside_their_base(fixture: &Fixture) -> Result<()> {
+    for seed in ["5", "6"] {
+        let folder = repository().join(format!("target/tiny-adapter-{seed}"));
+        make_tiny(&folder, &["--adapter", "--seed", seed])?;
+        put_folder(&fixture.bucket, &folder, &format!("adapters/{seed}"))?;
+    }
+    let mut object = one_worker("adapted", "s3://vicuna/models/tiny");
+    let adapter =
+        |seed: &str| json!({"name": format!("a{seed}"), "from": {"uri": format!("s3://vicuna/adapters/{seed}")}});
+    object["spec"]["model"]["adapters"] = json!([adapter("5"), adapter("6")]);
+    fixture.apply(&object)?;
+    let names = ["adapted", "adapted:a5", "adapted:a6"].map(|name| format!("{NAMESPACE}/{name}"));
+    wait_for("the adapters at the gateway", SOON, || {
+        let models = Chat::models(fixture.gateway)?;
+        Ok(names.iter().all(|name| models.contains(name)).then_some(()))
+    })?;
+    fixture.objects.wait("vicunaserving", "adapted", SOON, |vs| Objects::condition(vs, "Ready", "True"))?;
+    let ask = |name: &String| Ok(Chat { max_tokens: 32, ..Chat::new(fixture.gateway, name) }.ask(WORDS)?.text);
+    let answers = names.iter().map(ask).collect::<Result<Vec<_>>>()?;
+    ensure!(answers[0] != answers[1] && answers[1] != answers[2], "adapters change nothing: {answers:?}");
+    let told = fixture.objects.get("vicunaserving", "adapted")?;
+    ensure!(field(&told, "status.adapters") == &json!(&names[1..]), "status.adapters: {told}");
+    fixture.delete("vicunaserving", "adapted")
 }
 
 fn keep_asking(fixture: &Fixture, stop: &AtomicBool) -> Result<usize> {

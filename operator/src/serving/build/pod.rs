@@ -4,6 +4,7 @@ use super::account::WORKER_ACCOUNT;
 use super::{labels, owner, selector};
 use crate::config::{Config, METRICS_PORT, POOL_LABEL};
 use crate::cpu;
+use crate::serving::names::public_name;
 use crate::serving::observe::Source;
 use crate::serving::plan::NewWorker;
 use crate::spot::notices::NOTICE_ANNOTATION;
@@ -62,7 +63,8 @@ pub fn pod(serving: &VicunaServing, source: &Source, config: &Config, new: &NewW
 /// Digest of a worker's spec, the same in every pool and wherever it is.
 pub fn revision(serving: &VicunaServing, source: &Source, config: &Config) -> String {
     let spec = spec(serving, source, config, &Pool::any_node(), &[]);
-    let text = serde_json::json!({ "spec": spec, "digest": source.digest }).to_string();
+    let adapters: Vec<_> = source.adapters.iter().map(|adapter| &adapter.digest).collect();
+    let text = serde_json::json!({ "spec": spec, "digest": source.digest, "adapters": adapters }).to_string();
     hex::encode(&Sha256::digest(text.as_bytes())[..8])
 }
 
@@ -144,9 +146,8 @@ fn container(serving: &VicunaServing, source: &Source, config: &Config, pool: &P
 
 fn args(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool) -> Vec<String> {
     let spec = &serving.spec;
-    let name = format!("{}/{}", serving.namespace().unwrap_or_default(), serving.name_any());
     let mut args = vec![
-        format!("--model-name={name}"),
+        format!("--model-name={}", public_name(serving)),
         format!("--model-uri={}", source.uri),
         format!("--gateway={}", config.gateway_workers_url()),
         format!("--gateway-server-name={}", config.gateway_service),
@@ -159,6 +160,7 @@ fn args(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool) 
         format!("--drain-timeout={}", spec.drain.timeout.get().as_secs()),
         format!("--model-patience={}", MODEL_PATIENCE.as_secs()),
     ];
+    args.extend(source.adapters.iter().map(|adapter| format!("--adapter={}={}", adapter.name, adapter.uri)));
     args.extend(spec.model.template.map(|template| format!("--template={}", template.name())));
     args.push(format!("--quantization={}", spec.model.quantization.name()));
     args.extend(spec.model.max_length.map(|tokens| format!("--max-length={tokens}")));
@@ -319,12 +321,13 @@ fn spread(serving: &VicunaServing) -> Vec<TopologySpreadConstraint> {
 mod tests {
     use super::*;
     use crate::config;
+    use crate::serving::observe::AdapterSource;
     use crate::serving::plan::tests::observed;
     use serde_json::{Value, json};
     use std::sync::Arc;
 
     fn source() -> Source {
-        Source { uri: "s3://b/m".into(), digest: None, credentials: Some("keys".into()) }
+        Source { uri: "s3://b/m".into(), digest: None, credentials: Some("keys".into()), adapters: Vec::new() }
     }
 
     fn serving() -> Arc<VicunaServing> {
@@ -400,6 +403,19 @@ mod tests {
     #[test]
     fn a_worker_outlives_its_drain() {
         assert_eq!(built()["spec"]["terminationGracePeriodSeconds"], 30);
+    }
+
+    #[test]
+    fn adapters_are_named_to_the_worker_and_their_results_are_part_of_the_revision() {
+        let (serving, config) = (serving(), config::tests::sample());
+        let adapted = |digest: &str| {
+            let (name, uri, digest) = ("n/s:a".to_owned(), "s3://b/a".to_owned(), Some(digest.to_owned()));
+            Source { adapters: vec![AdapterSource { name, uri, digest }], ..source() }
+        };
+        let args = args(&serving, &adapted("d"), &config, &serving.spec.pools[0]);
+        assert!(args.contains(&"--adapter=n/s:a=s3://b/a".to_owned()), "{args:?}");
+        let of = |source: &Source| revision(&serving, source, &config);
+        assert_ne!(of(&adapted("d")), of(&adapted("other")));
     }
 
     #[test]

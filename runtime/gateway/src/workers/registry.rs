@@ -52,6 +52,8 @@ type Queue = FairQueue<Arc<Choice>>;
 #[derive(Default)]
 struct State {
     next_id: u64,
+    /// Whose queue is looked at first, where a worker has several models.
+    turn: usize,
     connections: BTreeMap<u64, Arc<Connection>>,
     queues: HashMap<String, Queue>,
     models: BTreeMap<String, Memory>,
@@ -289,22 +291,36 @@ impl Registry {
         if let Some(queue) = state.queues.get_mut(model) {
             queue.retain(|other| !Arc::ptr_eq(other, choice));
         }
-        self.vacate(&mut state, choice, keep);
+        let freed = self.vacate(&mut state, choice, keep);
         choice.fail(ApiError::client_gone());
-        self.dispatch(&mut state, model);
+        match freed {
+            Some(connection) => self.dispatch_all(&mut state, &connection),
+            None => self.dispatch(&mut state, model),
+        }
     }
 
-    /// Takes the choice off the worker that it is on, which is told unless it knows.
-    fn vacate(&self, state: &mut State, choice: &Choice, keep: bool) {
+    /// The worker's room is for all its models: each has its turn to go first.
+    fn dispatch_all(&self, state: &mut State, connection: &Connection) {
+        let offers = &connection.offers;
+        state.turn = state.turn.wrapping_add(1);
+        for index in 0..offers.len() {
+            let model = &offers[(state.turn + index) % offers.len()].name;
+            if state.queues.contains_key(model) {
+                self.dispatch(state, model);
+            }
+        }
+    }
+
+    /// Takes the choice off the worker that it is on, which is told unless it knows. Returns the worker.
+    fn vacate(&self, state: &mut State, choice: &Choice, keep: bool) -> Option<Arc<Connection>> {
         let worker = choice.last_worker();
-        let Some(connection) = worker.and_then(|id| state.connections.get(&id)).cloned() else {
-            return;
-        };
+        let connection = worker.and_then(|id| state.connections.get(&id)).cloned()?;
         let cancel = Cancel { request: choice.job.id().to_owned(), choice: choice.index, keep };
         let unfinished = connection.take(choice) && !choice.is_done();
         if unfinished && !connection.send(Body::Cancel(cancel)) {
             self.remove(state, connection.id);
         }
+        Some(connection)
     }
 }
 

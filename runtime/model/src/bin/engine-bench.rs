@@ -104,7 +104,7 @@ impl Bench {
     fn prompt(&mut self, length: usize) -> Result<Duration> {
         let (ids, blocks) = (self.ids(length), self.tables(1, length)?);
         let started = Instant::now();
-        let piece = Piece { tokens: &ids, past: 0, blocks: &blocks[0], want: Want::Last };
+        let piece = Piece { tokens: &ids, past: 0, blocks: &blocks[0], want: Want::Last, adapter: None };
         self.engine.step(&[piece], &mut self.outputs)?;
         Ok(started.elapsed())
     }
@@ -113,13 +113,14 @@ impl Bench {
     fn answer(&mut self, sequences: usize, past: usize, steps: usize) -> Result<Duration> {
         let (ids, tables) = (self.ids(past), self.tables(sequences, past + steps)?);
         for blocks in &tables {
-            let piece = Piece { tokens: &ids, past: 0, blocks, want: Want::Nothing };
+            let piece = Piece { tokens: &ids, past: 0, blocks, want: Want::Nothing, adapter: None };
             self.engine.step(&[piece], &mut self.outputs)?;
         }
         let mut last = vec![[1u32]; sequences];
         let started = Instant::now();
         for step in 0..steps {
-            let piece = |(tokens, blocks): (_, _)| Piece { tokens, past: past + step, blocks, want: Want::Last };
+            let piece =
+                |(tokens, blocks): (_, _)| Piece { tokens, past: past + step, blocks, want: Want::Last, adapter: None };
             let pieces: Vec<Piece<'_>> =
                 last.iter().zip(&tables).map(|(tokens, blocks)| piece((&tokens[..], &blocks[..]))).collect();
             self.engine.step(&pieces, &mut self.outputs)?;

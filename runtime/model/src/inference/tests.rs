@@ -1,5 +1,5 @@
 use super::*;
-use crate::tiny::tiny;
+use crate::tiny::{self, tiny};
 use crate::{Family, RopeScaling};
 use tch::Tensor;
 
@@ -14,8 +14,29 @@ fn cpu(precision: Precision) -> Engine {
 /// The engine for GPUs, on the CPU.
 fn torch() -> Engine {
     let engine = cpu(Precision::Fp32);
-    let backend = TorchEngine::new(&tiny(3), Device::Cpu, Kind::Float, engine.max_length, engine.blocks).unwrap();
-    Engine { backend: Backend::Torch(Box::new(backend)), ..engine }
+    let adapters = adapters();
+    let backend =
+        TorchEngine::new(&tiny(3), &adapters, (Device::Cpu, Kind::Float), engine.max_length, engine.blocks).unwrap();
+    Engine { backend: Backend::Torch(Box::new(backend)), adapters: adapters.len(), ..engine }
+}
+
+/// An adapter of the tiny model.
+pub fn adapter() -> Adapter {
+    made(5, 3, &["q_proj", "v_proj"])
+}
+
+fn made(seed: u64, rank: usize, targets: &[&str]) -> Adapter {
+    let directory = tempfile::tempdir().unwrap();
+    tiny::save_adapter(directory.path(), seed, rank, targets).unwrap();
+    Adapter::load(directory.path()).unwrap()
+}
+
+fn adapters() -> [Adapter; 2] {
+    [adapter(), made(6, 18, &["all-linear"])]
+}
+
+fn adapted(precision: Precision) -> Engine {
+    Engine::adapted(&tiny(3), &adapters(), &options(precision)).unwrap()
 }
 
 fn ids(length: u32) -> Vec<u32> {
@@ -40,7 +61,7 @@ fn in_pieces(engine: &mut Engine, ids: &[u32], blocks: &[u32], lengths: &[usize]
     let mut found = Vec::new();
     let mut past = 0;
     for length in lengths {
-        let piece = Piece { tokens: &ids[past..past + length], past, blocks, want: Want::Every };
+        let piece = Piece { tokens: &ids[past..past + length], past, blocks, want: Want::Every, adapter: None };
         engine.step(&[piece], &mut outputs).unwrap();
         found.extend(outputs.logits(0).map(|row| row.to_vec()));
         past += length;
@@ -81,7 +102,8 @@ fn a_batch_computes_each_sequence_as_if_it_were_alone() {
     let tables: [&[u32]; 3] = [&[0], &[5, 1, 2, 3], &[7, 8]];
     let batch = |engine: &mut Engine| {
         let mut outputs = Outputs::default();
-        let piece = |index: usize, tokens, past, want| Piece { tokens, past, blocks: tables[index], want };
+        let piece =
+            |index: usize, tokens, past, want| Piece { tokens, past, blocks: tables[index], want, adapter: None };
         let first = [
             piece(0, &prompts[0], 0, Want::Last),
             piece(1, &prompts[1][..59], 0, Want::Nothing),
@@ -106,6 +128,84 @@ fn a_batch_computes_each_sequence_as_if_it_were_alone() {
     assert!(fp32.iter().zip(&in_torch).all(|(a, b)| difference(a, b) < 1e-5));
 }
 
+/// Logits of every position of each sequence, all computed in the same steps: a piece of the prompt, then
+/// token by token.
+fn mixed(engine: &mut Engine, sequences: &[(Vec<u32>, Option<usize>)]) -> Vec<Vec<Vec<f32>>> {
+    let tables: Vec<Vec<u32>> = (0..sequences.len() as u32).map(|index| vec![2 * index, 2 * index + 1]).collect();
+    let mut found = vec![Vec::new(); sequences.len()];
+    let mut outputs = Outputs::default();
+    let longest = sequences.iter().map(|(ids, _)| ids.len()).max().unwrap_or(0);
+    for (past, end) in std::iter::once((0, 9)).chain((9..longest).map(|past| (past, past + 1))) {
+        let taking: Vec<usize> = (0..sequences.len()).filter(|index| sequences[*index].0.len() > past).collect();
+        let piece = |index: &usize| {
+            let (ids, adapter) = &sequences[*index];
+            let tokens = &ids[past..end.min(ids.len())];
+            Piece { tokens, past, blocks: &tables[*index], want: Want::Every, adapter: *adapter }
+        };
+        let pieces: Vec<Piece<'_>> = taking.iter().map(piece).collect();
+        engine.step(&pieces, &mut outputs).unwrap();
+        for (piece, index) in taking.into_iter().enumerate() {
+            found[index].extend(outputs.logits(piece).map(|row| row.to_vec()));
+        }
+    }
+    found
+}
+
+fn sequences() -> Vec<(Vec<u32>, Option<usize>)> {
+    [(7, Some(1)), (20, None), (20, Some(0)), (13, Some(1)), (25, Some(1)), (20, None)]
+        .map(|(length, adapter)| (ids(length), adapter))
+        .into()
+}
+
+/// Largest difference of an adapter's logits from those of the model that it is merged into: rounding of
+/// fp32, in logits of up to 10.
+const MERGED_TOLERANCE: f32 = 5e-5;
+
+#[test]
+fn an_adapter_beside_the_weights_computes_what_it_does_merged_into_them() {
+    let merged = |number: usize| {
+        let mut model = tiny(3);
+        adapters()[number].merge_into(&mut model).unwrap();
+        Engine::new(&model, &options(Precision::Fp32)).unwrap()
+    };
+    let base = in_pieces(&mut cpu(Precision::Fp32), &ids(30), &[0, 1], &[30]);
+    for number in 0..2 {
+        let expected = in_pieces(&mut merged(number), &ids(30), &[0, 1], &[30]);
+        let moved = base.iter().zip(&expected).map(|(a, b)| difference(a, b)).fold(0.0, f32::max);
+        assert!(moved > 0.1, "adapter {number} changes too little to be seen: {moved}");
+        for mut engine in [adapted(Precision::Fp32), torch()] {
+            let found =
+                &mixed(&mut engine, &[(ids(12), None), (ids(30), Some(number)), (ids(30), Some(1 - number))])[1];
+            let worst = found.iter().zip(&expected).map(|(a, b)| difference(a, b)).fold(0.0, f32::max);
+            assert!(worst < MERGED_TOLERANCE, "adapter {number}: {worst}");
+        }
+    }
+}
+
+#[test]
+fn a_batch_of_several_adapters_gives_each_sequence_the_bits_that_it_has_alone() {
+    for precision in [Precision::Fp32, Precision::Int4] {
+        let together = mixed(&mut adapted(precision), &sequences());
+        for (sequence, together) in sequences().into_iter().zip(together) {
+            let alone = mixed(&mut adapted(precision), std::slice::from_ref(&sequence));
+            assert_eq!(alone[0], together, "{precision:?}, adapter {:?}", sequence.1);
+        }
+    }
+    let bare = in_pieces(&mut cpu(Precision::Int4), &ids(20), &[0, 1], &[20]);
+    assert_eq!(mixed(&mut adapted(Precision::Int4), &sequences())[1], bare, "adapters changed the bare model");
+}
+
+#[test]
+fn adapters_of_another_model_and_unknown_ones_are_refused() {
+    let other = Config { hidden: 32, ..tiny::config() };
+    let message = Engine::adapted(&tiny::of_config(other, 1), &adapters(), &options(Precision::Fp32)).unwrap_err();
+    let message = message.to_string();
+    assert!(message.contains("another base model") && message.contains("q_proj"), "{message}");
+    let piece = Piece { tokens: &[5], past: 0, blocks: &[0], want: Want::Last, adapter: Some(2) };
+    let message = adapted(Precision::Fp32).step(&[piece], &mut Outputs::default()).unwrap_err().to_string();
+    assert!(message.contains("no adapter 2"), "{message}");
+}
+
 #[test]
 fn fewer_bits_cost_as_little_as_they_should() {
     let ids = ids(40);
@@ -121,7 +221,7 @@ fn fewer_bits_cost_as_little_as_they_should() {
 #[test]
 fn hidden_states_are_summed_for_the_piece_that_wants_them() {
     let ids = ids(20);
-    let piece = |tokens, blocks, want| Piece { tokens, past: 0, blocks, want };
+    let piece = |tokens, blocks, want| Piece { tokens, past: 0, blocks, want, adapter: None };
     let sums = |mut engine: Engine| {
         let mut outputs = Outputs::default();
         let pieces = [piece(&ids[..5], &[3], Want::Last), piece(&ids, &[0, 1], Want::Hidden)];
@@ -145,7 +245,7 @@ fn what_does_not_fit_is_refused_before_anything_is_computed() {
     let ids = ids(11);
     let mut outputs = Outputs::default();
     let mut refused = |tokens, past, blocks| {
-        engine.step(&[Piece { tokens, past, blocks, want: Want::Last }], &mut outputs).unwrap_err()
+        engine.step(&[Piece { tokens, past, blocks, want: Want::Last, adapter: None }], &mut outputs).unwrap_err()
     };
     assert!(matches!(refused(&ids, 0, &[0]), ModelError::TooLong { tokens: 11, max_length: 10 }));
     assert!(matches!(refused(&ids[..1], 10, &[0]), ModelError::TooLong { .. }));
@@ -196,7 +296,8 @@ fn every_family_is_computed_alike_by_training_and_both_engines() {
         assert_eq!(whole, on_cpu(&[1; 140]), "{:?}: pieces change bits", model.config);
         assert_eq!(whole, on_cpu(&[37, 1, 1, 60, 41]), "{:?}: pieces change bits", model.config);
         let engine = Engine::new(&model, &options(Precision::Fp32)).unwrap();
-        let backend = TorchEngine::new(&model, Device::Cpu, Kind::Float, engine.max_length, engine.blocks).unwrap();
+        let backend =
+            TorchEngine::new(&model, &[], (Device::Cpu, Kind::Float), engine.max_length, engine.blocks).unwrap();
         let mut torch = Engine { backend: Backend::Torch(Box::new(backend)), ..engine };
         for found in [whole, in_pieces(&mut torch, &ids, &BLOCKS, &[50, 1, 1, 70, 1, 17])] {
             for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {

@@ -1,6 +1,7 @@
 //! An adapter as PEFT keeps it: `adapter_config.json` and `adapter_model.safetensors`.
 
 use super::{A, B, Lora, PREFIX};
+use crate::digest::copy_f32_bytes;
 use crate::hugging_face::{chat_template, read_json, tensor_kind, write_json, write_safetensors};
 use crate::layers::Projection;
 use crate::pretrained::map_file;
@@ -55,16 +56,32 @@ impl Adapter {
     }
 
     /// Refuses a base that lacks what the adapter changes; `shape` gives a tensor's.
-    pub(super) fn check(&self, shape: impl Fn(&str) -> Option<Vec<i64>>) -> Result<(), ModelError> {
+    pub(crate) fn check(&self, shape: impl Fn(&str) -> Option<Vec<i64>>) -> Result<(), ModelError> {
         for (name, (a, b)) in &self.pairs {
             let expected = vec![b.size()[0], a.size()[1]];
             match shape(name) {
                 Some(found) if found == expected => {}
-                Some(found) => return Err(ModelError::WrongShape { name: name.clone(), expected, found }),
-                None => return Err(ModelError::MissingTensor { name: name.clone(), expected }),
+                Some(found) => return Err(other_base(format!("{name} has shape {found:?} there, not {expected:?}"))),
+                None => return Err(other_base(format!("{name}, of shape {expected:?}, is not there"))),
             }
         }
         Ok(())
+    }
+
+    /// A name for what it makes of the base model with the digest `base`: BLAKE3 over that, the factor and
+    /// all values.
+    pub fn digest(&self, base: &str) -> Result<String, ModelError> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(base.as_bytes()).update(&self.scale.to_le_bytes());
+        let mut bytes = Vec::new();
+        for (name, (a, b)) in &self.pairs {
+            hasher.update(name.as_bytes()).update(&[0]).update(&a.size()[0].to_le_bytes());
+            for tensor in [a, b] {
+                copy_f32_bytes(tensor, &mut bytes)?;
+                hasher.update(&bytes);
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// Adds itself to the weights of its base model.
@@ -110,6 +127,10 @@ impl Adapter {
         write_json(&directory.join(SETTINGS), &settings)?;
         write_safetensors(&directory.join(WEIGHTS), tensors)
     }
+}
+
+fn other_base(found: String) -> ModelError {
+    ModelError::Lora(format!("it was trained on another base model than this one: {found}"))
 }
 
 fn refuse_unknown(settings: &Value) -> Result<(), ModelError> {

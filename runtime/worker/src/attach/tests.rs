@@ -2,9 +2,11 @@
 
 use super::*;
 use crate::metrics::Metrics;
+use crate::model::{Files, Offered};
 use crate::options::Options;
 use crate::scheduler::Scheduler;
 use clap::Parser;
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use tokio_stream::Stream as TokioStream;
 use tonic::{Response, Status};
@@ -84,7 +86,13 @@ fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<
     vicuna_model::save(&path, &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref()).unwrap();
     let arguments = ["worker", "--model-name", "default/tiny", "--model-uri", "file:///unused", "--gateway", url];
     let options = Options::parse_from(arguments);
-    let served = crate::model::load("default/tiny", &path, None, &options, tch::Device::Cpu).unwrap();
+    let adapters = [("default/tiny:a", 5), ("default/tiny:b", 6)].map(|(name, seed)| {
+        let path = folder.join(format!("adapter-{seed}"));
+        vicuna_model::tiny::save_adapter(&path, seed, 4, &["all-linear"]).unwrap();
+        (name.to_owned(), path)
+    });
+    let files = Files { model: path, base: None, adapters: adapters.into() };
+    let served = crate::model::load("default/tiny", &files, &options, tch::Device::Cpu).unwrap();
     let metrics = Metrics::new().unwrap();
     let tokens = metrics.tokens.clone();
     let (scheduler, handle) = Scheduler::new(served.engine, 2, metrics);
@@ -94,12 +102,17 @@ fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<
     health.serving();
     let gateways =
         Gateways { url: url.to_owned(), server_name: String::new(), ca: PathBuf::new(), token: TokenFile::new(&token) };
-    let hello = WorkerHello { worker: "w".into(), models: vec![served.offer], slots: 2, ..WorkerHello::default() };
-    let lane = Lane { encoder: served.encoder, vocabulary: served.vocabulary, scheduler: handle };
+    let (mut models, mut offers) = (HashMap::new(), Vec::new());
+    for Offered { adapter, encoder, vocabulary, offer } in served.models {
+        models.insert(offer.name.clone(), Lane { adapter, encoder, vocabulary, scheduler: handle.clone() });
+        offers.push(offer);
+    }
+    let hello = WorkerHello { worker: "w".into(), models: offers, slots: 2, ..WorkerHello::default() };
     let shared = Shared {
         gateways,
         hello,
-        models: [("default/tiny".to_owned(), lane)].into(),
+        models,
+        schedulers: vec![handle],
         health,
         tokens,
         draining: deadline,
@@ -123,7 +136,10 @@ async fn attached(setup: &mut Setup) -> Attached {
     match worker.next().await {
         Body::Hello(hello) => {
             assert_eq!(hello.models[0].name, "default/tiny");
-            assert_eq!(hello.models[0].weights_digest.len(), 64);
+            let names: Vec<_> = hello.models.iter().map(|offer| offer.name.as_str()).collect();
+            assert_eq!(names, ["default/tiny", "default/tiny:a", "default/tiny:b"]);
+            let digests: BTreeSet<_> = hello.models.iter().map(|offer| &offer.weights_digest).collect();
+            assert!(digests.len() == 3 && digests.iter().all(|digest| digest.len() == 64), "{digests:?}");
         }
         other => panic!("{other:?} came before the hello"),
     }
@@ -154,6 +170,66 @@ async fn a_worker_attaches_answers_and_attaches_again_when_the_stream_ends() {
     assert!(setup.health.readiness().is_ok());
     drop(worker);
     let _again = attached(&mut setup).await;
+}
+
+/// The tokens of each request, all of which end.
+async fn tokens_of<const N: usize>(worker: &mut Attached, requests: [&str; N]) -> [Vec<u32>; N] {
+    let mut tokens = [const { Vec::new() }; N];
+    let mut ended = 0;
+    while ended < N {
+        match worker.next().await {
+            Body::Delta(delta) => {
+                let at = requests.iter().position(|request| *request == delta.request).unwrap();
+                tokens[at].extend(delta.tokens);
+            }
+            Body::Done(_) => ended += 1,
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    tokens
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_name_answers_with_its_own_adapter_and_is_resumed_with_it() {
+    let mut setup = set_up().await;
+    let mut worker = attached(&mut setup).await;
+    let ask = |request: &str, model: &str, generated: &[u32]| {
+        let FromGateway::Generate(mut generate) = question(request, model, 12) else { panic!("no request") };
+        generate.sampling = Some(Sampling { max_tokens: 12, ..Sampling::default() });
+        generate.generated = generated.to_vec();
+        FromGateway::Generate(generate)
+    };
+    for model in ["default/tiny", "default/tiny:a", "default/tiny:b"] {
+        worker.send(ask(model, model, &[])).await;
+    }
+    let answers = tokens_of(&mut worker, ["default/tiny", "default/tiny:a", "default/tiny:b"]).await;
+    assert!(answers.iter().all(|tokens| tokens.len() > 3), "{answers:?}");
+    assert!(answers[0] != answers[1] && answers[1] != answers[2] && answers[0] != answers[2], "{answers:?}");
+    for (model, whole) in ["default/tiny", "default/tiny:a", "default/tiny:b"].into_iter().zip(&answers) {
+        worker.send(ask("rest", model, &whole[..3])).await;
+        assert_eq!(tokens_of(&mut worker, ["rest"]).await[0], whole[3..], "{model}");
+    }
+}
+
+#[test]
+fn adapters_that_do_not_fit_are_named_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = vicuna_model::Config { hidden: 32, ..vicuna_model::tiny::config() };
+    let model = vicuna_model::tiny::of_config(config, 2);
+    let path = folder.path().join("model");
+    vicuna_model::save(&path, &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref()).unwrap();
+    let adapter = folder.path().join("adapter");
+    vicuna_model::tiny::save_adapter(&adapter, 1, 4, &["q_proj"]).unwrap();
+    let arguments = ["worker", "--model-name", "n/s", "--model-uri", "file:///unused", "--gateway", "http://g:1"];
+    let load = |adapter: PathBuf| {
+        let files = Files { model: path.clone(), base: None, adapters: vec![("n/s:a".to_owned(), adapter)] };
+        let loaded = crate::model::load("n/s", &files, &Options::parse_from(arguments), tch::Device::Cpu);
+        explain(&loaded.err().expect("loaded"))
+    };
+    let other_base = load(adapter);
+    assert!(other_base.contains("another base model"), "{other_base}");
+    let no_adapter = load(path.clone());
+    assert!(no_adapter.contains("n/s:a") && no_adapter.contains("adapter_config.json"), "{no_adapter}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! A sequence in the batch: its tokens, its blocks, and how far they are computed.
 
 use super::{Job, Task};
-use crate::blocks::{BlockPool, Chain, START, chain};
+use crate::blocks::{BlockPool, Chain, chain, start};
 use crate::metrics::Metrics;
 use vicuna_model::inference::{BLOCK_TOKENS, Outputs, Piece, Want};
 use vicuna_protocol::inference::failure::Code;
@@ -29,7 +29,8 @@ impl Running {
             Task::Complete { prompt, completion, .. } => [prompt, completion.tokens()].concat(),
             Task::Embed(embedder) => embedder.next().unwrap_or_default().to_vec(),
         };
-        Self { job, ended: false, ids, computed: 0, blocks: Vec::new(), chain: START, named: 0 }
+        let chain = start(job.adapter);
+        Self { job, ended: false, ids, computed: 0, blocks: Vec::new(), chain, named: 0 }
     }
 
     /// Tokens that are there and not computed.
@@ -66,7 +67,7 @@ impl Running {
     /// Whether `other`, which computes its next `tokens` in this step, then has much that this one need
     /// not compute itself: the choices of one request, or a long system prompt.
     pub fn gains_by_waiting(&self, other: &Self, tokens: usize) -> bool {
-        if !self.shares_blocks() || !other.shares_blocks() {
+        if !self.shares_blocks() || !other.shares_blocks() || self.job.adapter != other.job.adapter {
             return false;
         }
         let theirs = &other.ids[..other.computed + tokens];
@@ -103,7 +104,13 @@ impl Running {
             Task::Complete { .. } if end == self.ids.len() => Want::Last,
             Task::Complete { .. } => Want::Nothing,
         };
-        Piece { tokens: &self.ids[self.computed..end], past: self.computed, blocks: &self.blocks, want }
+        Piece {
+            tokens: &self.ids[self.computed..end],
+            past: self.computed,
+            blocks: &self.blocks,
+            want,
+            adapter: self.job.adapter,
+        }
     }
 
     /// Takes what the engine has made of piece `index`.

@@ -34,10 +34,12 @@ impl Answer {
     }
 }
 
+fn options(cache_bytes: usize) -> EngineOptions {
+    EngineOptions { device: Device::Cpu, precision: Precision::Fp32, max_length: None, cache_bytes, threads: 1 }
+}
+
 fn engine(model: &vicuna_model::Pretrained, cache_bytes: usize) -> Engine {
-    let options =
-        EngineOptions { device: Device::Cpu, precision: Precision::Fp32, max_length: None, cache_bytes, threads: 1 };
-    Engine::new(model, &options).unwrap()
+    Engine::new(model, &options(cache_bytes)).unwrap()
 }
 
 fn bench(slots: usize) -> Bench {
@@ -70,7 +72,7 @@ impl Bench {
         let completion = Completion::new(&generate, prompt, &self.vocabulary).unwrap();
         let priority = generate.priority;
         let task = Task::Complete { prompt: prompt.to_vec(), completion, generate: Box::new(generate) };
-        let job = Job { connection: 1, priority, task, replies: self.replies.clone() };
+        let job = Job { connection: 1, priority, adapter: None, task, replies: self.replies.clone() };
         self.scheduler.apply(Command::Submit(Box::new(job)));
     }
 
@@ -340,6 +342,33 @@ fn a_prompt_that_was_there_before_is_not_computed_again() {
 }
 
 #[test]
+fn keys_and_values_of_one_adapter_are_not_taken_for_those_of_another() {
+    let mut bench = bench(2);
+    let folder = tempfile::tempdir().unwrap();
+    let adapters = [5, 6].map(|seed| {
+        vicuna_model::tiny::save_adapter(folder.path(), seed, 4, &["k_proj", "v_proj"]).unwrap();
+        vicuna_model::lora::Adapter::load(folder.path()).unwrap()
+    });
+    bench.scheduler.engine = Engine::adapted(&vicuna_model::tiny::tiny(21), &adapters, &options(1 << 20)).unwrap();
+    let ask = |bench: &mut Bench, name: &str, adapter| {
+        let generate = Generate { request: name.to_owned(), sampling: Some(greedy(5)), ..Generate::default() };
+        let completion = Completion::new(&generate, &prompt(100), &bench.vocabulary).unwrap();
+        let task = Task::Complete { prompt: prompt(100), completion, generate: Box::new(generate) };
+        let job = Job { connection: 1, priority: 0, adapter, task, replies: bench.replies.clone() };
+        bench.scheduler.apply(Command::Submit(Box::new(job)));
+    };
+    ask(&mut bench, "none", None);
+    ask(&mut bench, "0", Some(0));
+    let [none, first] = bench.answers(["none", "0"]);
+    ask(&mut bench, "1", Some(1));
+    ask(&mut bench, "0 again", Some(0));
+    let [other, again] = bench.answers(["1", "0 again"]);
+    assert_eq!((none.cached_tokens, first.cached_tokens, other.cached_tokens, again.cached_tokens), (0, 0, 0, 96));
+    assert_eq!(again.tokens, first.tokens);
+    assert!(none.tokens != first.tokens && other.tokens != first.tokens, "adapters change too little to be seen");
+}
+
+#[test]
 fn choices_of_one_request_share_its_prompt_while_they_run() {
     let mut bench = bench(4);
     let prompt = prompt(200);
@@ -461,7 +490,8 @@ fn texts_are_embedded_beside_running_answers_and_do_not_change_them() {
     let mut bench = bench(2);
     bench.submit("a", &prompt(40), greedy(10), &[]);
     let embedder = Embedder::new("e".into(), vec![prompt(300), prompt(7)], 300, 512).unwrap();
-    let job = Job { connection: 1, priority: 0, task: Task::Embed(embedder), replies: bench.replies.clone() };
+    let job =
+        Job { connection: 1, priority: 0, adapter: None, task: Task::Embed(embedder), replies: bench.replies.clone() };
     bench.scheduler.apply(Command::Submit(Box::new(job)));
     bench.finish();
     let mut messages = Vec::new();

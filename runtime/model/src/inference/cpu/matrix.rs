@@ -83,8 +83,8 @@ impl Matrix {
             Format::Int4 if inputs.is_multiple_of(GROUP) => {
                 Panels::Int4(narrow(outputs, inputs, |output, group| round_to_nibbles(group_of(row(output), group))))
             }
-            Format::Bf16 => Panels::Bf16(wide(outputs, inputs, |at| bf16::from_f32(weights[at]).to_bits())),
-            _ => Panels::F32(wide(outputs, inputs, |at| weights[at])),
+            Format::Bf16 => Panels::Bf16(wide_panels(outputs, inputs, |at| bf16::from_f32(weights[at]).to_bits())),
+            _ => Panels::F32(wide_panels(outputs, inputs, |at| weights[at])),
         };
         Self { outputs, inputs, panels }
     }
@@ -172,7 +172,8 @@ fn inverse_of(scale: f16) -> f32 {
     if scale == 0.0 { 0.0 } else { scale.recip() }
 }
 
-fn wide<T: Copy + Default>(outputs: usize, inputs: usize, at: impl Fn(usize) -> T) -> Vec<T> {
+/// Panels of 16 outputs from a matrix `[outputs, inputs]`, filled up with zeros.
+pub fn wide_panels<T: Copy + Default>(outputs: usize, inputs: usize, at: impl Fn(usize) -> T) -> Vec<T> {
     let mut panels = vec![T::default(); outputs.div_ceil(WIDE) * WIDE * inputs];
     for (index, panel) in panels.chunks_exact_mut(WIDE * inputs).enumerate() {
         for lane in 0..WIDE.min(outputs - index * WIDE) {

@@ -6,6 +6,8 @@
 
 mod activations;
 #[allow(clippy::needless_range_loop, reason = "loops over registers are plainer by index")]
+mod additions;
+#[allow(clippy::needless_range_loop, reason = "as above")]
 mod attention;
 #[allow(clippy::needless_range_loop, reason = "as above")]
 mod isa;
@@ -17,10 +19,12 @@ mod share;
 mod team;
 
 use super::{BLOCK_TOKENS, Outputs, Piece, Precision, Want};
-use crate::layers::Rope;
+use crate::layers::{Projection as Name, Rope};
+use crate::lora::Adapter;
 use crate::parameters::{EMBEDDING, FINAL_NORM, LM_HEAD, layer_bias_names, layer_weight_names};
 use crate::{Config, ModelError, Pretrained};
 use activations::Activations;
+use additions::{Additions, Output, Pair, Segment};
 use attention::{LayerCache, Shape, Task};
 use isa::{InstructionSet, dispatch};
 use matrix::{Format, Matrix};
@@ -61,12 +65,26 @@ struct Layer {
     post_norm: Vec<f32>,
     gate_up: Projection,
     down: Projection,
+    adapted: Adapted,
+}
+
+/// What adapters add to a layer's projections.
+#[derive(Debug)]
+struct Adapted {
+    query_key_value: Additions,
+    output: Additions,
+    gate_up: Additions,
+    down: Additions,
 }
 
 /// What a step computes with, kept for the next one.
 #[derive(Debug, Default)]
 struct Buffers {
     places: Vec<Place>,
+    /// Rows that have an adapter.
+    segments: Vec<Segment>,
+    /// Numbers between the two matrices of adapters.
+    between: Vec<f32>,
     x: Vec<f32>,
     activations: Activations,
     query_key_value: Vec<f32>,
@@ -85,6 +103,7 @@ struct Place {
 impl CpuEngine {
     pub fn new(
         model: &Pretrained,
+        adapters: &[Adapter],
         precision: Precision,
         max_length: usize,
         blocks: usize,
@@ -92,7 +111,7 @@ impl CpuEngine {
     ) -> Result<Self, ModelError> {
         let config = &model.config;
         let shape = Shape::new(config);
-        let loader = Loader { model, precision };
+        let loader = Loader { model, adapters, precision };
         let embedding = loader.matrix(EMBEDDING, true)?;
         let (head, embedding) = match config.tie_word_embeddings {
             true => (embedding, None),
@@ -145,6 +164,19 @@ impl CpuEngine {
         });
         self.buffers.places.clear();
         self.buffers.places.extend(places);
+        self.buffers.segments.clear();
+        let mut first = 0;
+        for piece in pieces {
+            let rows = piece.tokens.len();
+            match (piece.adapter, self.buffers.segments.last_mut()) {
+                (None, _) => {}
+                (Some(adapter), Some(last)) if last.adapter == adapter && last.first + last.rows == first => {
+                    last.rows += rows;
+                }
+                (Some(adapter), _) => self.buffers.segments.push(Segment { adapter, first, rows }),
+            }
+            first += rows;
+        }
     }
 
     fn embed(&mut self) {
@@ -177,11 +209,17 @@ impl CpuEngine {
         self.buffers.query_key_value.resize(rows * stride, 0.0);
         let (x, out) = (&self.buffers.activations, &mut self.buffers.query_key_value);
         layer.query_key_value.apply(self.set, &mut self.team, x, out, Write::Replace);
+        let batch = (x, &self.buffers.segments[..]);
+        let out = Output { numbers: out, outputs: stride };
+        layer.adapted.query_key_value.apply(self.set, &mut self.team, batch, out, &mut self.buffers.between);
         self.rotate_and_keep(index, stride);
         self.mix(index, pieces, stride);
         let layer = &self.layers[index];
         let (x, out) = (&self.buffers.activations, &mut self.buffers.x);
         layer.output.apply(self.set, &mut self.team, x, out, Write::Add);
+        let batch = (x, &self.buffers.segments[..]);
+        let out = Output { numbers: out, outputs: self.hidden };
+        layer.adapted.output.apply(self.set, &mut self.team, batch, out, &mut self.buffers.between);
     }
 
     /// Adds biases, rotates queries and keys and writes keys and values into the cache.
@@ -251,10 +289,16 @@ impl CpuEngine {
         self.buffers.gate_up.resize(rows * width, 0.0);
         let (x, out) = (&self.buffers.activations, &mut self.buffers.gate_up);
         layer.gate_up.apply(self.set, &mut self.team, x, out, Write::Replace);
+        let batch = (x, &self.buffers.segments[..]);
+        let out = Output { numbers: out, outputs: width };
+        layer.adapted.gate_up.apply(self.set, &mut self.team, batch, out, &mut self.buffers.between);
         self.buffers.activations.shape(rows, width / 2, layer.down.is_quantized());
         gate_rows(self.set, &mut self.team, &self.buffers.gate_up, &mut self.buffers.activations);
         let (x, out) = (&self.buffers.activations, &mut self.buffers.x);
         layer.down.apply(self.set, &mut self.team, x, out, Write::Add);
+        let batch = (x, &self.buffers.segments[..]);
+        let out = Output { numbers: out, outputs: self.hidden };
+        layer.adapted.down.apply(self.set, &mut self.team, batch, out, &mut self.buffers.between);
     }
 
     /// What each piece wants of the last layer.
@@ -406,6 +450,7 @@ fn rotations(config: &Config, max_length: usize) -> Result<Vec<f32>, ModelError>
 /// Weights by name, in the format asked for.
 struct Loader<'a> {
     model: &'a Pretrained,
+    adapters: &'a [Adapter],
     precision: Precision,
 }
 
@@ -421,7 +466,30 @@ impl Loader<'_> {
             post_norm: self.vector(&names[5])?,
             gate_up: Projection::new(vec![matrix(6)?, matrix(7)?]),
             down: Projection::new(vec![matrix(8)?]),
+            adapted: Adapted {
+                query_key_value: self.additions(index, &[Name::Query, Name::Key, Name::Value])?,
+                output: self.additions(index, &[Name::Output])?,
+                gate_up: self.additions(index, &[Name::Gate, Name::Up])?,
+                down: self.additions(index, &[Name::Down])?,
+            },
         })
+    }
+
+    /// Of a projection whose outputs are those of `parts` side by side.
+    fn additions(&self, layer: usize, parts: &[Name]) -> Result<Additions, ModelError> {
+        let of_adapter = |adapter: &Adapter| {
+            let mut pairs = Vec::new();
+            let mut column = 0;
+            for part in parts {
+                if let Some((a, b)) = adapter.pairs.get(&part.weight_name(layer)) {
+                    let rank = a.size()[0] as usize;
+                    pairs.push(Pair::new(&values(a)?, &values(b)?, rank, adapter.scale as f32, column));
+                }
+                column += part.size(&self.model.config).0 as usize;
+            }
+            Ok(pairs)
+        };
+        Ok(Additions { pairs: self.adapters.iter().map(of_adapter).collect::<Result<_, ModelError>>()? })
     }
 
     fn biases(&self, index: usize) -> Result<Option<Vec<f32>>, ModelError> {

@@ -13,7 +13,7 @@ use super::team::Team;
 const STRIP: usize = 32;
 /// Rows that share a loaded weight: as many as there are registers for.
 const NARROW_ROWS: usize = 4;
-const WIDE_ROWS: usize = 6;
+pub const WIDE_ROWS: usize = 6;
 
 /// One or several matrices over the same inputs, their outputs side by side.
 #[derive(Debug)]
@@ -152,7 +152,7 @@ struct Tile {
 }
 
 /// A weight that is stored in a panel of 16.
-trait Stored: Copy {
+pub trait Stored: Copy {
     unsafe fn load<F: Lanes>(from: *const Self) -> F;
 }
 
@@ -174,26 +174,41 @@ impl Stored for u16 {
 
 #[inline(always)]
 unsafe fn wide<I: Isa, T: Stored, const M: usize>(job: &Job<'_>, tile: &Tile, weights: &[T]) {
-    let columns = job.x.columns;
     // SAFETY: `weights` are 16 for each column; rows `row..row + M` exist.
     unsafe {
-        let x = job.x.values.as_ptr().add(tile.row * columns);
-        let mut low = [I::F::zero(); M];
-        let mut high = [I::F::zero(); M];
-        for column in 0..columns {
-            let from = weights.as_ptr().add(column * WIDE);
-            let (first, second): (I::F, I::F) = (T::load(from), T::load(from.add(8)));
-            for row in 0..M {
-                let value = I::F::splat(*x.add(row * columns + column));
-                low[row] = first.fused(value, low[row]);
-                high[row] = second.fused(value, high[row]);
-            }
-        }
+        let x = job.x.values.as_ptr().add(tile.row * job.x.columns);
+        let (low, high) = wide_sums::<I, T, M>(x, job.x.columns, weights);
         for row in 0..M {
             store(job, tile, row, 0, low[row]);
             store(job, tile, row, NARROW, high[row]);
         }
     }
+}
+
+/// Products of `M` rows, `stride` numbers apart, with one panel of 16 outputs: the first eight, and the others.
+/// # Safety
+/// `x` points to `M` rows of as many numbers as the panel has inputs; the machine has the instruction set.
+#[inline(always)]
+pub unsafe fn wide_sums<I: Isa, T: Stored, const M: usize>(
+    x: *const f32,
+    stride: usize,
+    weights: &[T],
+) -> ([I::F; M], [I::F; M]) {
+    let mut low = [I::F::zero(); M];
+    let mut high = [I::F::zero(); M];
+    for column in 0..weights.len() / WIDE {
+        // SAFETY: the panel has 16 weights for each column; the rows are the caller's promise.
+        unsafe {
+            let from = weights.as_ptr().add(column * WIDE);
+            let (first, second): (I::F, I::F) = (T::load(from), T::load(from.add(8)));
+            for row in 0..M {
+                let value = I::F::splat(*x.add(row * stride + column));
+                low[row] = first.fused(value, low[row]);
+                high[row] = second.fused(value, high[row]);
+            }
+        }
+    }
+    (low, high)
 }
 
 #[inline(always)]
@@ -252,16 +267,26 @@ unsafe fn bytes<I: Isa, const M: usize>(job: &Job<'_>, tile: &Tile, blocks: &[Bl
 unsafe fn store<F: Lanes>(job: &Job<'_>, tile: &Tile, row: usize, offset: usize, products: F) {
     let width = tile.width.saturating_sub(offset).min(NARROW);
     // SAFETY: these columns are this strip's.
-    let out = unsafe { job.out.slice((tile.row + row) * job.outputs + tile.column + offset.min(tile.width), width) };
-    if width < NARROW {
+    unsafe {
+        let at = (tile.row + row) * job.outputs + tile.column + offset.min(tile.width);
+        put(job.out.slice(at, width), products, job.write);
+    }
+}
+
+/// Writes the first of eight products, as many as there is room for.
+/// # Safety
+/// The machine has the instruction set.
+#[inline(always)]
+pub unsafe fn put<F: Lanes>(out: &mut [f32], products: F, write: Write) {
+    if out.len() < NARROW {
         for (out, product) in out.iter_mut().zip(products.to_array()) {
-            *out = if job.write == Write::Add { *out + product } else { product };
+            *out = if write == Write::Add { *out + product } else { product };
         }
         return;
     }
     // SAFETY: `out` has eight numbers.
     unsafe {
-        let products = if job.write == Write::Add { F::load(out.as_ptr()).add(products) } else { products };
+        let products = if write == Write::Add { F::load(out.as_ptr()).add(products) } else { products };
         products.store(out.as_mut_ptr());
     }
 }

@@ -5,7 +5,7 @@
 //! less is filled with rows that write into a block of nobody's. All that changes from step to step
 //! goes into one small tensor.
 
-use super::{Batch, Net, Singles};
+use super::{Batch, NONE, Net, Singles, number};
 use crate::ModelError;
 use crate::cuda::{Capture, Graph};
 use crate::inference::{BLOCK_TOKENS, Outputs, Piece};
@@ -40,7 +40,12 @@ struct Shape {
     rows: usize,
     /// Blocks of context of each row.
     blocks: usize,
+    /// Some row has an adapter.
+    adapted: bool,
 }
+
+/// What comes before a row's blocks among its numbers: token, position and adapter.
+const BEFORE_BLOCKS: usize = 3;
 
 #[derive(Debug)]
 struct Step {
@@ -63,7 +68,7 @@ impl Decoder {
         let inputs = self.rounding.numbers(pieces, shape);
         let step = match self.graphs.entry(shape) {
             Entry::Occupied(recorded) => recorded.into_mut(),
-            Entry::Vacant(place) => place.insert(Step::record(&mut self.capture, net, &inputs)?),
+            Entry::Vacant(place) => place.insert(Step::record(&mut self.capture, net, &inputs, shape.adapted)?),
         };
         step.inputs.f_copy_(&inputs)?;
         step.graph.replay()?;
@@ -75,10 +80,10 @@ impl Decoder {
 
 impl Step {
     /// For numbers of the shape of `example`.
-    fn record(capture: &mut Capture, net: &Net, example: &Tensor) -> Result<Self, ModelError> {
+    fn record(capture: &mut Capture, net: &Net, example: &Tensor, adapted: bool) -> Result<Self, ModelError> {
         let inputs = example.f_to_device(net.embedding.device())?;
         let (graph, logits) = capture.record(|| {
-            let batch = batch(net, &inputs)?;
+            let batch = batch(net, &inputs, adapted)?;
             let ids = inputs.f_select(1, 0)?.f_contiguous()?;
             let x = net.forward(&ids, &batch);
             Ok(head_logits(&net.config, &x, &net.norm, &net.head).f_to_kind(Kind::Float)?)
@@ -94,18 +99,19 @@ impl Rounding {
         let longest = pieces.iter().map(|piece| piece.past + 1).max()?;
         let context = longest.max(SHORTEST).next_power_of_two().min(self.max_length.max(longest));
         let rows = pieces.len().next_power_of_two();
-        (rows <= MOST_ROWS).then_some(Shape { rows, blocks: context.div_ceil(BLOCK_TOKENS) })
+        let adapted = pieces.iter().any(|piece| piece.adapter.is_some());
+        (rows <= MOST_ROWS).then_some(Shape { rows, blocks: context.div_ceil(BLOCK_TOKENS), adapted })
     }
 
-    /// `[rows, 2 + blocks]`: token, position and the blocks of the context.
+    /// `[rows, 3 + blocks]`: token, position, adapter and the blocks of the context.
     fn numbers(&self, pieces: &[Piece<'_>], shape: Shape) -> Tensor {
-        let mut numbers = Vec::with_capacity(shape.rows * (2 + shape.blocks));
+        let mut numbers = Vec::with_capacity(shape.rows * (BEFORE_BLOCKS + shape.blocks));
         for row in 0..shape.rows {
-            let (token, past, blocks) = match pieces.get(row) {
-                Some(piece) => (i64::from(piece.tokens[0]), piece.past as i64, piece.blocks),
-                None => (0, 0, &[][..]),
+            let (before, blocks) = match pieces.get(row) {
+                Some(piece) => ([i64::from(piece.tokens[0]), piece.past as i64, number(piece)], piece.blocks),
+                None => ([0, 0, NONE], &[][..]),
             };
-            numbers.extend([token, past]);
+            numbers.extend(before);
             let known = blocks.iter().take(shape.blocks).map(|block| i64::from(*block));
             numbers.extend(known.chain(std::iter::repeat(self.spare)).take(shape.blocks));
         }
@@ -114,13 +120,13 @@ impl Rounding {
 }
 
 /// What [`Net::batch`] makes of pieces, computed on the device from [`Rounding::numbers`]' numbers.
-fn batch(net: &Net, inputs: &Tensor) -> Result<Batch, ModelError> {
+fn batch(net: &Net, inputs: &Tensor, adapted: bool) -> Result<Batch, ModelError> {
     let (rows, width) = inputs.size2()?;
-    let size = BLOCK_TOKENS as i64;
-    let context = (width - 2) * size;
+    let (size, before) = (BLOCK_TOKENS as i64, BEFORE_BLOCKS as i64);
+    let context = (width - before) * size;
     let numbers = |count| Tensor::f_arange(count, (Kind::Int64, inputs.device()));
     let positions = inputs.f_select(1, 1)?.f_contiguous()?;
-    let starts = inputs.f_narrow(1, 2, width - 2)?.f_mul_scalar(size)?;
+    let starts = inputs.f_narrow(1, before, width - before)?.f_mul_scalar(size)?;
     let slots = starts.f_unsqueeze(2)?.f_add(&numbers(size)?)?.f_view([rows, context])?;
     let (places, last) = (numbers(context)?.f_unsqueeze(0)?, positions.f_unsqueeze(1)?);
     let mut seen = places.f_le_tensor(&last)?;
@@ -131,6 +137,7 @@ fn batch(net: &Net, inputs: &Tensor) -> Result<Batch, ModelError> {
         rope: net.rope.at(&positions),
         slots: slots.f_gather(1, &positions.f_unsqueeze(1)?, false)?.f_view([-1])?,
         singles: Some(Singles { rows: numbers(rows)?, slots, seen: seen.f_view([rows, 1, 1, context])? }),
+        adapters: if adapted { Some(inputs.f_narrow(1, 2, 1)?.f_contiguous()?) } else { None },
         prompts: Vec::new(),
     })
 }
@@ -139,29 +146,37 @@ fn batch(net: &Net, inputs: &Tensor) -> Result<Batch, ModelError> {
 mod tests {
     use super::*;
     use crate::inference::Want;
+    use crate::inference::tests::adapter;
     use crate::tiny::tiny;
 
     #[test]
     fn a_filled_up_step_computes_what_a_plain_one_does() {
-        let net = Net::new(&tiny(3), Device::Cpu, Kind::Float, 512, 40).unwrap();
+        let net = Net::new(&tiny(3), &[adapter()], (Device::Cpu, Kind::Float), 512, 40).unwrap();
+        let adapters = [None, Some(0), None];
         let tables: [Vec<u32>; 3] = [vec![7, 1, 30], vec![4, 39], (10..30).collect()];
         let lengths = [33usize, 20, 300];
         let mut outputs = Outputs::default();
         for (blocks, length) in tables.iter().zip(lengths) {
             let ids: Vec<u32> = (0..length as u32).map(|index| 3 + index * 37 % 280).collect();
-            let prompt = Piece { tokens: &ids, past: 0, blocks, want: Want::Nothing };
+            let prompt = Piece { tokens: &ids, past: 0, blocks, want: Want::Nothing, adapter: None };
             outputs.begin(net.config.vocab, &[prompt]);
             net.step(&[prompt], &mut outputs).unwrap();
         }
         let next = [[5u32], [77], [200]];
         let pieces: Vec<Piece<'_>> = (0..3)
-            .map(|row| Piece { tokens: &next[row], past: lengths[row], blocks: &tables[row], want: Want::Last })
+            .map(|row| Piece {
+                tokens: &next[row],
+                past: lengths[row],
+                blocks: &tables[row],
+                want: Want::Last,
+                adapter: adapters[row],
+            })
             .collect();
         let rounding = Rounding { max_length: 512, spare: 40 };
         let shape = rounding.shape(&pieces).unwrap();
-        assert_eq!(shape, Shape { rows: 4, blocks: 32 });
+        assert_eq!(shape, Shape { rows: 4, blocks: 32, adapted: true });
         let inputs = rounding.numbers(&pieces, shape);
-        let x = net.forward(&inputs.select(1, 0).contiguous(), &batch(&net, &inputs).unwrap());
+        let x = net.forward(&inputs.select(1, 0).contiguous(), &batch(&net, &inputs, shape.adapted).unwrap());
         let filled = head_logits(&net.config, &x, &net.norm, &net.head);
         outputs.begin(net.config.vocab, &pieces);
         net.step(&pieces, &mut outputs).unwrap();
@@ -176,10 +191,10 @@ mod tests {
         let rounding = Rounding { max_length: 300, spare: 40 };
         let blocks: Vec<u32> = (0..20).collect();
         let of = |past| {
-            let piece = Piece { tokens: &[1], past, blocks: &blocks, want: Want::Last };
+            let piece = Piece { tokens: &[1], past, blocks: &blocks, want: Want::Last, adapter: None };
             rounding.shape(&[piece, piece, piece]).unwrap()
         };
-        assert_eq!(of(3), Shape { rows: 4, blocks: 16 });
-        assert_eq!(of(299), Shape { rows: 4, blocks: 19 });
+        assert_eq!(of(3), Shape { rows: 4, blocks: 16, adapted: false });
+        assert_eq!(of(299), Shape { rows: 4, blocks: 19, adapted: false });
     }
 }

@@ -2,12 +2,15 @@
 //! attend together over their gathered blocks, prompts one after another. Steps that only decode are
 //! recorded and replayed ([`decode`]).
 
+mod additions;
 mod decode;
 
 use super::{BLOCK_TOKENS, Outputs, Piece, Want, missing_if_none};
-use crate::layers::{LayerWeights, Rope, attention, embed, head_logits, linear, rms_norm, shared};
+use crate::layers::{LayerWeights, Projection, Rope, attention, embed, head_logits, linear, rms_norm, shared};
+use crate::lora::Adapter;
 use crate::parameters::{EMBEDDING, FINAL_NORM, head_name};
 use crate::{Config, ModelError, Pretrained};
+use additions::{Additions, NONE};
 use decode::Decoder;
 use tch::{Device, Kind, Tensor};
 
@@ -43,6 +46,16 @@ struct Layer {
     /// Gate and up: `[2 · I, H]`.
     feed_forward: Tensor,
     down: Tensor,
+    adapted: Adapted,
+}
+
+/// What adapters add to a layer's projections.
+#[derive(Debug)]
+struct Adapted {
+    attention: Option<Additions>,
+    output: Option<Additions>,
+    feed_forward: Option<Additions>,
+    down: Option<Additions>,
 }
 
 /// `[(blocks + 1) · BLOCK_TOKENS, kv_heads, head_dim]` each; the last block is nobody's, for rows
@@ -59,6 +72,8 @@ struct Batch {
     rope: Rope,
     /// Place of each row in the cache.
     slots: Tensor,
+    /// The adapter of each row, `[rows, 1]`; `None` where none has one.
+    adapters: Option<Tensor>,
     singles: Option<Singles>,
     prompts: Vec<Prompt>,
 }
@@ -85,13 +100,13 @@ struct Prompt {
 impl TorchEngine {
     pub fn new(
         model: &Pretrained,
-        device: Device,
-        kind: Kind,
+        adapters: &[Adapter],
+        (device, kind): (Device, Kind),
         max_length: usize,
         blocks: usize,
     ) -> Result<Self, ModelError> {
         let decoder = if device.is_cuda() { Some(Decoder::new(max_length, blocks)?) } else { None };
-        Ok(Self { net: Net::new(model, device, kind, max_length, blocks)?, decoder })
+        Ok(Self { net: Net::new(model, adapters, (device, kind), max_length, blocks)?, decoder })
     }
 
     /// Bytes of keys and values of one token.
@@ -111,7 +126,7 @@ impl TorchEngine {
 
 impl Layer {
     /// On `device`, as `kind`.
-    fn new(weights: &LayerWeights, device: Device, kind: Kind) -> Result<Self, ModelError> {
+    fn new(weights: &LayerWeights, adapted: Adapted, device: Device, kind: Kind) -> Result<Self, ModelError> {
         let moved = |tensor: &Tensor| Ok::<_, ModelError>(tensor.f_to_device(device)?.f_to_kind(kind)?.detach());
         let one = |parts: &[&Tensor]| {
             let parts = parts.iter().map(|part| moved(part)).collect::<Result<Vec<_>, _>>()?;
@@ -126,15 +141,41 @@ impl Layer {
             post_norm: moved(&weights.post_norm)?,
             feed_forward: one(&[&weights.gate, &weights.up])?,
             down: moved(&weights.down)?,
+            adapted,
         })
+    }
+}
+
+impl Adapted {
+    fn new(config: &Config, adapters: &[Adapter], layer: usize, options: (Device, Kind)) -> Result<Self, ModelError> {
+        let of = |parts: &[Projection]| {
+            let parts: Vec<_> = parts.iter().map(|part| (*part, part.size(config).0)).collect();
+            Additions::new(adapters, layer, &parts, options)
+        };
+        Ok(Self {
+            attention: of(&[Projection::Query, Projection::Key, Projection::Value])?,
+            output: of(&[Projection::Output])?,
+            feed_forward: of(&[Projection::Gate, Projection::Up])?,
+            down: of(&[Projection::Down])?,
+        })
+    }
+}
+
+impl Batch {
+    /// `made` of `x`, and what the rows' adapters add to it.
+    fn adapt(&self, made: Tensor, x: &Tensor, additions: Option<&Additions>) -> Tensor {
+        match (additions, &self.adapters) {
+            (Some(additions), Some(of_rows)) => made + additions.of(x, of_rows),
+            _ => made,
+        }
     }
 }
 
 impl Net {
     fn new(
         model: &Pretrained,
-        device: Device,
-        kind: Kind,
+        adapters: &[Adapter],
+        (device, kind): (Device, Kind),
         max_length: usize,
         blocks: usize,
     ) -> Result<Self, ModelError> {
@@ -145,7 +186,8 @@ impl Net {
         };
         let layer = |index| {
             let found = LayerWeights::from_map(&model.tensors, index);
-            Layer::new(&missing_if_none(&format!("model.layers.{index}"), found)?, device, kind)
+            let adapted = Adapted::new(config, adapters, index, (device, kind))?;
+            Layer::new(&missing_if_none(&format!("model.layers.{index}"), found)?, adapted, device, kind)
         };
         let shape = [((blocks + 1) * BLOCK_TOKENS) as i64, config.kv_heads as i64, config.head_dim as i64];
         let zeros = || Tensor::f_zeros(shape, (kind, device));
@@ -193,9 +235,17 @@ impl Net {
         Batch {
             rope: self.rope.at(&self.to_device(&positions)),
             slots: self.to_device(&slots),
+            adapters: self.adapters(pieces),
             singles: self.singles(pieces),
             prompts,
         }
+    }
+
+    fn adapters(&self, pieces: &[Piece<'_>]) -> Option<Tensor> {
+        pieces.iter().any(|piece| piece.adapter.is_some()).then(|| {
+            let of_rows = pieces.iter().flat_map(|piece| std::iter::repeat_n(number(piece), piece.tokens.len()));
+            self.to_device(&of_rows.collect::<Vec<_>>()).unsqueeze(1)
+        })
     }
 
     fn prompt(&self, piece: &Piece<'_>, first: i64) -> Prompt {
@@ -240,8 +290,9 @@ impl Net {
         let (config, head_dim) = (&self.config, self.config.head_dim as i64);
         let (heads, kv_heads) = (config.heads as i64, config.kv_heads as i64);
         let normed = rms_norm(&x, &weights.input_norm, config.eps);
-        let projected =
-            normed.linear(&weights.attention, weights.biases.as_ref()).view([-1, heads + 2 * kv_heads, head_dim]);
+        let projected = normed.linear(&weights.attention, weights.biases.as_ref());
+        let projected = batch.adapt(projected, &normed, weights.adapted.attention.as_ref());
+        let projected = projected.view([-1, heads + 2 * kv_heads, head_dim]);
         let rotated = batch.rope.rotate(&projected.narrow(1, 0, heads + kv_heads));
         cache.write(
             &batch.slots,
@@ -249,12 +300,13 @@ impl Net {
             &projected.narrow(1, heads + kv_heads, kv_heads),
         );
         let mixed = self.mix(cache, &rotated.narrow(1, 0, heads), batch);
-        let x = x + linear(&mixed, &weights.output);
+        let x = x + batch.adapt(linear(&mixed, &weights.output), &mixed, weights.adapted.output.as_ref());
         let normed = rms_norm(&x, &weights.post_norm, config.eps);
         let wide = linear(&normed, &weights.feed_forward);
+        let wide = batch.adapt(wide, &normed, weights.adapted.feed_forward.as_ref());
         let width = wide.size()[1] / 2;
         let gated = wide.narrow(1, 0, width).silu() * wide.narrow(1, width, width);
-        x + linear(&gated, &weights.down)
+        x + batch.adapt(linear(&gated, &weights.down), &gated, weights.adapted.down.as_ref())
     }
 
     /// Attention of `queries [rows, heads, head_dim]`.
@@ -316,6 +368,11 @@ impl Net {
         }
         Ok(())
     }
+}
+
+/// The number of a piece's adapter.
+fn number(piece: &Piece<'_>) -> i64 {
+    piece.adapter.map_or(NONE, |adapter| adapter as i64)
 }
 
 /// Where a position's keys and values are in the cache.
