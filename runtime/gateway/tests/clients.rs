@@ -1,13 +1,13 @@
-//! OpenAI's own clients, unchanged. The Python one needs an interpreter that has it, named in
-//! VICUNA_OPENAI_PYTHON, the JavaScript one a folder with node_modules that has it, named in
-//! VICUNA_OPENAI_NODE; a test says so where there is none.
+//! OpenAI's own clients, unchanged, which `tests/tools/openai.sh` installs.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod support;
 
 use serde_json::json;
+use std::path::{Path, PathBuf};
 use support::{MODEL, TestGateway, Worker, gateway, scored};
+use tokio::process::Command;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
 use vicuna_protocol::inference::{Embedding, Embeddings, Generate, PromptScores};
@@ -69,33 +69,40 @@ async fn answer(worker: &Worker, generate: &Generate) {
 
 #[tokio::test]
 async fn openai_s_python_client_works_unchanged() {
-    match std::env::var("VICUNA_OPENAI_PYTHON") {
-        Ok(python) => drive(&python, "openai_client.py", None).await,
-        Err(_) => eprintln!("VICUNA_OPENAI_PYTHON is not set: OpenAI's Python client is not tried"),
+    if let Some(folder) = installed("openai-python-") {
+        drive(Command::new("python3").env("PYTHONPATH", folder), "openai_client.py", None).await;
     }
 }
 
 #[tokio::test]
 async fn openai_s_javascript_client_works_unchanged() {
-    match std::env::var("VICUNA_OPENAI_NODE") {
-        Ok(folder) => drive("node", "openai_client.mjs", Some(&folder)).await,
-        Err(_) => eprintln!("VICUNA_OPENAI_NODE is not set: OpenAI's JavaScript client is not tried"),
+    if let Some(folder) = installed("openai-node-") {
+        drive(&mut Command::new("node"), "openai_client.mjs", Some(&folder)).await;
     }
 }
 
-async fn drive(program: &str, script: &str, folder: Option<&str>) {
+/// The newest folder of the cache with a name that begins like this; says so where there is none.
+fn installed(prefix: &str) -> Option<PathBuf> {
+    let cache = std::env::var_os("VICUNA_CACHE").map(PathBuf::from);
+    let entries = cache.and_then(|cache| std::fs::read_dir(cache).ok()).into_iter().flatten();
+    let folders = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix));
+    let newest = folders.filter(named).max();
+    if newest.is_none() {
+        eprintln!("skipped: OpenAI's client is not installed, run tests/tools/openai.sh");
+    }
+    newest
+}
+
+async fn drive(program: &mut Command, script: &str, folder: Option<&Path>) {
     let keys_folder = tempfile::tempdir().unwrap();
     let keys = keys_folder.path().join("keys.json");
     std::fs::write(&keys, json!({ "keys": [{ "name": "team", "sha256": TEAM }] }).to_string()).unwrap();
     let gateway = gateway(&["--api-keys-file", &keys.display().to_string()]).await;
     let mut first = able_worker(&gateway, "w-1").await;
     let script = format!("{}/tests/clients/{script}", env!("CARGO_MANIFEST_DIR"));
-    let mut client = tokio::process::Command::new(program)
-        .args([&script, &gateway.url("/v1"), MODEL])
-        .args(folder)
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
+    let mut client =
+        program.args([&script, &gateway.url("/v1"), MODEL]).args(folder).kill_on_drop(true).spawn().unwrap();
     serve(&mut first).await;
     // Long enough for the client to hear that it waits.
     tokio::time::sleep(std::time::Duration::from_millis(5500)).await;
