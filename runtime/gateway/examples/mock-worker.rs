@@ -106,7 +106,7 @@ async fn answer(generate: Generate, outbound: &mpsc::Sender<WorkerMessage>, opti
     let count = if wanted == 0 { options.tokens } else { wanted.min(options.tokens) };
     let (request, choice) = (generate.request, generate.choice);
     for position in generate.generated.len() as u32..count {
-        if options.interval_ms > 0 {
+        if options.interval_ms > 0 && position > 0 {
             tokio::time::sleep(Duration::from_millis(options.interval_ms)).await;
         }
         let delta = Delta {

@@ -21,7 +21,7 @@ use vicuna_protocol::inference::{
 /// Messages to a worker that it has not read yet: it is gone when there are more.
 const OUTBOUND: usize = 4096;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-const MAX_OFFERS: usize = 16;
+const MAX_OFFERS: usize = 64;
 const MAX_SLOTS: u32 = 4096;
 const MAX_NAME: usize = 253;
 
@@ -193,9 +193,9 @@ fn accept(caller: &Caller, mut hello: WorkerHello) -> Result<WorkerHello, Status
         && named(&hello.worker);
     match sound {
         true => Ok(hello),
-        false => {
-            Err(Status::invalid_argument("a hello needs a name, 1 to 16 models with their length, and 1 to 4096 slots"))
-        }
+        false => Err(Status::invalid_argument(format!(
+            "a hello needs a name, 1 to {MAX_OFFERS} models with their length, and 1 to {MAX_SLOTS} slots"
+        ))),
     }
 }
 
@@ -224,6 +224,14 @@ mod tests {
             let status = accept(&caller(), hello(foreign)).unwrap_err();
             assert_eq!(status.code(), tonic::Code::PermissionDenied);
         }
+    }
+
+    #[test]
+    fn a_model_comes_with_as_many_adapters_as_a_serving_may_name() {
+        let offers = (0..16).map(|number| hello(&format!("team/m:{number}")).models.remove(0));
+        let mut whole = hello("team/m");
+        whole.models.extend(offers);
+        assert_eq!(accept(&caller(), whole).unwrap().models.len(), 17);
     }
 
     #[test]

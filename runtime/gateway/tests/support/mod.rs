@@ -2,15 +2,12 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+mod trust;
+
 use clap::Parser;
 use futures::StreamExt;
-use jsonwebtoken::{Algorithm, EncodingKey, Header};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tempfile::TempDir;
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
@@ -30,71 +27,10 @@ use vicuna_protocol::tls;
 const DEADLINE: Duration = Duration::from_secs(20);
 pub const MODEL: &str = "team/chat";
 
+pub use trust::Trust;
+
 pub async fn in_time<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future).await.expect("in time")
-}
-
-/// Certificates, keys and token files in one folder.
-pub struct Trust {
-    folder: TempDir,
-    key: KeyPair,
-}
-
-impl Trust {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let key = KeyPair::generate().unwrap();
-        std::fs::write(folder.path().join("jwks.json"), jwks(&key).to_string()).unwrap();
-        let trust = Self { folder, key };
-        trust.renew();
-        trust
-    }
-
-    /// A new CA, and a certificate of it.
-    pub fn renew(&self) {
-        let write = |name: &str, text: &str| std::fs::write(self.path(name), text).unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let ca_key = KeyPair::generate().unwrap();
-        write("ca.crt", &params.self_signed(&ca_key).unwrap().pem());
-        let names = ["vicuna-gateway".to_owned(), "vicuna-operator".to_owned()];
-        let tls_key = KeyPair::generate().unwrap();
-        let certificate = CertificateParams::new(names).unwrap();
-        let certificate = certificate.signed_by(&tls_key, &Issuer::new(params, ca_key)).unwrap();
-        write("tls.crt", &certificate.pem());
-        write("tls.key", &tls_key.serialize_pem());
-    }
-
-    pub fn path(&self, name: &str) -> std::path::PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// A file with a token of a pod.
-    pub fn token(&self, audience: &str, namespace: &str, pod: &str) -> TokenFile {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-        let claims = json!({
-            "aud": [audience], "exp": now + 600, "iat": now, "iss": "test",
-            "kubernetes.io": {
-                "namespace": namespace, "serviceaccount": { "name": "default", "uid": "s" },
-                "pod": { "name": pod, "uid": pod },
-            },
-        });
-        let mut header = Header::new(Algorithm::ES256);
-        header.kid = Some("test".into());
-        let key = EncodingKey::from_ec_pem(self.key.serialize_pem().as_bytes()).unwrap();
-        let path = self.path(&format!("{audience}.{namespace}.{pod}.token"));
-        std::fs::write(&path, jsonwebtoken::encode(&header, &claims, &key).unwrap()).unwrap();
-        TokenFile::new(path)
-    }
-}
-
-fn jwks(key: &KeyPair) -> Value {
-    let point = key.public_key_raw();
-    let coordinate = |range: std::ops::Range<usize>| URL_SAFE_NO_PAD.encode(&point[range]);
-    json!({ "keys": [{
-        "kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig", "kid": "test",
-        "x": coordinate(1..33), "y": coordinate(33..65),
-    }] })
 }
 
 pub struct TestGateway {
