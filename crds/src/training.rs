@@ -221,6 +221,9 @@ pub struct Recipe {
     /// What a worker computes in. Fp32: single precision; Bf16: weights and activations of 16 bits, as usual on GPUs. Master weights, optimizer and sums of gradients are fp32 either way; the result has this precision.
     #[serde(default)]
     pub precision: Precision,
+    /// What memory is spent on.
+    #[serde(default)]
+    pub memory: Memory,
     /// What shuffles are drawn from.
     #[serde(default)]
     #[schemars(range(min = 0, max = 9_007_199_254_740_991u64))]
@@ -349,6 +352,24 @@ pub enum Base {
     #[default]
     Nf4,
     Int8,
+}
+
+/// What memory is spent on. It does not change a bit of the result.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Memory {
+    /// Whether layers are computed again for their gradients, which takes a third more time, instead of keeping what they need. Auto: those that there is no room for, by the memory limit of the pod or the size of the GPU; without a limit all. Always: all. Never: none; with QLoRA all are computed again nevertheless.
+    #[serde(default)]
+    pub recompute: Recompute,
+}
+
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Recompute {
+    #[default]
+    Auto,
+    Always,
+    Never,
 }
 
 #[allow(missing_docs)]
@@ -557,6 +578,9 @@ pub struct VicunaTrainingStatus {
     /// What the nodes' coming and going did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disruptions: Option<Disruptions>,
+    /// What a worker needs in memory by estimate, for each number of workers from spec.workers.min to max.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub memory: Vec<MemoryEstimate>,
     /// Restarts by cause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restarts: Option<Restarts>,
@@ -695,6 +719,24 @@ pub struct Disruptions {
     /// Time from the last step before a reclaim to the first after it, such as `7s300ms`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_recovery: Option<Period>,
+}
+
+/// What each worker needs in memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryEstimate {
+    /// Of so many.
+    #[serde(default)]
+    pub workers: u32,
+    /// In the pod, such as `12.3 GB`.
+    #[serde(default)]
+    pub host: String,
+    /// On the GPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Every worker has as much.
+    #[serde(default)]
+    pub fits: bool,
 }
 
 /// Restarts by cause. Reclaims are not among them.

@@ -4,8 +4,8 @@ use kube::{Resource, ResourceExt};
 use vicuna_crds::VicunaTraining;
 use vicuna_crds::training as spec;
 use vicuna_protocol::job::{
-    Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Precision, Prepare, Recipe, RunLength,
-    Schedule, TrainingJob,
+    Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute,
+    RunLength, Schedule, TrainingJob,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,11 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
         precision: match recipe.precision {
             spec::Precision::Fp32 => Precision::Fp32,
             spec::Precision::Bf16 => Precision::Bf16,
+        },
+        recompute: match recipe.memory.recompute {
+            spec::Recompute::Auto => Recompute::Auto,
+            spec::Recompute::Always => Recompute::Always,
+            spec::Recompute::Never => Recompute::Never,
         },
     })
 }

@@ -30,6 +30,8 @@ pub struct Report {
     pub ranks: BTreeMap<PodUid, RankView>,
     pub progress: Option<StepReport>,
     pub evaluation: Option<EvaluationReport>,
+    /// What a rank needs in memory, by number of ranks; empty until a rank has read the model's configuration.
+    pub memory: Vec<MemoryNeed>,
     pub checkpoint: Option<CheckpointReport>,
     pub disruptions: Counters,
     pub finish: Option<Finish>,
@@ -88,6 +90,25 @@ pub struct EvaluationReport {
     pub step: u64,
     /// Mean per token.
     pub loss: f64,
+}
+
+/// What one of `ranks` ranks needs in memory, by a rank's estimate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryNeed {
+    pub ranks: u32,
+    pub host_bytes: u64,
+    /// 0 without a GPU.
+    pub device_bytes: u64,
+    /// Every rank has as much.
+    pub fits: bool,
+}
+
+impl MemoryNeed {
+    /// The fewest ranks among which each has enough, one more than are known where there are none such; 1 where nothing
+    /// is known. `needs` begin with one rank.
+    pub fn fewest_that_fit(needs: &[Self]) -> u32 {
+        needs.iter().find(|need| need.fits).map_or(needs.len() as u32 + 1, |need| need.ranks)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -11,15 +11,17 @@ use super::build;
 use super::observe::{Observed, PodView};
 use super::plan::Plan;
 use crate::coordinator::membership::Millis;
-use crate::coordinator::report::{Phase, Report};
+use crate::coordinator::report::{MemoryNeed, Phase, Report};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use vicuna_crds::Period;
 use vicuna_crds::training::{
-    CheckpointStatus, Disruptions, Membership, Progress, TrainingResult, TrainingState, VicunaTrainingStatus, condition,
+    CheckpointStatus, Disruptions, Membership, MemoryEstimate, Progress, TrainingResult, TrainingState,
+    VicunaTrainingStatus, condition,
 };
+use vicuna_protocol::gigabytes;
 
 /// Between writes of mere progress.
 pub const WRITE_EVERY: Duration = Duration::from_secs(15);
@@ -52,6 +54,10 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
         disruptions: report
             .map(|report| disruptions(report, before.disruptions.as_ref()))
             .or(before.disruptions.clone()),
+        memory: report
+            .map(|report| memory(observed, report))
+            .filter(|known| !known.is_empty())
+            .unwrap_or(before.memory),
         restarts: Some(plan.memory.restarts.clone()),
         cost: plan.memory.accounts.cost(&observed.pools).or(before.cost.clone()),
         worker_time: plan.memory.accounts.worker_time().or(before.worker_time.clone()),
@@ -64,6 +70,18 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
             .or_else(|| (!observed.pods.is_empty() || applied.created > 0).then(|| time.clone())),
         completion_time: before.completion_time.or_else(|| over.then(|| time.clone())),
     }
+}
+
+fn memory(observed: &Observed, report: &Report) -> Vec<MemoryEstimate> {
+    let workers = &observed.training.spec.workers;
+    let asked = report.memory.iter().filter(|need| (workers.min..=workers.max).contains(&need.ranks));
+    let estimate = |need: &MemoryNeed| MemoryEstimate {
+        workers: need.ranks,
+        host: gigabytes(need.host_bytes),
+        device: (need.device_bytes > 0).then(|| gigabytes(need.device_bytes)),
+        fits: need.fits,
+    };
+    asked.map(estimate).collect()
 }
 
 /// A new leader does not know yet how things stand: ranks train on without it, so the status stays.

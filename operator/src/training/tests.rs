@@ -8,7 +8,7 @@ use super::status::{WRITE_EVERY, Write, is_terminal, status, when_to_write};
 use crate::coordinator::membership::{Departure, Millis};
 use crate::coordinator::record::{Finish, Member};
 use crate::coordinator::report::{
-    Blockage, CheckpointReport, EvaluationReport, Phase, RankFailure, RankView, Report, StepReport,
+    Blockage, CheckpointReport, EvaluationReport, MemoryNeed, Phase, RankFailure, RankView, Report, StepReport,
 };
 use crate::spot::capacity::Size;
 use serde_json::json;
@@ -473,6 +473,32 @@ fn a_new_leader_leaves_the_status_until_it_knows() {
     };
     assert_eq!(known(Phase::Adopting), running);
     assert_eq!(known(Phase::Collecting).state, Some(TrainingState::Pending));
+}
+
+#[test]
+fn workers_that_have_too_little_memory_are_said_with_the_numbers() {
+    let need = |ranks: u32, fits: bool| MemoryNeed {
+        ranks,
+        host_bytes: 96_000_000_000 / u64::from(ranks),
+        device_bytes: 0,
+        fits,
+    };
+    let seen = observed().spec(|training| (training.spec.workers.min, training.spec.workers.max) = (1, 4)).reported(
+        |report| report.memory = vec![need(1, false), need(2, false), need(3, true), need(4, true), need(5, true)],
+    );
+    let told = status(&seen, &plan(&seen, NOW), &Applied::default(), NOW);
+    let shown: Vec<_> = told.memory.iter().map(|size| (size.workers, size.host.as_str(), size.fits)).collect();
+    assert_eq!(shown, [(1, "96.0 GB", false), (2, "48.0 GB", false), (3, "32.0 GB", true), (4, "24.0 GB", true)]);
+    let admitted = told.conditions.iter().find(|condition| condition.type_ == "Admitted").unwrap();
+    assert_eq!((admitted.status.as_str(), admitted.reason.as_str()), ("False", "DoesNotFit"));
+    assert!(
+        admitted.message.contains("96.0 GB") && admitted.message.contains("set workers.min to 3"),
+        "{}",
+        admitted.message
+    );
+    let enough = seen.spec(|training| training.spec.workers.min = 3);
+    let told = status(&enough, &plan(&enough, NOW), &Applied::default(), NOW);
+    assert_eq!(told.conditions.iter().find(|condition| condition.type_ == "Admitted").unwrap().status, "True");
 }
 
 #[test]

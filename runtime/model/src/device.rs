@@ -31,6 +31,11 @@ pub fn open_exact(name: Option<&str>) -> Result<Device, ModelError> {
     Ok(device)
 }
 
+/// Bytes of memory of the GPU that [`open`] opened: those that nobody uses, and all.
+pub fn memory_bytes() -> Result<(u64, u64), ModelError> {
+    crate::cuda::device_memory_bytes()
+}
+
 fn threads(value: Option<&str>) -> Result<i32, ModelError> {
     let value = value.unwrap_or("1");
     match value.parse() {

@@ -2,7 +2,7 @@
 //! forgotten. Nothing of the graph outlives a call, which is what makes recomputation free of hooks.
 
 use crate::Config;
-use crate::layers::{LayerWeights, Rope, chunk_loss, layer_middle, loss_chunks, predicting_rows};
+use crate::layers::{LayerWeights, Rope, chunk_loss, layer_middle, layer_output, loss_chunks, predicting_rows};
 use tch::{Kind, Tensor};
 
 /// Gradients of one layer.
@@ -27,8 +27,49 @@ pub struct HeadGradients {
     pub lm_head: Tensor,
 }
 
-/// Runs a layer again on its kept input `x` and carries `upstream [B, T, H]` back through it. The last
-/// projection is not run again: its gradients need its input only, and the layer's output nobody.
+/// A layer's way forward with everything that its way back needs. Bits are the same whether it is kept
+/// from the one to the other or made again.
+#[derive(Debug)]
+pub struct LayerRun {
+    x: Tensor,
+    leaves: LayerWeights,
+    middle: Tensor,
+    gated: Tensor,
+}
+
+impl LayerRun {
+    /// Runs the layer on `x [B, T, H]` up to its last projection.
+    pub fn new(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> Self {
+        let mut leaves = weights.map(leaf);
+        leaves.down = weights.down.detach();
+        let x = leaf(x);
+        let (middle, gated) = tch::with_grad(|| layer_middle(config, &leaves, &x, rope));
+        Self { x, leaves, middle, gated }
+    }
+
+    /// What [`crate::layers::layer_forward`] gives, `[B, T, H]`.
+    pub fn output(&self) -> Tensor {
+        layer_output(&self.middle.detach(), &self.gated.detach(), &self.leaves.down)
+    }
+
+    /// Carries `upstream [B, T, H]` back. The last projection is not run for it: its gradients need its
+    /// input only, and the layer's output nobody.
+    pub fn backward(self, upstream: &Tensor) -> LayerGradients {
+        let Self { x, leaves, middle, gated } = self;
+        let upstream = upstream.detach();
+        let gated_upstream = upstream.matmul(&leaves.down);
+        tch::with_grad(|| {
+            // The gradient of this sum with respect to both is what comes from above.
+            ((&middle * &upstream).sum(Kind::Float) + (&gated * gated_upstream).sum(Kind::Float)).backward();
+        });
+        let down = flat(&upstream).tr().matmul(&flat(&gated.detach()));
+        let mut gradients = leaves.map(Tensor::grad);
+        gradients.down = down;
+        LayerGradients { input: x.grad(), weights: gradients }
+    }
+}
+
+/// Runs a layer again on its kept input `x` and carries `upstream [B, T, H]` back through it.
 pub fn layer_backward(
     config: &Config,
     weights: &LayerWeights,
@@ -36,20 +77,7 @@ pub fn layer_backward(
     rope: &Rope,
     upstream: &Tensor,
 ) -> LayerGradients {
-    let mut leaves = weights.map(leaf);
-    leaves.down = weights.down.detach();
-    let x = leaf(x);
-    let upstream = upstream.detach();
-    let down = tch::with_grad(|| {
-        let (middle, gated) = layer_middle(config, &leaves, &x, rope);
-        let gated_upstream = upstream.matmul(&leaves.down);
-        // The gradient of this sum with respect to both is what comes from above.
-        ((&middle * &upstream).sum(Kind::Float) + (&gated * gated_upstream).sum(Kind::Float)).backward();
-        flat(&upstream).tr().matmul(&flat(&gated.detach()))
-    });
-    let mut gradients = leaves.map(Tensor::grad);
-    gradients.down = down;
-    LayerGradients { input: x.grad(), weights: gradients }
+    LayerRun::new(config, weights, x, rope).backward(upstream)
 }
 
 /// Summed loss and its gradients, in pieces of bounded memory added in a fixed order. Arguments are

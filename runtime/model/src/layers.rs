@@ -142,6 +142,13 @@ impl LayerWeights {
         all
     }
 
+    /// [`LayerWeights::as_vec`], owned.
+    pub fn into_vec(self) -> Vec<Tensor> {
+        let Self { input_norm, query, key, value, output, post_norm, gate, up, down, biases } = self;
+        let biases = biases.into_iter().flat_map(|biases| [biases.query, biases.key, biases.value]);
+        [input_norm, query, key, value, output, post_norm, gate, up, down].into_iter().chain(biases).collect()
+    }
+
     /// Applies `change` to each tensor.
     pub fn map(&self, mut change: impl FnMut(&Tensor) -> Tensor) -> Self {
         Self {
@@ -228,6 +235,11 @@ pub fn embed(embedding: &Tensor, ids: &Tensor) -> Tensor {
 /// before the padding sees it, and the labels there are [`IGNORED`].
 pub fn layer_forward(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope) -> Tensor {
     layer_forward_with(config, weights, x, rope, UNADAPTED)
+}
+
+/// The last projection, added to what comes out of the attention.
+pub(crate) fn layer_output(middle: &Tensor, gated: &Tensor, down: &Tensor) -> Tensor {
+    middle + linear(gated, down)
 }
 
 /// [`layer_forward`] whose projections are changed by `adapt`.

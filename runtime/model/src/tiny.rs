@@ -114,6 +114,22 @@ pub fn llama_7b() -> Config {
     }
 }
 
+/// SmolLM2-135M's shape (Ben Allal et al. 2025).
+pub fn smollm2_135m() -> Config {
+    Config {
+        hidden: 576,
+        intermediate: 1536,
+        layers: 30,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        vocab: 49_152,
+        max_position: 8192,
+        tie_word_embeddings: true,
+        ..config()
+    }
+}
+
 /// Norms near one, biases near zero; small embeddings, so that what the layers compute decides the next token.
 fn random_tensor(noise: &mut Noise, name: &str, shape: &[i64]) -> Tensor {
     let count = shape.iter().product::<i64>() as usize;

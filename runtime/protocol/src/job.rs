@@ -89,6 +89,25 @@ pub struct Recipe {
     pub evaluate_every: Option<u64>,
     #[serde(default, skip_serializing_if = "Precision::is_default")]
     pub precision: Precision,
+    #[serde(default, skip_serializing_if = "Recompute::is_default")]
+    pub recompute: Recompute,
+}
+
+/// Whether layers run again on the way back (Chen et al. 2016). It does not change a bit of the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Recompute {
+    /// Those that memory has no room to keep.
+    #[default]
+    Auto,
+    Always,
+    /// A quantised base's are made again all the same.
+    Never,
+}
+
+impl Recompute {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What forward and backward passes compute in. Masters, moments and sums of gradients are fp32 either way.

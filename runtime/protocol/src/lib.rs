@@ -20,3 +20,8 @@ pub mod inference {
 pub const COORDINATOR_AUDIENCE: &str = "vicuna-coordinator";
 /// Token audience of workers that call a gateway.
 pub const GATEWAY_AUDIENCE: &str = "vicuna-gateway";
+
+/// Bytes as people write them.
+pub fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
+}

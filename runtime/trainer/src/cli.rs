@@ -3,6 +3,7 @@
 use crate::collective::Network;
 use crate::coordinator::{Link, Route};
 use crate::http::{self, Status};
+use crate::memory::command as estimate;
 use crate::metrics::Metrics;
 use crate::prepare::Place;
 use crate::rank::{self, Exit, Parts};
@@ -39,6 +40,8 @@ enum Command {
     Local(local::Arguments),
     /// Writes a model with its tokenizer as one GGUF file.
     Export(export::Arguments),
+    /// Says what a training needs in memory, from the model's configuration alone.
+    Estimate(estimate::Arguments),
     /// Merges a PEFT adapter into its base model: writes a whole Hugging Face directory.
     Merge(MergeArguments),
 }
@@ -104,6 +107,7 @@ pub fn main() -> ExitCode {
     let done = match (arguments.command, arguments.rank) {
         (Some(Command::Local(arguments)), _) => runtime.block_on(local::run(arguments)).map(|()| Exit::Done),
         (Some(Command::Export(arguments)), _) => export::run(&arguments).map(|()| Exit::Done),
+        (Some(Command::Estimate(arguments)), _) => estimate::run(&arguments).map(|()| Exit::Done),
         (Some(Command::Merge(arguments)), _) => merge(&arguments).map(|()| Exit::Done),
         (None, Some(arguments)) => runtime.block_on(run(arguments)),
         (None, None) => Err(anyhow::anyhow!("--coordinator is missing; see --help")),

@@ -62,6 +62,7 @@ struct State {
 /// The newest of each kind that a new leader must hear.
 #[derive(Debug, Default)]
 struct Said {
+    estimated: Option<Body>,
     prepared: Option<Body>,
     checkpointed: Option<Body>,
     evaluated: Option<Body>,
@@ -87,6 +88,7 @@ impl Said {
                 self.place = None;
                 &mut self.prepared
             }
+            Body::Estimated(_) => &mut self.estimated,
             Body::Checkpointed(_) => &mut self.checkpointed,
             Body::Notice(_) => &mut self.notice,
             _ => &mut self.place,
@@ -95,7 +97,8 @@ impl Said {
     }
 
     fn all(&self) -> impl Iterator<Item = Body> {
-        [&self.prepared, &self.checkpointed, &self.evaluated, &self.notice, &self.place].into_iter().flatten().cloned()
+        let all = [&self.estimated, &self.prepared, &self.checkpointed, &self.evaluated, &self.notice, &self.place];
+        all.into_iter().flatten().cloned()
     }
 }
 

@@ -229,6 +229,7 @@ impl<'a> Generation<'a> {
         let engine = stand_at_start(session, assignment, peers, observer, memory)?;
         let names = membership.members.iter().map(|member| member.name.clone()).collect();
         engine.log.enter(membership.generation, names);
+        engine.room = session.room(world as u32);
         let digest = state_digest(session, engine, assignment, &control.abort)?;
         let (generation, rank) = (membership.generation, membership.rank);
         tracing::info!(generation, rank, world, step = engine.step, digest, "ready");

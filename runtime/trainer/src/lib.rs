@@ -27,6 +27,7 @@ pub mod http;
 pub mod layout;
 pub mod local;
 pub mod log;
+pub mod memory;
 pub mod metrics;
 pub mod numerics;
 pub mod optimizer;

@@ -9,7 +9,10 @@ use crate::evaluation::HeldOut;
 use crate::layout::Layout;
 use crate::log::Line;
 use crate::log::scribe::{self, Scribe};
+use crate::memory::limits::Limits;
+use crate::memory::{self, Need, Workload};
 use crate::state::Weights;
+use crate::step::Room;
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,14 +22,18 @@ use vicuna_checkpoint::manifest::{digest, list_manifests};
 use vicuna_checkpoint::{ManifestRef, Store, StoreError, fetch};
 use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
 use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
+use vicuna_model::lora::Lora;
 use vicuna_model::{Config, ModelError, Pretrained};
 use vicuna_protocol::coordinator::Cause;
-use vicuna_protocol::job::{Precision, Recipe, RunLength, TrainingJob};
+use vicuna_protocol::gigabytes;
+use vicuna_protocol::job::{Method, Precision, Recipe, Recompute, RunLength, TrainingJob};
 
 /// Manifests that a rank reports, at most.
 pub const MANIFESTS: usize = 16;
 /// How often each identity question is put, with different answers.
 const IDENTITY_ROUNDS: usize = 4;
+/// Ranks for which memory is estimated, at most.
+const LARGEST_ESTIMATE: u32 = 64;
 /// Where the report of the preparation lies below the checkpoint URI.
 pub const DATA_REPORT: &str = "data-report.json";
 
@@ -69,6 +76,7 @@ pub struct Session {
     /// Digest of everything in the job that decides the weights.
     pub recipe_digest: String,
     pub scratch: PathBuf,
+    limits: Limits,
 }
 
 /// Where and on what to work.
@@ -161,6 +169,49 @@ async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<Vec<Path
     Ok(all)
 }
 
+/// What a rank needs for each number of ranks from 1, from the model's configuration alone; `None` where that is inside
+/// the model's file.
+pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<Need>>, Trouble> {
+    let store = Store::open(&job.model.from).map_err(|error| source_trouble(Cause::Model, "the base model", &error))?;
+    let Ok(json) = store.get("config.json").await else { return Ok(None) };
+    // What is wrong with it is said when the model is read.
+    let Some(config) = serde_json::from_slice(&json).ok().and_then(|json| Config::from_hugging_face(&json).ok()) else {
+        return Ok(None);
+    };
+    let lora = adapters::lora(&job.recipe.method);
+    let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
+    let table = table(&config, lora.as_ref());
+    let workload = workload(job, &config, &table, device);
+    Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need(ranks)).collect()))
+}
+
+/// Refuses what fits with no number of ranks; the coordinator sees to it that there are enough where some do.
+pub fn refuse_what_does_not_fit(job: &TrainingJob, needs: &[Need], limits: Limits) -> Result<(), Trouble> {
+    let Some(least) = needs.last().filter(|_| !needs.iter().any(|need| need.fits(limits))) else { return Ok(()) };
+    let has = |what: &str, bytes: Option<u64>| bytes.map(|bytes| format!("{} {what}", gigabytes(bytes)));
+    let has = [has("on the host", limits.host), has("on the device", limits.device)];
+    let has = has.into_iter().flatten().collect::<Vec<_>>().join(" and ");
+    let advice = match job.recipe.method {
+        Method::Full => "give workers.resources more memory, or set recipe.method to LoRA or QLoRA",
+        Method::LoRA(_) => "give workers.resources more memory, or set recipe.method to QLoRA",
+        Method::QLoRA(..) => "give workers.resources more memory, or lower recipe.maxLength or microBatch",
+    };
+    let (ranks, name) = (least.ranks, &job.model.from);
+    let message = format!("even among {ranks} workers, each needs {least} to train {name}, and has {has}: {advice}");
+    Err(Trouble::new(Cause::OutOfMemory, message))
+}
+
+fn workload<'a>(job: &'a TrainingJob, config: &'a Config, table: &'a BlockTable, device: Device) -> Workload<'a> {
+    Workload { config, table, recipe: &job.recipe, gpu: device.is_cuda() }
+}
+
+fn table(config: &Config, lora: Option<&Lora>) -> BlockTable {
+    match lora {
+        None => BlockTable::new(config),
+        Some(lora) => BlockTable::adapters(config, lora),
+    }
+}
+
 fn assemble(
     job: TrainingJob,
     store: Store,
@@ -176,10 +227,7 @@ fn assemble(
     let template = template(&job, &model)?;
     let prepared = data(&job, files, &model, &template)?;
     let data = ordered(&job, prepared.examples, &prepared.mixtures)?;
-    let table = match &lora {
-        None => BlockTable::new(&model.config),
-        Some(lora) => BlockTable::adapters(&model.config, lora),
-    };
+    let table = table(&model.config, lora.as_ref());
     let freeze = |lora| {
         let tensors = std::mem::take(&mut model.tensors);
         let adapted = AdaptedBase::new(&job.recipe, lora, &model.config, tensors, kind(&job), place.device);
@@ -201,6 +249,7 @@ fn assemble(
         runtime,
         recipe_digest: recipe_digest(&job),
         scratch: place.scratch,
+        limits: memory::limits::limits(place.device),
         job,
     })
 }
@@ -301,7 +350,7 @@ fn kind(job: &TrainingJob) -> Kind {
 
 /// Model, data, preparation and recipe, as the job writes them.
 fn recipe_digest(job: &TrainingJob) -> String {
-    let recipe = Recipe { evaluate_every: None, ..job.recipe.clone() };
+    let recipe = Recipe { evaluate_every: None, recompute: Recompute::default(), ..job.recipe.clone() };
     let parts = (&job.model, &job.dataset, &job.prepare, &recipe);
     // Plain structs always serialise.
     digest(&serde_json::to_vec(&parts).unwrap_or_default())
@@ -342,6 +391,25 @@ impl Session {
     /// The complete checkpoints in the store, newest first.
     pub async fn manifests(&self) -> Result<Vec<ManifestRef>, StoreError> {
         list_manifests(&self.store, &self.job.uid, MANIFESTS).await
+    }
+
+    /// What a rank among `ranks` may keep of the way forward.
+    pub fn room(&self, ranks: u32) -> Room {
+        let workload = workload(&self.job, &self.config, &self.table, self.device);
+        let bytes = match (self.job.recipe.recompute, &self.job.recipe.method) {
+            // Whole layers would hold their weights in full.
+            (Recompute::Always, _) | (_, Method::QLoRA(..)) => 0,
+            (Recompute::Never, _) => u64::MAX,
+            (Recompute::Auto, _) => {
+                let need = workload.need(ranks);
+                let (limit, need) = match self.device.is_cuda() {
+                    true => (self.limits.device, need.device),
+                    false => (self.limits.reserved, need.host),
+                };
+                limit.map_or(0, |limit| (limit - limit / 10).saturating_sub(need))
+            }
+        };
+        Room { bytes, bytes_a_token: workload.run_bytes_a_token() }
     }
 
     /// What forward and backward passes compute in.

@@ -11,6 +11,8 @@ use crate::coordinator::Link;
 use crate::evaluation::{Evaluation, Stage};
 use crate::generation::{self, Assignment, Control, GenerationError, Observer, Outcome, Start};
 use crate::http::Status;
+use crate::memory::Need;
+use crate::memory::limits::limits;
 use crate::prepare::{self, Place, Session, Trouble};
 use crate::step::{Engine, StepReport};
 use crate::transfer;
@@ -447,7 +449,7 @@ impl Life {
 async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Session {
     let mut pause = FIRST_PAUSE;
     loop {
-        let Trouble { cause, message } = match prepare::prepare(job.clone(), place.clone()).await {
+        let Trouble { cause, message } = match prepare_once(&job, &place, &link).await {
             Ok(session) => return session,
             Err(trouble) => trouble,
         };
@@ -456,6 +458,22 @@ async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Sessi
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.75..1.25))).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+}
+
+/// Says what the training needs in memory, and fetches nothing that cannot fit.
+async fn prepare_once(job: &TrainingJob, place: &Place, link: &Link) -> Result<Session, Trouble> {
+    if let Some(needs) = prepare::preflight(job, place.device).await? {
+        let limits = limits(place.device);
+        let need = |need: &Need| wire::estimated::Need {
+            ranks: need.ranks,
+            host_bytes: need.host,
+            device_bytes: need.device,
+            fits: need.fits(limits),
+        };
+        link.say(Body::Estimated(wire::Estimated { needs: needs.iter().map(need).collect() }));
+        prepare::refuse_what_does_not_fit(job, &needs, limits)?;
+    }
+    prepare::prepare(job.clone(), place.clone()).await
 }
 
 /// `None`: it contradicts itself.

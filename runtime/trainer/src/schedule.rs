@@ -23,7 +23,7 @@ pub fn learning_rate(recipe: &Recipe, step: u64, steps: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vicuna_protocol::job::{Method, Precision, RunLength};
+    use vicuna_protocol::job::{Method, Precision, Recompute, RunLength};
 
     fn recipe(schedule: Schedule, warmup_ratio: f64) -> Recipe {
         Recipe {
@@ -40,6 +40,7 @@ mod tests {
             seed: 0,
             evaluate_every: None,
             precision: Precision::Fp32,
+            recompute: Recompute::Auto,
         }
     }
 

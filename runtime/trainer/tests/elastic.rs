@@ -15,7 +15,7 @@ use tch::Device;
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
 use vicuna_model::lora::Adapter;
 use vicuna_protocol::coordinator::MemoryBase;
-use vicuna_protocol::job::{Base, Lora, Method, Precision, TrainingJob};
+use vicuna_protocol::job::{Base, Lora, Method, Precision, Recompute, TrainingJob};
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
@@ -444,6 +444,22 @@ fn adapters_are_the_same_bits_for_every_number_of_ranks_and_whatever_happens() {
     }
     digests.dedup();
     assert_eq!(digests.len(), methods.len(), "the base's precision makes a difference");
+}
+
+#[test]
+fn keeping_layers_instead_of_running_them_again_changes_no_bit() {
+    let fixture = Fixture::new();
+    for (index, method) in [Method::Full, Method::LoRA(lora())].iter().enumerate() {
+        let digest = |recompute: Recompute, ranks: usize| {
+            let mut job = adapter_job(&fixture, &format!("bucket-{index}-{recompute:?}-{ranks}"), method);
+            job.recipe.recompute = recompute;
+            generation(&fixture.session(job), ranks, None, None).result().digest.clone()
+        };
+        let expected = digest(Recompute::Always, 1);
+        for ranks in [1, 2] {
+            assert_eq!(digest(Recompute::Never, ranks), expected, "{method:?}, {ranks} ranks");
+        }
+    }
 }
 
 #[test]

@@ -27,7 +27,7 @@ pub fn an_impossible_spec_is_rejected_with_a_sentence(fixture: &Fixture) -> Resu
     let adapter = |name: &str, uri: &str| json!({"name": name, "from": {"uri": uri}});
     for (adapters, sentence) in [
         (json!([adapter("a", "s3://vicuna/models/tiny")]), "An adapter's from must not be that of the model"),
-        (json!([adapter("a", "s3://b/x"), adapter("a", "s3://b/y")]), "Duplicate value"),
+        (json!([adapter("a", "s3://b/x"), adapter("a", "s3://b/y")]), "duplicate entries"),
         (json!([adapter("a:b", "s3://b/x")]), "should match"),
         (json!([{"name": "a", "from": {}}]), "exactly one of uri and trainingRef"),
     ] {

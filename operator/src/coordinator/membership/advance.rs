@@ -70,7 +70,7 @@ impl Membership {
             return true;
         }
         let candidates = self.candidates();
-        if candidates.len() < self.target.map_or(1, |target| target.min.max(1)) {
+        if candidates.len() < self.fewest() {
             self.state = State::Held { not_before, enough_since: None, eager: false };
             return false;
         }
@@ -451,7 +451,7 @@ impl Membership {
         deadline_ms: Millis,
     ) -> wire::Stop {
         let suspend = self.target.is_some_and(|target| target.suspend);
-        let checkpoint = suspend || staying.len() < self.target.map_or(1, |target| target.min.max(1));
+        let checkpoint = suspend || staying.len() < self.fewest();
         wire::Stop {
             generation: self.generation(),
             planned,

@@ -5,7 +5,8 @@ use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership,
 use crate::coordinator::manifest::Manifest;
 use crate::coordinator::record::{Finish, Record};
 use crate::coordinator::report::{
-    Blockage, CheckpointReport, EvaluationReport, Happening, PodUid, RankFailure, RecoveryPhases, StepReport,
+    Blockage, CheckpointReport, EvaluationReport, Happening, MemoryNeed, PodUid, RankFailure, RecoveryPhases,
+    StepReport,
 };
 use std::collections::BTreeMap;
 use vicuna_protocol::coordinator as wire;
@@ -147,6 +148,7 @@ impl Membership {
             prepared: false,
             prepared_at: 0,
             blocked: None,
+            memory: Vec::new(),
             own_notice: None,
             failed: false,
             released: false,
@@ -181,6 +183,7 @@ impl Membership {
             Said::Blocked(blocked) => self.blocked(pod, blocked),
             Said::Ready(ready) => self.ready(pod, ready),
             Said::Progress(progress) => self.progressed(now, pod, &progress),
+            Said::Estimated(estimated) => self.estimated(pod, &estimated),
             Said::Evaluated(evaluated) => self.evaluated(now, pod, &evaluated),
             Said::Checkpointed(checkpointed) => self.checkpointed(now, checkpointed),
             Said::Notice(notice) => self.noticed(pod, notice),
@@ -204,6 +207,18 @@ impl Membership {
             rank.prepared = true;
             rank.prepared_at = now;
             rank.blocked = None;
+        }
+    }
+
+    fn estimated(&mut self, pod: &str, said: &wire::Estimated) {
+        let need = |need: &wire::estimated::Need| MemoryNeed {
+            ranks: need.ranks,
+            host_bytes: need.host_bytes,
+            device_bytes: need.device_bytes,
+            fits: need.fits,
+        };
+        if let Some(rank) = self.ranks.get_mut(pod) {
+            rank.memory = said.needs.iter().take(MAX_RANKS).map(need).collect();
         }
     }
 

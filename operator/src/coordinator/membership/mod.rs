@@ -22,7 +22,7 @@ mod tests;
 use super::manifest::Manifests;
 use super::record::{Finish, Member, Record};
 use super::report::{
-    CheckpointReport, Counters, EvaluationReport, Happening, Phase, PodUid, RankFailure, Report, StepReport,
+    CheckpointReport, Counters, EvaluationReport, Happening, MemoryNeed, Phase, PodUid, RankFailure, Report, StepReport,
 };
 use rank::Rank;
 use std::collections::{BTreeMap, BTreeSet};
@@ -360,6 +360,7 @@ impl Membership {
             ranks: self.ranks.iter().map(|(pod, rank)| (pod.clone(), self.view(pod, rank, class))).collect(),
             progress: self.progress.clone(),
             evaluation: self.evaluation,
+            memory: self.memory_needs(),
             checkpoint: self.checkpoint.clone(),
             disruptions: self.counters,
             finish: match &self.state {
@@ -371,6 +372,21 @@ impl Membership {
             activity: self.activity(),
             steps: self.steps,
         }
+    }
+
+    /// Fewer than these do not train: the spec says so, or that their memory does not suffice.
+    fn fewest(&self) -> usize {
+        let fit = MemoryNeed::fewest_that_fit(&self.memory_needs()) as usize;
+        self.target.map_or(1, |target| target.min.max(1)).max(fit)
+    }
+
+    /// Nodes differ: all must have enough.
+    fn memory_needs(&self) -> Vec<MemoryNeed> {
+        let said = |rank: &&Rank| rank.connected && !rank.memory.is_empty();
+        let all: Vec<&Rank> = self.ranks.values().filter(said).collect();
+        let Some(first) = all.first() else { return Vec::new() };
+        let fits = |index: usize| all.iter().all(|rank| rank.memory.get(index).is_none_or(|need| need.fits));
+        first.memory.iter().enumerate().map(|(index, need)| MemoryNeed { fits: fits(index), ..*need }).collect()
     }
 
     fn view(&self, pod: &str, rank: &Rank, class: &str) -> super::report::RankView {

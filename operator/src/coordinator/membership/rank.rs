@@ -1,7 +1,7 @@
 //! What is known of one rank.
 
 use super::{Departure, Millis};
-use crate::coordinator::report::Blockage;
+use crate::coordinator::report::{Blockage, MemoryNeed};
 use vicuna_protocol::coordinator::Holding;
 
 #[derive(Clone, Debug)]
@@ -18,6 +18,8 @@ pub(super) struct Rank {
     pub prepared: bool,
     pub prepared_at: Millis,
     pub blocked: Option<Blockage>,
+    /// What it needs, by number of ranks; empty until it says so.
+    pub memory: Vec<MemoryNeed>,
     /// What it said itself: SIGTERM, or its node's metadata.
     pub own_notice: Option<Departure>,
     pub failed: bool,

@@ -207,6 +207,21 @@ fn fewer_than_min_ranks_wait() {
 }
 
 #[test]
+fn ranks_wait_for_more_where_so_few_have_too_little_memory() {
+    let mut fixture = Fixture::new(1, 3);
+    let estimated = |fits_from: u32| {
+        let need = |ranks| wire::estimated::Need { ranks, host_bytes: 9, device_bytes: 0, fits: ranks >= fits_from };
+        Said::Estimated(wire::Estimated { needs: (1..=4).map(need).collect() })
+    };
+    fixture.join("a", 0).say("a", estimated(2)).prepare("a", vec![]).after(600_000);
+    assert_eq!(fixture.phase(), Phase::Held);
+    fixture.join("b", 0).say("b", estimated(1)).prepare("b", vec![]).after(2_000);
+    assert_eq!(fixture.phase(), Phase::Planning);
+    let fits: Vec<bool> = fixture.membership.report(fixture.now).memory.iter().map(|need| need.fits).collect();
+    assert_eq!(fits, [false, true, true, true], "the smallest node decides");
+}
+
+#[test]
 fn a_reclaim_with_notice_loses_no_step_and_goes_on_without_the_rank() {
     let mut fixture = Fixture::training(1, 2);
     fixture.progress("a", 7).notice("a", 30_000);

@@ -1,10 +1,12 @@
 //! The conditions. All are always there, so that waiting for one never hangs for want of it.
 
 use super::Obstacle;
+use crate::coordinator::report::MemoryNeed;
 use crate::training::observe::Observed;
 use crate::training::plan::Plan;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use vicuna_crds::training::{TrainingState, VicunaTrainingStatus, condition};
+use vicuna_protocol::gigabytes;
 
 /// A condition before it has its time.
 struct Verdict {
@@ -56,9 +58,37 @@ fn dated(verdict: Verdict, before: &VicunaTrainingStatus, generation: Option<i64
 
 fn admitted(observed: &Observed) -> Verdict {
     match crate::coordinator::job::job(&observed.training) {
-        Ok(_) => verdict(condition::ADMITTED, true, "Valid", "The spec can be run."),
+        Ok(_) => match too_few(observed) {
+            None => verdict(condition::ADMITTED, true, "Valid", "The spec can be run."),
+            Some(message) => verdict(condition::ADMITTED, false, "DoesNotFit", message),
+        },
         Err(error) => verdict(condition::ADMITTED, false, "InvalidSpec", error.to_string()),
     }
+}
+
+/// Why `workers.min` workers have too little memory.
+fn too_few(observed: &Observed) -> Option<String> {
+    let needs = &observed.report.as_ref()?.memory;
+    let min = observed.training.spec.workers.min;
+    let need = needs.iter().find(|need| need.ranks == min && !need.fits)?;
+    let device = match need.device_bytes {
+        0 => String::new(),
+        bytes => format!(" and {} on its GPU", gigabytes(bytes)),
+    };
+    let fewest = MemoryNeed::fewest_that_fit(needs);
+    let advice = match needs.iter().any(|need| need.fits) {
+        true => format!(
+            "At least {fewest} workers are waited for; set workers.min to {fewest}, or give workers.resources more memory."
+        ),
+        false => {
+            "No number of workers is enough: give workers.resources more memory, or set recipe.method to LoRA or QLoRA."
+                .to_owned()
+        }
+    };
+    Some(format!(
+        "Each of {min} workers needs {}{device} by estimate, and has less. {advice}",
+        gigabytes(need.host_bytes)
+    ))
 }
 
 fn word(state: TrainingState) -> String {

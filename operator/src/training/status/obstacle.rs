@@ -55,7 +55,7 @@ fn reason_of(blockage: &Blockage) -> &'static str {
         Cause::Store => "StoreFailed",
         Cause::Model => "ModelUnreadable",
         Cause::Data => "DatasetInvalid",
-        Cause::OutOfMemory => "OutOfMemory",
+        Cause::OutOfMemory => "DoesNotFit",
         Cause::Numerics => "NumericsFailed",
         Cause::Infrastructure => "InfrastructureFailed",
         Cause::Application | Cause::Unspecified => "RankBlocked",

@@ -3,7 +3,9 @@
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
 
 #include <cstdlib>
 #include <exception>
@@ -28,6 +30,11 @@ const char* guarded(Work work) {
 }  // namespace
 
 extern "C" {
+
+// Bytes of the current device: those that nobody uses, and all.
+const char* vicuna_device_memory(size_t* unused, size_t* total) {
+    return guarded([&] { C10_CUDA_CHECK(cudaMemGetInfo(unused, total)); });
+}
 
 // Where graphs are captured, and the memory that they share: only one of them may be in flight.
 struct VicunaCapture {

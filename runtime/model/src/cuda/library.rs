@@ -36,6 +36,7 @@ pub struct Library {
     pub graph_replay: unsafe extern "C" fn(*mut Graph) -> Failure,
     pub graph_free: unsafe extern "C" fn(*mut Graph),
     pub deterministic: unsafe extern "C" fn() -> Failure,
+    pub device_memory: unsafe extern "C" fn(*mut usize, *mut usize) -> Failure,
 }
 
 impl Library {
@@ -67,6 +68,7 @@ fn load() -> Result<Library, String> {
             graph_replay: function(handle, c"vicuna_graph_replay")?,
             graph_free: function(handle, c"vicuna_graph_free")?,
             deterministic: function(handle, c"vicuna_deterministic")?,
+            device_memory: function(handle, c"vicuna_device_memory")?,
         })
     }
 }

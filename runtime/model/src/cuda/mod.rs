@@ -1,4 +1,4 @@
-//! CUDA graphs, and torch's switch for deterministic kernels. Both are in torch's C++ only; a small
+//! CUDA graphs, the size of a device, and torch's switch for deterministic kernels. Both are in torch's C++ only; a small
 //! library of ours (`graph.cpp`), carried in the program, reaches them.
 
 mod library;
@@ -12,6 +12,15 @@ pub fn be_deterministic() -> Result<(), ModelError> {
     let library = Library::open()?;
     // SAFETY: takes no arguments.
     library::check(unsafe { (library.deterministic)() })
+}
+
+/// Bytes of the current device: those that nobody uses, and all.
+pub fn device_memory_bytes() -> Result<(u64, u64), ModelError> {
+    let library = Library::open()?;
+    let (mut unused, mut total) = (0, 0);
+    // SAFETY: both are places for numbers.
+    library::check(unsafe { (library.device_memory)(&mut unused, &mut total) })?;
+    Ok((unused as u64, total as u64))
 }
 
 /// Where graphs are captured: a stream and a pool of memory that they share. They are replayed one

@@ -58,24 +58,40 @@ pub struct AdaptedGradients {
     pub adapters: Vec<Tensor>,
 }
 
-/// Runs a layer again on its kept input `x` and carries `upstream [B, T, H]` back through it; with the
-/// same `dropout` the same elements are dropped.
-pub fn adapted_layer_backward(
-    config: &Config,
-    weights: &LayerWeights,
-    adapters: &LayerAdapters<'_>,
-    x: &Tensor,
-    rope: &Rope,
-    dropout: Option<&Dropout>,
-    upstream: &Tensor,
-) -> AdaptedGradients {
-    let adapters = adapters.leaves();
-    let x = x.detach().set_requires_grad(true);
-    tch::with_grad(|| {
-        let y = adapted_layer_forward(config, weights, &adapters, &x, rope, dropout);
-        (y * upstream.detach()).sum(Kind::Float).backward();
-    });
-    AdaptedGradients { input: x.grad(), adapters: adapters.tensors.iter().map(Tensor::grad).collect() }
+/// An adapted layer's way forward with everything that its way back needs.
+#[derive(Debug)]
+pub struct AdaptedRun {
+    x: Tensor,
+    adapters: Vec<Tensor>,
+    y: Tensor,
+}
+
+impl AdaptedRun {
+    /// Runs the layer on `x [B, T, H]`; with the same `dropout` the same elements are dropped.
+    pub fn new(
+        config: &Config,
+        weights: &LayerWeights,
+        adapters: &LayerAdapters<'_>,
+        x: &Tensor,
+        rope: &Rope,
+        dropout: Option<&Dropout>,
+    ) -> Self {
+        let adapters = adapters.leaves();
+        let x = x.detach().set_requires_grad(true);
+        let y = tch::with_grad(|| adapted_layer_forward(config, weights, &adapters, &x, rope, dropout));
+        Self { x, adapters: adapters.tensors, y }
+    }
+
+    /// What [`adapted_layer_forward`] gives, `[B, T, H]`.
+    pub fn output(&self) -> Tensor {
+        self.y.detach()
+    }
+
+    /// Carries `upstream [B, T, H]` back.
+    pub fn backward(self, upstream: &Tensor) -> AdaptedGradients {
+        tch::with_grad(|| (self.y * upstream.detach()).sum(Kind::Float).backward());
+        AdaptedGradients { input: self.x.grad(), adapters: self.adapters.iter().map(Tensor::grad).collect() }
+    }
 }
 
 #[cfg(test)]
@@ -113,7 +129,8 @@ mod tests {
             (y * &upstream).sum(Kind::Double).double_value(&[])
         };
         let adapters = LayerAdapters::from_slice(&lora, &tensors).unwrap();
-        let gradients = adapted_layer_backward(&config, &weights, &adapters, &x, &rope, Some(&DROPOUT), &upstream);
+        let run = AdaptedRun::new(&config, &weights, &adapters, &x, &rope, Some(&DROPOUT));
+        let gradients = run.backward(&upstream);
         let near = |found: f64, tensor: &Tensor, what: &str| {
             let expected = tensor.reshape([-1]).double_value(&[5]);
             assert!((found - expected).abs() < 1e-5 * expected.abs().max(1.0), "{what}: {found} {expected}");

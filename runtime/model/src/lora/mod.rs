@@ -9,7 +9,7 @@ mod merge;
 
 pub use adapter::{Adapter, is_adapter};
 pub use dropout::Dropout;
-pub use layer::{AdaptedGradients, LayerAdapters, adapted_layer_backward, adapted_layer_forward};
+pub use layer::{AdaptedGradients, AdaptedRun, LayerAdapters, adapted_layer_forward};
 pub use merge::merge;
 
 use crate::layers::Projection;

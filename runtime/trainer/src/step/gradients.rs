@@ -1,8 +1,8 @@
 //! A rank's part of the gradients, layer by layer.
 //!
-//! All local micro-batches pass one layer before any passes the next; only layers' inputs are kept,
-//! and each layer runs again for its gradient. A layer's sums are handed on before the next layer's
-//! exist.
+//! All local micro-batches pass one layer before any passes the next. Of the last layers, as far as
+//! memory goes, everything that their way back needs is kept; of those below only their inputs, and they
+//! run again for their gradients. A layer's sums are handed on before the next layer's exist.
 
 use crate::adapters::AdaptedBase;
 use crate::batch::MicroBatch;
@@ -12,9 +12,9 @@ use crate::state::Weights;
 use crate::tree::{Node, Summand, TreeSum};
 use tch::{Device, Kind, Tensor};
 use tokio_util::sync::CancellationToken;
-use vicuna_model::gradients::{embedding_backward, frozen_head_backward, head_backward, layer_backward};
+use vicuna_model::gradients::{LayerRun, embedding_backward, frozen_head_backward, head_backward};
 use vicuna_model::layers::{LayerWeights, Rope, cross_entropy_sum, embed, layer_forward};
-use vicuna_model::lora::{LayerAdapters, adapted_layer_backward, adapted_layer_forward};
+use vicuna_model::lora::{AdaptedRun, LayerAdapters, adapted_layer_forward};
 use vicuna_model::{Config, parameters};
 
 /// Gradients of a group's parameters, in order. A micro-batch's are of the kind that it was computed
@@ -62,6 +62,8 @@ pub struct Computation<'a> {
     /// The frozen model, where `weights` are those of its adapters.
     pub adapted: Option<&'a AdaptedBase>,
     pub step: u64,
+    /// How many of the last layers are kept whole from the way forward to the way back. It does not change a bit.
+    pub whole_layers: usize,
     /// Looked at between layers.
     pub abort: &'a CancellationToken,
 }
@@ -71,6 +73,40 @@ struct Layer<'a> {
     index: usize,
     weights: LayerWeights,
     adapters: Option<(LayerAdapters<'a>, &'a AdaptedBase)>,
+}
+
+/// What a micro-batch's way through a layer leaves for its way back.
+enum Passed {
+    Input(Tensor),
+    Whole(Run),
+}
+
+enum Run {
+    Trained(LayerRun),
+    Adapted(AdaptedRun),
+}
+
+impl Run {
+    fn output(&self) -> Tensor {
+        match self {
+            Self::Trained(run) => run.output(),
+            Self::Adapted(run) => run.output(),
+        }
+    }
+
+    /// The gradients of the layer's input and of what is trained in it.
+    fn backward(self, upstream: &Tensor) -> (Tensor, GroupGradients) {
+        match self {
+            Self::Trained(run) => {
+                let gradients = run.backward(upstream);
+                (gradients.input, GroupGradients(gradients.weights.into_vec()))
+            }
+            Self::Adapted(run) => {
+                let gradients = run.backward(upstream);
+                (gradients.input, GroupGradients(gradients.adapters))
+            }
+        }
+    }
 }
 
 struct Batch {
@@ -90,8 +126,7 @@ impl Computation<'_> {
         mut hand_on: impl FnMut(Partial) -> Result<(), E>,
     ) -> Result<Vec<f64>, E> {
         let batches: Vec<Batch> = micro_batches.iter().map(|batch| self.batch(batch)).collect();
-        let mut inputs = self.forward(first, &batches)?;
-        let hidden = inputs.pop().unwrap_or_default();
+        let (mut passed, hidden) = self.forward(first, &batches)?;
         let (losses, mut upstream) = match self.adapted {
             Some(base) => self.frozen_head(base, &batches, &hidden),
             None => self.head(first, &batches, &hidden, &mut hand_on)?,
@@ -99,10 +134,14 @@ impl Computation<'_> {
         drop(hidden);
         for index in (0..self.config.layers).rev() {
             let layer = self.layer(index);
-            let inputs = inputs.pop().unwrap_or_default();
+            let passed = passed.pop().unwrap_or_default();
             let mut sum = TreeSum::default();
-            for (number, (input, upstream)) in (first..).zip(inputs.iter().zip(&mut upstream)) {
-                let (above, gradients) = self.layer_backward(&layer, number, input, upstream);
+            for (number, (passed, upstream)) in (first..).zip(passed.into_iter().zip(&mut upstream)) {
+                let run = match passed {
+                    Passed::Whole(run) => run,
+                    Passed::Input(x) => self.layer_run(&layer, number, &x),
+                };
+                let (above, gradients) = run.backward(upstream);
                 *upstream = above;
                 sum.push(Node::leaf(number), gradients);
             }
@@ -172,39 +211,40 @@ impl Computation<'_> {
         adapted_layer_forward(self.config, weights, adapters, x, self.rope, dropout.as_ref())
     }
 
-    /// The gradients of the layer's input and of what is trained in it.
-    fn layer_backward(
-        &self,
-        layer: &Layer<'_>,
-        micro_batch: u32,
-        x: &Tensor,
-        upstream: &Tensor,
-    ) -> (Tensor, GroupGradients) {
+    fn layer_run(&self, layer: &Layer<'_>, micro_batch: u32, x: &Tensor) -> Run {
         let Layer { index, weights, adapters } = layer;
         let Some((adapters, base)) = adapters else {
-            let gradients = layer_backward(self.config, weights, x, self.rope, upstream);
-            let values = gradients.weights.as_vec().into_iter().map(Tensor::shallow_clone).collect();
-            return (gradients.input, GroupGradients(values));
+            return Run::Trained(LayerRun::new(self.config, weights, x, self.rope));
         };
         let dropout = base.dropout(self.step, micro_batch, *index);
-        let gradients = adapted_layer_backward(self.config, weights, adapters, x, self.rope, Some(&dropout), upstream);
-        (gradients.input, GroupGradients(gradients.adapters))
+        Run::Adapted(AdaptedRun::new(self.config, weights, adapters, x, self.rope, Some(&dropout)))
     }
 
-    /// The inputs of every layer and, last, what comes out of the last one; by micro-batch each.
-    fn forward(&self, first: u32, batches: &[Batch]) -> Result<Vec<Vec<Tensor>>, CollectiveError> {
+    /// What every layer leaves and what comes out of the last one; by micro-batch each.
+    fn forward(&self, first: u32, batches: &[Batch]) -> Result<(Vec<Vec<Passed>>, Vec<Tensor>), CollectiveError> {
         let embedding = self.embedding_weights();
-        let mut inputs = vec![batches.iter().map(|batch| embed(&embedding, &batch.ids)).collect::<Vec<_>>()];
+        let mut hidden: Vec<Tensor> = batches.iter().map(|batch| embed(&embedding, &batch.ids)).collect();
+        let mut all = Vec::with_capacity(self.config.layers);
         for index in 0..self.config.layers {
             if self.abort.is_cancelled() {
                 return Err(CollectiveError::Aborted);
             }
             let layer = self.layer(index);
-            let next = (first..).zip(&inputs[index]).map(|(number, x)| self.layer_forward(&layer, Some(number), x));
-            let next = next.collect();
-            inputs.push(next);
+            let whole = index + self.whole_layers >= self.config.layers;
+            let mut passed = Vec::with_capacity(batches.len());
+            for (number, x) in (first..).zip(&mut hidden) {
+                if whole {
+                    let run = self.layer_run(&layer, number, x);
+                    *x = run.output();
+                    passed.push(Passed::Whole(run));
+                } else {
+                    let y = self.layer_forward(&layer, Some(number), x);
+                    passed.push(Passed::Input(std::mem::replace(x, y)));
+                }
+            }
+            all.push(passed);
         }
-        Ok(inputs)
+        Ok((all, hidden))
     }
 
     /// Losses, and gradients of what comes out of the last layer.

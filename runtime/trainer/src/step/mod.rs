@@ -72,6 +72,24 @@ pub struct Engine {
     rope: Rope,
     device: Device,
     adapted: Option<AdaptedBase>,
+    /// What may be kept of the way forward.
+    pub room: Room,
+}
+
+/// Memory for whole layers between the way forward and the way back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    pub bytes: u64,
+    /// What a layer takes for one token.
+    pub bytes_a_token: u64,
+}
+
+impl Room {
+    /// How many layers go into it, of `tokens` each.
+    fn layers(self, tokens: usize) -> usize {
+        let one = self.bytes_a_token.saturating_mul(tokens as u64);
+        self.bytes.checked_div(one).map_or(0, |layers| usize::try_from(layers).unwrap_or(usize::MAX))
+    }
 }
 
 /// What a step came to; the same on every rank but for the times.
@@ -141,6 +159,7 @@ impl Engine {
             rope,
             device,
             adapted,
+            room: Room::default(),
         }
     }
 
@@ -234,8 +253,9 @@ impl Engine {
             tokens: plan.trained_tokens,
             tied: self.config.tie_word_embeddings,
         });
-        let computed = self
-            .computation(peers.abort)
+        let tokens = batches.iter().map(|batch| batch.rows * batch.length).sum();
+        let whole_layers = self.room.layers(tokens);
+        let computed = Computation { whole_layers, ..self.computation(peers.abort) }
             .run(share.start, &batches, |partial| reduction.add(partial, &mut pending))
             .and_then(|losses| Ok((losses, reduction.finish(&mut pending)?)));
         self.pending = pending;
@@ -262,6 +282,7 @@ impl Engine {
             device: self.device,
             adapted: self.adapted.as_ref(),
             step: self.step + 1,
+            whole_layers: 0,
             abort,
         }
     }

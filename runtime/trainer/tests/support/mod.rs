@@ -5,7 +5,8 @@ use std::sync::Arc;
 use tch::Device;
 use vicuna_data::{Conversation, identity};
 use vicuna_protocol::job::{
-    Checkpointing, DatasetSource, Method, ModelSource, Precision, Prepare, Recipe, RunLength, Schedule, TrainingJob,
+    Checkpointing, DatasetSource, Method, ModelSource, Precision, Prepare, Recipe, Recompute, RunLength, Schedule,
+    TrainingJob,
 };
 use vicuna_trainer::prepare::{Place, Session, prepare};
 
@@ -71,6 +72,7 @@ impl Fixture {
                 seed: 3,
                 evaluate_every: None,
                 precision: Precision::Fp32,
+                recompute: Recompute::default(),
             },
             checkpoint: Checkpointing { to: url(&self.path(bucket)), interval_seconds: DAY, keep: 3 },
         }

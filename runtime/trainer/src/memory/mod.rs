@@ -1,0 +1,321 @@
+//! What a rank needs in memory, worked out from the model's configuration and the recipe alone, before anything is
+//! fetched. The parts are those of the step ([`crate::step`]): what is there all the time, and the most that any of
+//! its phases adds. `vicuna-memory-bench` measures what came of it.
+
+pub mod command;
+pub mod limits;
+
+use crate::batch::LENGTH_STEP;
+use crate::blocks::BlockTable;
+use limits::Limits;
+use std::fmt;
+use vicuna_model::Config;
+use vicuna_model::layers::Projection;
+use vicuna_protocol::gigabytes;
+use vicuna_protocol::job::{Base, Method, Precision, Recipe};
+
+/// Bytes of code, libraries, tokenizer and small change on the host: what a rank of the tiny model takes.
+const PROGRAM: u64 = 120 << 20;
+/// Bytes that CUDA's context, its libraries' workspaces and the allocator's rounding take of a device.
+const CUDA_CONTEXT: u64 = 900 << 20;
+/// Bytes of the context's host side, libraries' code not counted.
+const CUDA_HOST: u64 = 3 << 29;
+/// Rows of logits at a time (`vicuna_model::layers::cross_entropy_sum`).
+const LOSS_ROWS: u64 = 512;
+
+/// What decides how much a rank needs.
+#[derive(Clone, Debug)]
+pub struct Workload<'a> {
+    pub config: &'a Config,
+    /// Of what is trained.
+    pub table: &'a BlockTable,
+    pub recipe: &'a Recipe,
+    /// The model computes on a GPU: weights and activations are there, masters and moments on the host.
+    pub gpu: bool,
+}
+
+/// Bytes that one rank needs at its peak.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    pub ranks: u32,
+    pub host: u64,
+    /// 0 without a GPU.
+    pub device: u64,
+    /// What they consist of, largest first.
+    pub parts: Vec<Part>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub what: &'static str,
+    pub on_device: bool,
+    pub bytes: u64,
+}
+
+impl Need {
+    pub fn fits(&self, limits: Limits) -> bool {
+        let within = |bytes: u64, limit: Option<u64>| limit.is_none_or(|limit| bytes <= limit);
+        within(self.host, limits.host) && within(self.device, limits.device)
+    }
+}
+
+impl Workload<'_> {
+    /// What each of `ranks` ranks needs where nothing but layers' inputs is kept for the way back.
+    pub fn need(&self, ranks: u32) -> Need {
+        let state = self.state(ranks);
+        let loading = self.loading(ranks);
+        let mut parts = vec![
+            self.computed("weights", self.weights()),
+            self.computed("inputs of layers", self.inputs(ranks)),
+            self.computed("the largest piece at work", self.work(ranks)),
+            Part { what: "masters and moments", on_device: false, bytes: state },
+            Part { what: "gradients and messages", on_device: false, bytes: self.exchange(ranks) },
+            Part { what: "program", on_device: false, bytes: PROGRAM + if self.gpu { CUDA_HOST } else { 0 } },
+        ];
+        if self.gpu {
+            parts.push(Part { what: "CUDA", on_device: true, bytes: CUDA_CONTEXT });
+        }
+        let sum = |on_device| parts.iter().filter(|part| part.on_device == on_device).map(|part| part.bytes).sum();
+        let (training, device): (u64, u64) = (sum(false), sum(true));
+        if loading > training {
+            parts.push(Part { what: "reading the model", on_device: false, bytes: loading - training });
+        }
+        parts.sort_by_key(|part| std::cmp::Reverse(part.bytes));
+        Need { ranks, host: training.max(loading), device, parts }
+    }
+
+    /// Bytes of one layer's run that is kept from the way forward to the way back, for one token
+    /// (`vicuna_model::gradients::LayerRun`): the inputs of every operation whose gradient needs them.
+    pub fn run_bytes_a_token(&self) -> u64 {
+        let config = self.config;
+        let [hidden, intermediate] = [config.hidden, config.intermediate].map(|size| size as u64);
+        let attended = (config.heads * config.head_dim) as u64;
+        // Both norms: input, normalised, result; queries, keys, values, mixed; gate, its SiLU, up, their product.
+        let elements = 6 * hidden + hidden + 4 * attended + 4 * intermediate;
+        let adapters = match self.recipe.method.lora() {
+            None => 0,
+            // What a projection made before the adapter's part is added, and the inputs that were not dropped.
+            Some(_) => 2 * (hidden + attended) + 3 * intermediate,
+        };
+        (elements + adapters) * self.compute_bytes()
+    }
+
+    /// Bytes that keeping all layers of all micro-batches takes.
+    pub fn kept_whole(&self, ranks: u32) -> u64 {
+        self.run_bytes_a_token() * self.tokens() * self.micro_batches(ranks) * self.config.layers as u64
+    }
+
+    /// Tokens of a full micro-batch.
+    pub fn tokens(&self) -> u64 {
+        let length = u64::from(self.recipe.max_length).next_multiple_of(LENGTH_STEP as u64);
+        u64::from(self.recipe.micro_batch) * length
+    }
+
+    /// Micro-batches of a step that a rank runs, at most, while all are equally fast.
+    fn micro_batches(&self, ranks: u32) -> u64 {
+        u64::from(self.recipe.global_batch.div_ceil(self.recipe.micro_batch.max(1)).div_ceil(ranks.max(1)))
+    }
+
+    fn computed(&self, what: &'static str, bytes: u64) -> Part {
+        Part { what, on_device: self.gpu, bytes }
+    }
+
+    /// Bytes of a number that passes compute with.
+    fn compute_bytes(&self) -> u64 {
+        match self.recipe.precision {
+            Precision::Fp32 => 4,
+            Precision::Bf16 => 2,
+        }
+    }
+
+    fn model_elements(&self) -> u64 {
+        self.config.parameter_count() as u64
+    }
+
+    fn trained_elements(&self) -> u64 {
+        self.table.elements() as u64
+    }
+
+    fn layer_elements(&self) -> u64 {
+        let of = |projection: Projection| projection.size(self.config);
+        let elements = Projection::ALL.into_iter().map(of).map(|(rows, columns)| (rows * columns) as u64);
+        elements.sum::<u64>() + 2 * self.config.hidden as u64
+    }
+
+    fn vocabulary_elements(&self) -> u64 {
+        (self.config.vocab * self.config.hidden) as u64
+    }
+
+    /// Elements of which a rank keeps masters and moments, as owner or twin.
+    fn kept_elements(&self, ranks: u32) -> u64 {
+        let copies = u64::from(ranks.clamp(1, 2));
+        (self.trained_elements() * copies).div_ceil(u64::from(ranks.max(1)))
+    }
+
+    /// Weights that passes compute with: the model, or the frozen base and its adapters.
+    fn weights(&self) -> u64 {
+        let compute = self.compute_bytes();
+        let projections = self.layer_elements() * self.config.layers as u64;
+        let rest = self.model_elements().saturating_sub(projections);
+        match &self.recipe.method {
+            Method::Full => compute * self.model_elements(),
+            Method::LoRA(_) => compute * self.model_elements() + 4 * self.trained_elements(),
+            Method::QLoRA(_, base) => {
+                let held = match base {
+                    // Half a byte, and a scale of four for 64 values.
+                    Base::Nf4 => projections * 9 / 16,
+                    Base::Int8 => projections,
+                };
+                // One layer at a time is there in full.
+                held + compute * (rest + self.layer_elements()) + 4 * self.trained_elements()
+            }
+        }
+    }
+
+    fn inputs(&self, ranks: u32) -> u64 {
+        let one = self.tokens() * self.config.hidden as u64 * self.compute_bytes();
+        // Of each layer, what comes out of the last, and what comes from above.
+        one * self.micro_batches(ranks) * (self.config.layers as u64 + 2)
+    }
+
+    /// The most that one piece of the model takes while it is worked on: a layer on its way back, or the output
+    /// projection.
+    fn work(&self, ranks: u32) -> u64 {
+        self.layer_work(ranks).max(self.head_work(ranks))
+    }
+
+    /// Sums that wait in the tree: one for each of its levels, and what is being added.
+    fn sums(&self, ranks: u32, elements: u64) -> u64 {
+        let levels = u64::from(u64::BITS - self.micro_batches(ranks).leading_zeros());
+        4 * elements * levels.max(1)
+    }
+
+    fn layer_work(&self, ranks: u32) -> u64 {
+        let [hidden, intermediate] = [self.config.hidden, self.config.intermediate].map(|size| size as u64);
+        let passing = self.tokens() * (2 * hidden + 3 * intermediate) * self.compute_bytes();
+        let run = self.tokens() * self.run_bytes_a_token();
+        match self.recipe.method {
+            Method::Full => {
+                let gradients = self.compute_bytes() * self.layer_elements();
+                run + passing + gradients + self.sums(ranks, self.layer_elements())
+            }
+            // Their gradients are small.
+            Method::LoRA(_) | Method::QLoRA(..) => run + passing,
+        }
+    }
+
+    fn head_work(&self, ranks: u32) -> u64 {
+        let vocabulary = self.vocabulary_elements();
+        let rows = self.tokens().min(LOSS_ROWS);
+        let compute = self.compute_bytes();
+        // Logits, their fp32 copy where they are not, the logarithms, and gradients of all of these.
+        let copies = if compute == 4 { 0 } else { compute + 4 };
+        let logits = rows * self.config.vocab as u64 * (4 + 4 + 4 + copies);
+        match self.recipe.method {
+            Method::Full => logits + 2 * compute * vocabulary + self.sums(ranks, vocabulary),
+            Method::LoRA(_) | Method::QLoRA(..) => logits,
+        }
+    }
+
+    fn state(&self, ranks: u32) -> u64 {
+        12 * self.kept_elements(ranks)
+    }
+
+    /// Finished gradients, the largest group on its way out, and what peers sent.
+    fn exchange(&self, ranks: u32) -> u64 {
+        let kept = self.kept_elements(ranks);
+        let largest = match self.recipe.method {
+            Method::Full => self.vocabulary_elements().max(self.layer_elements()),
+            Method::LoRA(_) | Method::QLoRA(..) => 0,
+        };
+        let from_peers = if ranks > 1 { 4 * (self.trained_elements() - kept.min(self.trained_elements())) } else { 0 };
+        // A checkpoint's copy of the owned blocks exists while it is written.
+        let checkpoint = 12 * self.trained_elements().div_ceil(u64::from(ranks.max(1)));
+        4 * kept + checkpoint.max(4 * largest) + from_peers
+    }
+
+    /// The host's peak while the model is read: all of it in fp32, and the state that is made of it.
+    fn loading(&self, ranks: u32) -> u64 {
+        let whole = 4 * self.model_elements();
+        let compute = match (self.gpu, self.recipe.precision, &self.recipe.method) {
+            // The very tensors that were read.
+            (true, ..) | (false, Precision::Fp32, Method::Full | Method::LoRA(_)) => 0,
+            _ => self.weights(),
+        };
+        PROGRAM + whole + compute + self.state(ranks)
+    }
+}
+
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} on the host", gigabytes(self.host))?;
+        if self.device > 0 {
+            write!(f, " and {} on the device", gigabytes(self.device))?;
+        }
+        let parts = self.parts.iter().take(3).map(|part| format!("{} {}", part.what, gigabytes(part.bytes)));
+        write!(f, " ({})", parts.collect::<Vec<_>>().join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vicuna_model::tiny;
+    use vicuna_protocol::job::{Lora, Recompute, RunLength, Schedule};
+
+    fn recipe(method: Method, precision: Precision) -> Recipe {
+        Recipe {
+            method,
+            global_batch: 16,
+            micro_batch: 1,
+            length: RunLength::Epochs(1),
+            learning_rate: 2e-5,
+            schedule: Schedule::Cosine,
+            warmup_ratio: 0.03,
+            weight_decay: 0.0,
+            gradient_clip: 1.0,
+            max_length: 2048,
+            seed: 0,
+            evaluate_every: None,
+            precision,
+            recompute: Recompute::Auto,
+        }
+    }
+
+    fn need(config: &Config, method: Method, ranks: u32) -> Need {
+        let lora = crate::adapters::lora(&method).unwrap();
+        let table = lora.map_or_else(|| BlockTable::new(config), |lora| BlockTable::adapters(config, &lora));
+        let recipe = recipe(method, Precision::Bf16);
+        Workload { config, table: &table, recipe: &recipe, gpu: true }.need(ranks)
+    }
+
+    #[test]
+    fn a_whole_model_and_its_state_do_not_fit_where_its_quantised_base_does() {
+        let config = tiny::llama_7b();
+        let lora = Lora { rank: 8, alpha: 16.0, dropout: 0.0, targets: vec!["all-linear".to_owned()] };
+        let limits = Limits { host: Some(64 << 30), reserved: None, device: Some(24 << 30) };
+        let whole = need(&config, Method::Full, 1);
+        assert!(!whole.fits(limits));
+        // 6.7e9 weights: 13.5 GB in bf16, masters and moments 81 GB.
+        assert!(whole.device > 13_400_000_000 && whole.host > 80_000_000_000, "{whole}");
+        assert!(need(&config, Method::QLoRA(lora, Base::Nf4), 1).fits(limits));
+    }
+
+    #[test]
+    fn more_ranks_never_need_more_each_beyond_two() {
+        let config = tiny::llama_7b();
+        let needs: Vec<Need> = (2..=16).map(|ranks| need(&config, Method::Full, ranks)).collect();
+        for pair in needs.windows(2) {
+            assert!(pair[1].host <= pair[0].host && pair[1].device <= pair[0].device, "{} {}", pair[0], pair[1]);
+        }
+    }
+
+    #[test]
+    fn the_parts_are_the_whole() {
+        let needed = need(&tiny::llama_7b(), Method::Full, 4);
+        let sum =
+            |on_device| needed.parts.iter().filter(|part| part.on_device == on_device).map(|part| part.bytes).sum();
+        assert_eq!((needed.host, needed.device), (sum(false), sum(true)));
+        assert!(needed.parts.is_sorted_by_key(|part| std::cmp::Reverse(part.bytes)));
+    }
+}
