@@ -4,12 +4,15 @@
 use parking_lot::Mutex;
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
+use tokio::sync::broadcast;
 use vicuna_protocol::coordinator::{LoadReport, ModelLoad};
 
 /// Gateways kept at most; a report of one more replaces the oldest.
 const MAX_GATEWAYS: usize = 64;
 /// Models kept of one gateway's report, at most.
 const MAX_MODELS: usize = 2048;
+/// Names that a reader of [`Loads::woken`] may be behind.
+const MAX_WOKEN: usize = 1024;
 /// Worker names kept of one model and gateway, at most.
 const MAX_WORKERS: usize = 4096;
 
@@ -43,6 +46,17 @@ pub struct Loads {
     gateways: Mutex<HashMap<String, Reported>>,
     /// Models that are served, and when their reconciler last said so.
     served: Mutex<HashMap<String, Instant>>,
+    woken: Woken,
+}
+
+/// Names for which requests have begun to wait.
+#[derive(Debug)]
+struct Woken(broadcast::Sender<String>);
+
+impl Default for Woken {
+    fn default() -> Self {
+        Self(broadcast::channel(MAX_WOKEN).0)
+    }
 }
 
 #[derive(Debug)]
@@ -88,8 +102,21 @@ impl Loads {
                 gateways.remove(&oldest);
             }
         }
-        let models = report.models.into_iter().take(MAX_MODELS).map(|load| (load.model.clone(), load)).collect();
+        let models: HashMap<String, ModelLoad> =
+            report.models.into_iter().take(MAX_MODELS).map(|load| (load.model.clone(), load)).collect();
+        let before = gateways.get(&report.gateway);
+        let waited =
+            |model: &str| before.and_then(|before| before.models.get(model)).is_some_and(|load| load.queued > 0);
+        for load in models.values().filter(|load| load.queued > 0 && !waited(&load.model)) {
+            // Nobody reads while nobody leads.
+            let _ = self.woken.0.send(load.model.clone());
+        }
         gateways.insert(report.gateway, Reported { at: now, models });
+    }
+
+    /// The names for which requests begin to wait at a gateway, from now on.
+    pub fn woken(&self) -> broadcast::Receiver<String> {
+        self.woken.0.subscribe()
     }
 
     /// A model is served, whether it has workers or not; said at every look at it.
@@ -204,6 +231,24 @@ mod tests {
         loads.serve("ns/m", start + Duration::from_secs(30));
         assert_eq!(loads.served(start + FORGET_AFTER), ["ns/m"]);
         assert!(loads.served(start + FORGET_AFTER + Duration::from_secs(30)).is_empty());
+    }
+
+    #[test]
+    fn the_first_request_that_waits_is_told_at_once_and_once() {
+        let (loads, now) = (Loads::default(), Instant::now());
+        let mut woken = loads.woken();
+        let with = |queued| {
+            let mut report = report("a", queued, "w");
+            report.models[0].queued = queued;
+            report
+        };
+        for queued in [0, 1, 3, 0] {
+            loads.record(with(queued), now);
+        }
+        assert_eq!(woken.try_recv().unwrap(), "ns/m");
+        assert!(woken.try_recv().is_err());
+        loads.record(with(2), now);
+        assert_eq!(woken.try_recv().unwrap(), "ns/m");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::apply::{ApplyError, apply};
 use super::memory::Remembered;
+use super::names::serving_of;
 use super::observe::{Observed, observe};
 use super::plan::{Plan, plan};
 use super::status::status;
@@ -54,8 +55,9 @@ pub async fn run(context: Arc<Context>) {
     let (servings, writer) = reflector::store();
     let work = Arc::new(Work { context: context.clone(), remembered: Mutex::default() });
     let changes = related(context.watches.subscribe(), context.clone(), servings.clone());
+    let woken = woken(context.loads.woken(), servings.clone());
     let own = own(work.clone(), servings.clone(), writer);
-    let queue = stream::select(own.boxed(), changes.boxed()).map(Ok::<_, Infallible>);
+    let queue = stream::select(own.boxed(), stream::select(changes.boxed(), woken.boxed())).map(Ok::<_, Infallible>);
     let lost = context.leadership.clone();
     let config = Config::default().concurrency(CONCURRENCY);
     applier(|serving, work| Box::pin(reconcile(serving, work)), retry, work, servings, queue, config)
@@ -95,6 +97,27 @@ fn own(
             }
         };
         std::future::ready(found)
+    })
+}
+
+/// Servings that requests begin to wait for: one at zero is woken at once.
+fn woken(
+    names: broadcast::Receiver<String>,
+    servings: Store<VicunaServing>,
+) -> impl Stream<Item = ObjectRef<VicunaServing>> {
+    stream::unfold(names, |mut names| async move {
+        loop {
+            match names.recv().await {
+                Ok(name) => return Some((name, names)),
+                // Those that were missed are seen at their next look.
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    })
+    .filter_map(move |name| {
+        let known = serving_of(&name).filter(|serving| servings.get(serving).is_some());
+        std::future::ready(known)
     })
 }
 

@@ -68,9 +68,14 @@ pub fn plan(observed: &Observed, now: SystemTime) -> Plan {
     let actions = replace::actions(observed, scaling.desired, &memory.stock_outs, now);
     let moving = !actions.is_empty()
         || observed.workers.len() != scaling.desired as usize
-        || observed.serving.spec.autoscaling.is_some()
+        || (observed.serving.spec.autoscaling.is_some() && !is_asleep(observed, scaling.desired))
         || observed.workers.iter().any(|worker| worker.trouble.is_some());
     Plan { scaling, actions, memory, again_after: if moving { LOOK_AGAIN } else { LOOK_AGAIN_AT_REST } }
+}
+
+/// At zero, and nobody waits: the first request that does brings the next look.
+fn is_asleep(observed: &Observed, desired: u32) -> bool {
+    desired == 0 && observed.workers.is_empty() && observed.demand.as_ref().is_some_and(|demand| demand.unfinished == 0)
 }
 
 #[cfg(test)]
@@ -218,6 +223,16 @@ pub(crate) mod tests {
         let names: BTreeSet<_> = created.iter().map(|new| &new.name).collect();
         assert_eq!(names.len(), 3);
         assert!(created.iter().all(|new| new.pool.name == "spot" && new.name.starts_with("s-")));
+    }
+
+    #[test]
+    fn a_serving_that_sleeps_at_zero_is_looked_at_late() {
+        let spec = json!({ "autoscaling": { "min": 0, "max": 2, "target": { "inFlight": 4 } } });
+        let mut asleep = observed(spec);
+        assert_eq!(plan(&asleep, at(0)).again_after, LOOK_AGAIN_AT_REST);
+        asleep.demand = demand(1);
+        let woken = plan(&asleep, at(1));
+        assert_eq!((woken.again_after, created(&woken).len()), (LOOK_AGAIN, 1));
     }
 
     #[test]

@@ -132,3 +132,32 @@ async fn urgent_requests_go_first_and_make_room_in_a_full_queue() {
         assert_eq!(in_time(answer).await.unwrap().0, 200);
     }
 }
+
+#[tokio::test]
+async fn answers_and_refusals_tell_what_is_left_in_openai_s_headers() {
+    let folder = tempfile::tempdir().unwrap();
+    let team = json!({ "name": "team", "sha256": TEAM, "requestsPerMinute": 2, "tokensPerMinute": 1000 });
+    let gateway =
+        gateway(&["--api-keys-file", &keys_file(&folder, json!([team, { "name": "rival", "sha256": RIVAL }]))]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let url = gateway.url("/v1/chat/completions");
+    for (remaining, status) in [("1", 200), ("0", 200), ("0", 429)] {
+        let url = url.clone();
+        let answer = tokio::spawn(async move { post(&url, Some("sk-team"), chat(json!({}))).await });
+        if status == 200 {
+            let generate = worker.generate().await;
+            worker.done(&generate, 0).await;
+        }
+        let (found, body, headers) = in_time(answer).await.unwrap();
+        assert_eq!(found, status, "{body}");
+        let told = |name: &str| headers[&format!("x-ratelimit-{name}")].to_str().unwrap().to_owned();
+        assert_eq!((told("limit-requests"), told("remaining-requests")), ("2".to_owned(), remaining.to_owned()));
+        assert_eq!(told("limit-tokens"), "1000");
+        assert!(told("reset-requests").ends_with('s'));
+    }
+    let free = tokio::spawn(async move { post(&url, Some("sk-rival"), chat(json!({}))).await });
+    let generate = worker.generate().await;
+    worker.done(&generate, 0).await;
+    let (_, _, headers) = in_time(free).await.unwrap();
+    assert!(headers.keys().all(|name| !name.as_str().starts_with("x-ratelimit")), "{headers:?}");
+}

@@ -2,11 +2,12 @@
 
 use crate::gguf::packed::Packed;
 use crate::lora::Adapter;
+use crate::parameters::EMBEDDING;
 use crate::{Config, ModelError, gguf, hugging_face};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use tokenizers::Tokenizer;
 
 /// Everything that a checkpoint holds.
@@ -21,6 +22,15 @@ pub struct Pretrained {
     pub tokenizer: Tokenizer,
     /// Jinja source of the model's own chat template.
     pub chat_template: Option<String>,
+}
+
+impl Pretrained {
+    /// Whether its weights were stored in bf16, which then loses nothing of them: told by the embedding, which no adapter
+    /// changes.
+    pub fn is_bf16(&self) -> bool {
+        let exact = |tensor: &Tensor| tensor.to_kind(Kind::BFloat16).to_kind(Kind::Float).equal(tensor);
+        self.tensors.get(EMBEDDING).is_some_and(exact)
+    }
 }
 
 /// Reads a Hugging Face directory or one GGUF file. A directory that holds nothing but one GGUF

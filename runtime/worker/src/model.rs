@@ -170,7 +170,7 @@ pub fn load(name: &str, files: &Files, options: &Options, device: Device) -> Res
         None => vicuna_model::load(&files.model)?,
     };
     let adapters = files.adapters.iter().map(adapter).collect::<Result<Vec<_>>>()?;
-    let engine = Engine::adapted(&model, &adapters, &engine_options(options, device))?;
+    let engine = Engine::adapted(&model, &adapters, &engine_options(options, &model, device))?;
     let offering = Offering {
         model: &model,
         engine: &engine,
@@ -231,10 +231,10 @@ impl Offering<'_> {
     }
 }
 
-fn engine_options(options: &Options, device: Device) -> EngineOptions {
+fn engine_options(options: &Options, model: &Pretrained, device: Device) -> EngineOptions {
     EngineOptions {
         device,
-        precision: options.precision(),
+        precision: options.precision(device != Device::Cpu && model.is_bf16()),
         max_length: options.max_length.map(|length| length as usize),
         cache_bytes: options.kv_memory_mib as usize * (1 << 20),
         threads: options.threads(),

@@ -30,8 +30,8 @@ pub struct Options {
     /// Chat template, vicuna_v1.1 or chatml; the model's own if absent.
     #[arg(long, env = "VICUNA_TEMPLATE")]
     pub template: Option<String>,
-    /// Type of weights that are not quantised.
-    #[arg(long, env = "VICUNA_DTYPE", value_enum, default_value = "fp32")]
+    /// Type of weights that are not quantised: on a GPU that of the model's file (auto), or this one.
+    #[arg(long, env = "VICUNA_DTYPE", value_enum, default_value = "auto")]
     pub dtype: Dtype,
     /// What weights are held as: quantised tensors of a GGUF file as they are (file), or all as dtype
     /// says (none), or rounded on loading (int8, int4). All but none are for the CPU.
@@ -89,6 +89,8 @@ pub struct Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
+    /// bf16 where the model is stored in it and the device is a GPU, else fp32.
+    Auto,
     Fp32,
     Bf16,
 }
@@ -102,13 +104,15 @@ pub enum Quantization {
 }
 
 impl Options {
-    pub fn precision(&self) -> Precision {
+    /// `bf16_on_gpu`: the model is stored in bf16, and the device is a GPU.
+    pub fn precision(&self, bf16_on_gpu: bool) -> Precision {
         match (self.quantization, self.dtype) {
             (Quantization::Int8, _) => Precision::Int8,
             (Quantization::Int4, _) => Precision::Int4,
             (_, Dtype::Bf16) => Precision::Bf16,
-            (Quantization::File, Dtype::Fp32) => Precision::File,
-            (Quantization::None, Dtype::Fp32) => Precision::Fp32,
+            (_, Dtype::Auto) if bf16_on_gpu => Precision::Bf16,
+            (Quantization::File, _) => Precision::File,
+            (Quantization::None, _) => Precision::Fp32,
         }
     }
 
@@ -175,7 +179,15 @@ mod tests {
             (&["--quantization", "int8", "--dtype", "bf16"], Precision::Int8),
             (&["--quantization", "int4"], Precision::Int4),
         ] {
-            assert_eq!(options(arguments).precision(), expected, "{arguments:?}");
+            assert_eq!(options(arguments).precision(false), expected, "{arguments:?}");
+        }
+        for (arguments, expected) in [
+            (&[][..], Precision::Bf16),
+            (&["--dtype", "fp32"], Precision::File),
+            (&["--quantization", "none"], Precision::Bf16),
+            (&["--quantization", "int8"], Precision::Int8),
+        ] {
+            assert_eq!(options(arguments).precision(true), expected, "{arguments:?} of a bf16 model on a GPU");
         }
     }
 

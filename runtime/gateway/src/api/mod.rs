@@ -5,6 +5,7 @@ mod calls;
 mod embeddings;
 pub mod error;
 mod fields;
+mod limits;
 mod logprobs;
 mod page;
 mod position;
@@ -53,20 +54,31 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
 
 async fn chat(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
     let (caller, body) = receive(&gateway, request).await?;
-    let ask = Ask::chat(&body, &gateway.limits)?;
-    answer::answer(&gateway, Endpoint::Chat, ask, caller).await
+    let client = caller.client.clone();
+    let answer = async {
+        let ask = Ask::chat(&body, &gateway.limits)?;
+        answer::answer(&gateway, Endpoint::Chat, ask, caller).await
+    };
+    Ok(limits::told(&client, answer.await))
 }
 
 async fn completion(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
     let (caller, body) = receive(&gateway, request).await?;
-    let ask = Ask::completion(&body, &gateway.limits)?;
-    answer::answer(&gateway, Endpoint::Completion, ask, caller).await
+    let client = caller.client.clone();
+    let answer = async {
+        let ask = Ask::completion(&body, &gateway.limits)?;
+        answer::answer(&gateway, Endpoint::Completion, ask, caller).await
+    };
+    Ok(limits::told(&client, answer.await))
 }
 
-async fn embed(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Json<Value>, ApiError> {
+async fn embed(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
     let (caller, body) = receive(&gateway, request).await?;
-    let ask = EmbeddingsAsk::parse(&body, &gateway.limits)?;
-    embeddings::embeddings(&gateway, ask, &caller).await
+    let answer = async {
+        let ask = EmbeddingsAsk::parse(&body, &gateway.limits)?;
+        embeddings::embeddings(&gateway, ask, &caller).await
+    };
+    Ok(limits::told(&caller.client, answer.await))
 }
 
 async fn token_check(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Json<Value>, ApiError> {

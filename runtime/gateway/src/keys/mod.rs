@@ -4,12 +4,12 @@
 //! A key itself is never kept, logged or compared: its digest is looked up, so that the time which a
 //! refusal takes says nothing about the keys that there are. Quotas hold at each gateway for itself.
 
-mod quota;
+pub mod quota;
 
 use crate::api::error::ApiError;
 use crate::serve::watched::{Unreadable, Watched};
 use parking_lot::{Mutex, RwLock};
-use quota::Quota;
+use quota::{Left, Quota};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
@@ -126,6 +126,13 @@ impl Client {
     /// Takes one request from the key's quotas.
     pub fn admit(&self) -> Result<(), ApiError> {
         self.0.as_ref().map_or(Ok(()), |key| key.admit())
+    }
+
+    /// How the key's quotas of requests and of tokens stand.
+    pub fn left(&self) -> [(&'static str, Option<Left>); 2] {
+        let now = Instant::now();
+        let of = |quota: fn(&Key) -> &Quota| self.0.as_ref().and_then(|key| quota(key).left(now));
+        [("requests", of(|key| &key.requests)), ("tokens", of(|key| &key.tokens))]
     }
 
     /// Takes what a request has used from the key's tokens.

@@ -11,6 +11,16 @@ pub struct Quota {
     bucket: Mutex<Bucket>,
 }
 
+/// How a quota stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// A minute.
+    pub limit: u32,
+    pub remaining: u32,
+    /// Until all of it is there again.
+    pub reset: Duration,
+}
+
 #[derive(Debug)]
 struct Bucket {
     /// Below zero: used in advance.
@@ -39,6 +49,15 @@ impl Quota {
         if let Some(per_minute) = self.per_minute {
             self.filled(per_minute, now).left -= f64::from(used);
         }
+    }
+
+    /// What is left; `None`: there is no bound.
+    pub fn left(&self, now: Instant) -> Option<Left> {
+        let per_minute = self.per_minute?;
+        let left = self.filled(per_minute, now).left;
+        let minutes = (per_minute - left) / per_minute;
+        let reset = Duration::try_from_secs_f64(minutes * 60.0).unwrap_or_default();
+        Some(Left { limit: per_minute as u32, remaining: left.max(0.0) as u32, reset })
     }
 
     fn at_least(&self, needed: f64, taken: f64, now: Instant) -> Result<(), Duration> {
@@ -88,6 +107,19 @@ mod tests {
         assert_eq!(quota.look(start), Err(Duration::from_secs(30)));
         assert_eq!(quota.look(start + Duration::from_secs(30)), Ok(()));
         assert_eq!(quota.look(start + Duration::from_secs(30)), Ok(()), "looking takes nothing");
+    }
+
+    #[test]
+    fn what_is_left_and_when_all_is_there_again_can_be_told() {
+        let start = Instant::now();
+        let quota = Quota::new(Some(60), start);
+        quota.charge(45, start);
+        let left = |after| quota.left(start + Duration::from_secs(after)).unwrap();
+        assert_eq!(left(0), Left { limit: 60, remaining: 15, reset: Duration::from_secs(45) });
+        assert_eq!(left(50), Left { limit: 60, remaining: 60, reset: Duration::ZERO });
+        quota.charge(90, start + Duration::from_secs(50));
+        assert_eq!(left(50), Left { limit: 60, remaining: 0, reset: Duration::from_secs(90) });
+        assert_eq!(Quota::new(None, start).left(start), None);
     }
 
     #[test]
