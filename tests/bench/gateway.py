@@ -12,7 +12,7 @@ import sys
 import time
 
 programs, cache, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
-PEERS = sys.argv[4:] or ["vllm-router", "nginx"]
+PEERS = sys.argv[4:] or ["vllm-router", "LiteLLM", "nginx"]
 examples = programs / "examples"
 out = pathlib.Path("target/bench")
 out.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,19 @@ def vllm_router():
         sys.executable, folder / "bin/vllm-router", "--host", "127.0.0.1", "--port", GATEWAY, "--policy", "round_robin",
         "--worker-urls", f"http://127.0.0.1:{BACKEND}", "--prometheus-port", METRICS, "--log-level", "error",
     ], PYTHONPATH=str(folder))]
+
+
+def litellm():
+    folder = cache / "litellm-1.110.2"
+    config = out / "litellm.yaml"
+    config.write_text(json.dumps({"model_list": [{"model_name": MODEL, "litellm_params": {
+        "model": f"openai/{MODEL}", "api_base": f"http://127.0.0.1:{BACKEND}/v1", "api_key": "none"}}]}))
+    code = "from litellm.proxy.proxy_cli import run_server; run_server()"
+    workers = ["--num_workers", os.cpu_count()]
+    return [start("litellm", [sys.executable, "-c", code, "--config", config, "--host", "127.0.0.1", "--port", GATEWAY,
+                              *workers],
+                  PYTHONPATH=str(folder), LITELLM_LOCAL_MODEL_COST_MAP="True", LITELLM_LOG="ERROR",
+                  LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY="true")]
 
 
 def nginx_proxy():
@@ -189,7 +202,7 @@ def main():
     try:
         listens(BACKEND)
         direct = measure(BACKEND)
-        makers = {"vllm-router": vllm_router, "nginx": nginx_proxy}
+        makers = {"vllm-router": vllm_router, "LiteLLM": litellm, "nginx": nginx_proxy}
         found = {"vicuna-gateway": run("vicuna-gateway", lambda: ours(trust))}
         found |= {name: run(name, makers[name]) for name in PEERS}
         table(direct, found)
