@@ -7,6 +7,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod definition;
+pub mod interval;
 pub mod period;
 pub mod pool;
 mod schema;
@@ -14,6 +15,7 @@ pub mod serving;
 pub mod source;
 pub mod training;
 
+pub use interval::Interval;
 pub use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 pub use period::Period;
 pub use pool::{Capacity, Pool};

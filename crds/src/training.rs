@@ -1,5 +1,6 @@
 //! VicunaTraining: one elastic training of one model.
 
+use crate::interval::Interval;
 use crate::period::Period;
 use crate::pool::Pool;
 use crate::source::{DatasetSource, ModelSource, SUPPORTED, SUPPORTED_MESSAGE, SecretReference};
@@ -494,18 +495,18 @@ pub struct CheckpointSpec {
     /// The Secret for all addresses of this training: model, data and checkpoints.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials: Option<SecretReference>,
-    /// Time between checkpoints. A reclaim with notice writes one of its own.
+    /// Time between checkpoints, or Auto: the square root of twice a checkpoint's stall times the time between
+    /// interruptions, both as measured. A reclaim that leaves too few to hold the state writes one of its own.
     #[serde(default = "default_interval")]
-    #[x_kube(validation = Rule::new("self.matches('[1-9]')").message("Set an interval above 0, such as 10m."))]
-    pub interval: Period,
+    pub interval: Interval,
     /// How many complete checkpoints are kept.
     #[serde(default = "default_keep")]
     #[schemars(range(min = 1, max = 1000))]
     pub keep: u32,
 }
 
-fn default_interval() -> Period {
-    Period::from_secs(600)
+fn default_interval() -> Interval {
+    Interval::Every(Period::from_secs(600))
 }
 fn default_keep() -> u32 {
     3
@@ -701,6 +702,15 @@ pub struct CheckpointStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "crate::schema::time")]
     pub time: Option<Time>,
+    /// For how long it held up the training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall: Option<Period>,
+    /// How long it was on its way behind the training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upload: Option<Period>,
+    /// The time to the next one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval: Option<Period>,
 }
 
 /// What the nodes' coming and going did.

@@ -231,7 +231,7 @@ fn a_short_training_is_filled_in_with_the_published_recipe() {
     assert_eq!(spec.recipe.learning_rate, 2e-5);
     assert_eq!(spec.recipe.warmup_ratio, 0.03);
     assert_eq!(spec.workers.min, 1);
-    assert_eq!(spec.checkpoint.interval.get().as_secs(), 600);
+    assert_eq!(spec.checkpoint.interval.to_string(), "10m");
     let retries = &spec.retries;
     assert_eq!((retries.application, retries.infrastructure, retries.out_of_memory), (3, 20, 2));
     assert_eq!(spec.placement.return_after.get().as_secs(), 600);

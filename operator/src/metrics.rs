@@ -23,6 +23,7 @@ pub struct Metrics {
     pub training_steps: IntGaugeVec,
     pub training_loss: GaugeVec,
     pub training_evaluation_loss: GaugeVec,
+    pub training_checkpoint_stall_seconds: GaugeVec,
     pub training_tokens_per_second: GaugeVec,
     pub training_ranks: IntGaugeVec,
     pub training_generation: IntGaugeVec,
@@ -58,6 +59,11 @@ impl Metrics {
             training_evaluation_loss: gauge(
                 "training_evaluation_loss",
                 "Mean loss per token of the held-out conversations at the last evaluation",
+                &OBJECT,
+            )?,
+            training_checkpoint_stall_seconds: gauge(
+                "training_checkpoint_stall_seconds",
+                "For how long the last checkpoint held up the training",
                 &OBJECT,
             )?,
             training_tokens_per_second: gauge(
@@ -140,6 +146,7 @@ impl Metrics {
             training_steps,
             training_loss,
             training_evaluation_loss,
+            training_checkpoint_stall_seconds,
             training_tokens_per_second,
             training_ranks,
             training_generation,
@@ -176,6 +183,7 @@ impl Metrics {
         for gauge in [
             training_loss,
             training_evaluation_loss,
+            training_checkpoint_stall_seconds,
             training_tokens_per_second,
             training_goodput,
             training_held_seconds,
@@ -272,6 +280,7 @@ impl Metrics {
         for gauge in [
             &self.training_loss,
             &self.training_evaluation_loss,
+            &self.training_checkpoint_stall_seconds,
             &self.training_tokens_per_second,
             &self.training_goodput,
             &self.training_held_seconds,

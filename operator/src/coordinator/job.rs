@@ -1,8 +1,8 @@
 //! From the spec of a VicunaTraining to the job that its ranks get.
 
 use kube::{Resource, ResourceExt};
-use vicuna_crds::VicunaTraining;
 use vicuna_crds::training as spec;
+use vicuna_crds::{Interval, VicunaTraining};
 use vicuna_protocol::job::{
     Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute,
     RunLength, Schedule, TrainingJob,
@@ -33,7 +33,10 @@ pub fn job(training: &VicunaTraining) -> Result<TrainingJob, JobError> {
         recipe: recipe(&spec.recipe)?,
         checkpoint: Checkpointing {
             to: spec.checkpoint.to.clone(),
-            interval_seconds: spec.checkpoint.interval.get().as_secs().max(1),
+            interval_seconds: match spec.checkpoint.interval {
+                Interval::Auto => None,
+                Interval::Every(period) => Some(period.get().as_secs().max(1)),
+            },
             keep: spec.checkpoint.keep,
         },
     })

@@ -47,6 +47,8 @@ pub struct Opening {
     pub job: String,
     pub target: Target,
     pub counters: Counters,
+    /// Absent: just now.
+    pub began_at: Option<Millis>,
 }
 
 pub struct Coordinator {

@@ -111,13 +111,17 @@ impl MemoryNeed {
     }
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct CheckpointReport {
     pub step: u64,
     pub uri: String,
     pub digest: String,
     /// Unix time in ms when we heard of it.
     pub at_ms: u64,
+    /// For how long it held up the training, how long it was on its way, and the time to the next one.
+    pub stall_ms: u64,
+    pub upload_ms: u64,
+    pub interval_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -173,6 +177,13 @@ pub enum Happening {
     Hung {
         pod: String,
         node: String,
+    },
+    /// The store will not have what is to be kept before the first node goes.
+    CheckpointWillBeLate {
+        needs_ms: u64,
+        has_ms: u64,
+        /// The last step that the store has.
+        durable_step: u64,
     },
     StepsLost {
         steps: u64,

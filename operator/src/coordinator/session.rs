@@ -126,11 +126,13 @@ impl Session {
             pods: Arc::new(pods),
             report: reports,
         };
-        let counters = opening.counters;
+        let (counters, began_at) = (opening.counters, opening.began_at);
         tokio::spawn(async move {
             let mut store = store;
             let Some(record) = read_until_known(&mut *store, &key).await else { return };
-            let membership = Membership::new(clock.now_ms(), Limits::default(), record, counters);
+            let now = clock.now_ms();
+            let membership =
+                Membership::new(now, Limits::default(), record, counters).begun_at(began_at.unwrap_or(now));
             let session = Self {
                 key,
                 job: opening.job,
@@ -259,7 +261,7 @@ impl Session {
 
     /// Every generation has its own key, which only its members learn.
     fn form(&mut self, formation: &Formation) {
-        let Formation { record, memory, canary } = formation;
+        let Formation { record, memory, canary, between_interruptions_ms } = formation;
         let mut key = vec![0u8; 32];
         rand::rng().fill(&mut key[..]);
         let members: Vec<wire::Member> = record
@@ -282,6 +284,7 @@ impl Session {
                 base: record.base.clone().map(Into::into),
                 memory: memory.clone(),
                 canary: *canary,
+                between_interruptions_ms: *between_interruptions_ms,
             };
             self.send(&member.pod_uid, Body::Form(form));
         }
@@ -352,6 +355,10 @@ impl Session {
             }
             Happening::Evaluated(evaluation) => {
                 metrics.training_evaluation_loss.with_label_values(&object).set(evaluation.loss);
+            }
+            Happening::Checkpointed(checkpoint) => {
+                let seconds = checkpoint.stall_ms as f64 / 1000.0;
+                metrics.training_checkpoint_stall_seconds.with_label_values(&object).set(seconds);
             }
             Happening::Noticed { .. } => metrics.notices.with_label_values(&object).inc(),
             Happening::Reclaimed { .. } => metrics.reclaims.with_label_values(&object).inc(),

@@ -208,6 +208,7 @@ impl Controller {
             job,
             target: target(training),
             counters: counters(training.status.as_ref()),
+            began_at: training.status.as_ref().and_then(began_at),
         };
         self.context.leadership.check()?;
         let session = self.context.coordinator.ensure(opening).ok_or(ReconcileError::TooMany)?;
@@ -415,6 +416,10 @@ fn counters(status: Option<&VicunaTrainingStatus>) -> Counters {
     })
 }
 
+fn began_at(status: &VicunaTrainingStatus) -> Option<Millis> {
+    status.start_time.as_ref().and_then(|time| u64::try_from(time.0.as_millisecond()).ok())
+}
+
 /// An Event's severity, reason and note; steps and checkpoints have none.
 fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
     Some(match happening {
@@ -438,6 +443,15 @@ fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
             true,
             "RankHung",
             format!("The rank in pod {pod} on node {node} does not answer: it is replaced if it stays so."),
+        ),
+        Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step } => (
+            true,
+            "CheckpointWillBeLate",
+            format!(
+                "A checkpoint takes about {:.1} s and the first node goes in {:.1} s: if it is not in time, what the store has is step {durable_step}. A longer pool notice or more ranks above workers.min avoid that.",
+                *needs_ms as f64 / 1000.0,
+                *has_ms as f64 / 1000.0
+            ),
         ),
         Happening::StepsLost { steps, base_step } => {
             (true, "StepsLost", format!("{steps} steps are made again, from the checkpoint of step {base_step}."))

@@ -214,7 +214,14 @@ fn checkpoint(report: &Report) -> Option<CheckpointStatus> {
         uri: checkpoint.uri.clone(),
         digest: checkpoint.digest.clone(),
         time: Some(time(checkpoint.at_ms)),
+        stall: Some(period(checkpoint.stall_ms)),
+        upload: Some(period(checkpoint.upload_ms)),
+        interval: (checkpoint.interval_ms > 0).then(|| period(checkpoint.interval_ms)),
     })
+}
+
+fn period(ms: u64) -> Period {
+    Period::from(Duration::from_millis(ms))
 }
 
 fn disruptions(report: &Report, before: Option<&Disruptions>) -> Disruptions {

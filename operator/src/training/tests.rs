@@ -317,7 +317,8 @@ fn a_budget_of_none_gives_the_training_up_at_the_first_failure_of_its_kind() {
 fn numbers_that_are_not_finite_end_the_training_and_name_the_last_good_checkpoint() {
     let seen = observed().ended("t-spot-0", failed(25)).reported(|report| {
         let uri = "s3://bucket/run/manifests/7".to_owned();
-        report.checkpoint = Some(CheckpointReport { step: 40, uri, digest: "d".into(), at_ms: 1 });
+        report.checkpoint =
+            Some(CheckpointReport { step: 40, uri, digest: "d".into(), at_ms: 1, ..Default::default() });
     });
     let (reason, message) = plan(&seen, NOW).memory.verdict.unwrap();
     assert_eq!(reason, "LossNotFinite");

@@ -187,8 +187,9 @@ pub struct Checkpointing {
     /// URI prefix. Blocks, manifests and the result lie below it. Credentials are in the pod's
     /// environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, `AWS_REGION`).
     pub to: String,
-    /// Seconds between periodic checkpoints.
-    pub interval_seconds: u64,
+    /// Seconds between periodic checkpoints; absent: by their stall and the time between interruptions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval_seconds: Option<u64>,
     /// Complete manifests kept.
     pub keep: u32,
 }

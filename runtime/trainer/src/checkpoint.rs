@@ -67,6 +67,8 @@ pub struct Snapshot {
     blocks: Vec<(usize, Bytes)>,
     /// How long the copy held up the training.
     pub stall: Duration,
+    /// The time to the next one, for people.
+    pub interval: Duration,
 }
 
 /// A complete checkpoint.
@@ -78,6 +80,7 @@ pub struct Published {
     pub bytes_written: u64,
     pub stall: Duration,
     pub upload: Duration,
+    pub interval: Duration,
 }
 
 /// One block in the store, as a rank reports it to rank 0.
@@ -96,7 +99,14 @@ impl Snapshot {
         let started = Instant::now();
         let copy = |index: usize| Some((index, Bytes::from(engine.blocks.get(&index)?.to_bytes())));
         let blocks = engine.layout.owned(rank).filter_map(copy).collect();
-        Self { step: engine.step, updates: engine.updates, cursor, blocks, stall: started.elapsed() }
+        Self {
+            step: engine.step,
+            updates: engine.updates,
+            cursor,
+            blocks,
+            stall: started.elapsed(),
+            interval: Duration::ZERO,
+        }
     }
 }
 
@@ -110,7 +120,7 @@ impl Publisher {
         trouble: &dyn Fn(&StoreError),
     ) -> Result<Published, CheckpointError> {
         let started = Instant::now();
-        let (step, stall) = (snapshot.step, snapshot.stall);
+        let (step, stall, interval) = (snapshot.step, snapshot.stall, snapshot.interval);
         let (stored, bytes_written) = self.upload(&snapshot, cancel, trouble)?;
         let manifest = if self.collective.rank() == 0 {
             self.write_manifest(&snapshot, stored, cancel, trouble)?
@@ -126,6 +136,7 @@ impl Publisher {
             bytes_written,
             stall,
             upload: started.elapsed(),
+            interval,
         })
     }
 

@@ -7,6 +7,7 @@ use crate::checkpoint::{self, CheckpointError, Published, Publisher, Snapshot};
 use crate::collective::tcp::Membership;
 use crate::collective::{Collective, CollectiveError, Mesh, Network};
 use crate::evaluation::{self, Evaluation, Pass, Stage};
+use crate::interval;
 use crate::layout::{Holders, Layout};
 use crate::log::Log;
 use crate::log::scribe::{Part, Scribe};
@@ -67,6 +68,8 @@ pub struct Assignment {
     pub start: Start,
     /// Prove that this rank computes what the others do.
     pub canary: bool,
+    /// Mean time so far.
+    pub between_interruptions: Duration,
 }
 
 /// Where a generation starts.
@@ -197,6 +200,7 @@ struct Generation<'a> {
     publisher: Publisher,
     engine: &'a mut Engine,
     start: &'a Start,
+    between_interruptions: Duration,
     upload: Option<Upload>,
     /// On the rank that writes the log.
     scribe: Option<Arc<Scribe>>,
@@ -244,6 +248,7 @@ impl<'a> Generation<'a> {
             mesh,
             engine,
             start,
+            between_interruptions: assignment.between_interruptions,
             upload: None,
             broken: 0,
             loss: f64::NAN,
@@ -366,8 +371,7 @@ impl<'a> Generation<'a> {
 
     fn wishes(&mut self) -> Wishes {
         let uploading = self.is_uploading();
-        let interval = Duration::from_secs(self.session.job.checkpoint.interval_seconds);
-        let due = self.mesh.rank() == 0 && self.engine.saved_at.elapsed() >= interval;
+        let due = self.mesh.rank() == 0 && self.engine.saved_at.elapsed() >= self.interval();
         let Control { stop, leave, save, .. } = self.control;
         Wishes {
             stop: stop.is_cancelled(),
@@ -376,6 +380,12 @@ impl<'a> Generation<'a> {
             leave: leave.is_cancelled(),
             save: save.is_cancelled(),
         }
+    }
+
+    /// From one checkpoint to the next.
+    fn interval(&self) -> Duration {
+        let asked = self.session.job.checkpoint.interval_seconds.map(Duration::from_secs);
+        asked.unwrap_or_else(|| interval::best(self.engine.stall, self.between_interruptions))
     }
 
     fn is_uploading(&mut self) -> bool {
@@ -387,9 +397,13 @@ impl<'a> Generation<'a> {
         self.upload.is_some()
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&mut self) -> Snapshot {
         let cursor = self.session.data.cursor(self.engine.step);
-        Snapshot::take(self.engine, self.mesh.rank(), Cursor { epoch: cursor.epoch, offset: cursor.offset })
+        let cursor = Cursor { epoch: cursor.epoch, offset: cursor.offset };
+        let mut snapshot = Snapshot::take(self.engine, self.mesh.rank(), cursor);
+        self.engine.stall = Some(snapshot.stall);
+        snapshot.interval = self.interval();
+        snapshot
     }
 
     /// Starts a checkpoint that does not hold up the training.
@@ -431,9 +445,8 @@ impl<'a> Generation<'a> {
             return Ok(self.start.manifest().cloned());
         }
         self.write_log()?;
-        let observer = self.observer;
-        let published =
-            self.publisher.publish(self.snapshot(), &self.control.abort, &|error| observer.blocked(error))?;
+        let (observer, snapshot) = (self.observer, self.snapshot());
+        let published = self.publisher.publish(snapshot, &self.control.abort, &|error| observer.blocked(error))?;
         observer.checkpointed(&published);
         self.engine.saved_at = Instant::now();
         Ok(Some(published.manifest))

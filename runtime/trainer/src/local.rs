@@ -13,8 +13,12 @@ use anyhow::{Context, Result, anyhow};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use vicuna_checkpoint::{ManifestRef, StoreError};
 use vicuna_protocol::job::TrainingJob;
+
+/// Nothing interrupts a training in one process.
+const DAY: Duration = Duration::from_secs(86_400);
 
 /// `vicuna-trainer local`: prints a JSON line per step and one for the result.
 #[derive(Clone, Debug, clap::Args)]
@@ -108,7 +112,13 @@ pub fn generation_on_threads(
         let mut threads = Vec::with_capacity(world);
         for (rank, memory) in memories.iter_mut().enumerate() {
             let membership = Membership { generation, rank, members: members.clone(), key };
-            let assignment = Assignment { membership, nodes: nodes.clone(), start: start.clone(), canary: world > 1 };
+            let assignment = Assignment {
+                membership,
+                nodes: nodes.clone(),
+                start: start.clone(),
+                canary: world > 1,
+                between_interruptions: DAY,
+            };
             let (network, control, observer) = (&networks[rank], &controls[rank], &observers[rank]);
             let run = move || generation::run(session, network, &assignment, control, observer, memory);
             threads.push(scope.spawn(run));

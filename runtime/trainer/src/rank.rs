@@ -494,6 +494,7 @@ fn assignment(form: wire::Form) -> Option<Assignment> {
         nodes,
         start,
         canary: form.canary,
+        between_interruptions: Duration::from_millis(form.between_interruptions_ms),
     })
 }
 
@@ -590,7 +591,13 @@ impl Observer for Reporter {
             return;
         }
         let (step, upload_seconds) = (published.manifest.step, published.upload.as_secs_f64());
-        tracing::info!(step, upload_seconds, uri = published.uri, "checkpoint written");
+        tracing::info!(
+            step,
+            stall_seconds = published.stall.as_secs_f64(),
+            upload_seconds,
+            uri = published.uri,
+            "checkpoint written"
+        );
         self.say(Body::Checkpointed(wire::Checkpointed {
             generation: self.generation,
             manifest: Some(to_wire(&published.manifest)),
@@ -598,6 +605,7 @@ impl Observer for Reporter {
             bytes_written: published.bytes_written,
             stall_seconds: published.stall.as_secs_f64(),
             upload_seconds,
+            interval_seconds: published.interval.as_secs_f64(),
         }));
     }
 

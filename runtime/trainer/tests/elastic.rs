@@ -252,7 +252,7 @@ fn periodic_checkpoints_do_not_change_the_weights_and_old_ones_go() {
     let fixture = Fixture::new();
     let undisturbed = generation(&fixture.session(fixture.job("plain")), 1, None, None);
     let mut job = fixture.job("often");
-    job.checkpoint.interval_seconds = 0;
+    job.checkpoint.interval_seconds = Some(0);
     job.checkpoint.keep = 1;
     let session = fixture.session(job);
     let run = generation(&session, 2, None, None);

@@ -166,7 +166,8 @@ impl Membership {
         let newcomers = memory.as_ref().is_none_or(|memory| memory.holdings.iter().any(|it| it.blocks.is_empty()));
         let canary = newcomers && record.members.len() > 1;
         self.effects.push(Effect::WriteRecord(record.clone()));
-        self.state = State::Planning(Formation { record, memory, canary });
+        let between_interruptions_ms = self.between_interruptions_ms(now);
+        self.state = State::Planning(Formation { record, memory, canary, between_interruptions_ms });
     }
 
     fn member(&self, pod: &str) -> Option<Member> {
@@ -417,8 +418,27 @@ impl Membership {
         let answered = BTreeSet::new();
         self.send_stop(planned, &reason, deadline_ms, &answered);
         self.happened(Happening::Stopping { generation, planned, reason: reason.clone() });
+        if planned {
+            self.warn_of_a_late_checkpoint(now, deadline_ms);
+        }
         let limit = if planned { self.planned_limit(now, deadline_ms) } else { now + self.limits.collect_ms };
         self.state = State::Collecting { planned, limit, deadline: deadline_ms, reason, answered };
+    }
+
+    /// Said beforehand, by what the last checkpoint took: those who stay are too few to hold the state.
+    fn warn_of_a_late_checkpoint(&mut self, now: Millis, deadline_ms: Millis) {
+        let Some(last) = &self.checkpoint else { return };
+        let needs_ms = self.step_ms.unwrap_or(0) + last.stall_ms + last.upload_ms;
+        let has_ms = deadline_ms.saturating_sub(now);
+        if deadline_ms > 0 && needs_ms > has_ms && self.needs_checkpoint(&self.candidates()) {
+            let durable_step = last.step;
+            self.happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step });
+        }
+    }
+
+    fn needs_checkpoint(&self, staying: &[PodUid]) -> bool {
+        let suspend = self.target.is_some_and(|target| target.suspend);
+        suspend || staying.len() < self.fewest()
     }
 
     fn planned_limit(&self, now: Millis, deadline_ms: Millis) -> Millis {
@@ -450,14 +470,12 @@ impl Membership {
         reason: &str,
         deadline_ms: Millis,
     ) -> wire::Stop {
-        let suspend = self.target.is_some_and(|target| target.suspend);
-        let checkpoint = suspend || staying.len() < self.fewest();
         wire::Stop {
             generation: self.generation(),
             planned,
             reason: reason.to_owned(),
             deadline_ms,
-            checkpoint,
+            checkpoint: self.needs_checkpoint(staying),
             leaves: !staying.iter().any(|stays| stays == pod),
         }
     }

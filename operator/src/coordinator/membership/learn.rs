@@ -312,7 +312,16 @@ impl Membership {
         let newer = self.checkpoint.as_ref().is_none_or(|last| last.step < manifest.step);
         self.manifests.learn([manifest.clone()]);
         if newer {
-            let report = CheckpointReport { step: manifest.step, uri: said.uri, digest: manifest.digest, at_ms: now };
+            let ms = |seconds: f64| (seconds * 1000.0).clamp(0.0, 1e12).round() as u64;
+            let report = CheckpointReport {
+                step: manifest.step,
+                uri: said.uri,
+                digest: manifest.digest,
+                at_ms: now,
+                stall_ms: ms(said.stall_seconds),
+                upload_ms: ms(said.upload_seconds),
+                interval_ms: ms(said.interval_seconds),
+            };
             self.checkpoint = Some(report.clone());
             self.happened(Happening::Checkpointed(report));
         }
@@ -431,6 +440,7 @@ impl Membership {
             let reclaim = said.or(last.departure.as_ref()).is_some_and(|departure| departure.reclaim);
             let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
             self.counters.reclaims += u64::from(reclaim);
+            self.losses += u64::from(!reclaim && !rank.released);
             if reclaim {
                 self.effects.push(Effect::Happened(Happening::Reclaimed { pod, node }));
             } else if !rank.released {

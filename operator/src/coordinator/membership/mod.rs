@@ -145,6 +145,7 @@ pub struct Formation {
     pub memory: Option<wire::MemoryBase>,
     /// Members prove that they compute alike.
     pub canary: bool,
+    pub between_interruptions_ms: Millis,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -230,6 +231,9 @@ pub struct Membership {
     evaluated_at: Millis,
     checkpoint: Option<CheckpointReport>,
     counters: Counters,
+    /// When the training began, and ranks that went without being reclaimed or sent home while we led.
+    began_at: Millis,
+    losses: u64,
     failures: BTreeMap<PodUid, RankFailure>,
     joined: u64,
     effects: Vec<Effect>,
@@ -260,6 +264,8 @@ impl Membership {
             evaluated_at: now,
             checkpoint: None,
             counters,
+            began_at: now,
+            losses: 0,
             failures: BTreeMap::new(),
             joined: 0,
             effects: Vec::new(),
@@ -267,6 +273,16 @@ impl Membership {
         };
         membership.adopt(now, record);
         membership
+    }
+
+    /// A training that began before we led.
+    pub fn begun_at(self, began_at: Millis) -> Self {
+        Self { began_at, ..self }
+    }
+
+    /// Mean time between interruptions so far; the next one is reckoned with now.
+    fn between_interruptions_ms(&self, now: Millis) -> Millis {
+        now.saturating_sub(self.began_at) / (self.counters.reclaims + self.losses + 1)
     }
 
     /// Takes one event and returns what is to be done, in order.

@@ -186,7 +186,7 @@ fn no_rank_hears_of_a_generation_before_the_record_is_written() {
     assert_eq!((record.generation, record.members.len(), record.base.as_ref()), (1, 2, None));
     assert!(!forms(&effects));
     fixture.written();
-    let form = Effect::Form(Formation { record, memory: None, canary: true });
+    let form = Effect::Form(Formation { record, memory: None, canary: true, between_interruptions_ms: 0 });
     assert_eq!(fixture.take().last(), Some(&form));
     fixture.ready("a");
     assert!(fixture.take().is_empty());
@@ -499,7 +499,7 @@ fn a_planned_change_goes_on_from_memory() {
     let told: Vec<_> = fixture.take().iter().filter_map(leaves).collect();
     assert_eq!(told, [("a".into(), true, false), ("b".into(), false, false)]);
     fixture.holds("a", 8, 0).holds("b", 8, 0);
-    let Formation { record, memory, canary } = fixture.formation();
+    let Formation { record, memory, canary, .. } = fixture.formation();
     assert_eq!((record.base_step, record.base, record.in_memory), (8, None, true));
     let memory = memory.unwrap();
     assert_eq!((memory.updates, memory.holdings.len()), (8, 1));
@@ -512,6 +512,37 @@ fn too_few_to_hold_the_state_write_it_down() {
     fixture.notice("a", 30_000);
     let saves = |effect: &Effect| matches!(effect, Effect::Send(_, Body::Stop(stop)) if stop.checkpoint);
     assert_eq!(fixture.take().iter().filter(|effect| saves(effect)).count(), 2);
+}
+
+#[test]
+fn a_checkpoint_that_will_be_late_is_said_to_be_beforehand() {
+    for (notice_ms, late) in [(10_000, true), (60_000, false)] {
+        let mut fixture = Fixture::training(2, 2);
+        let (manifest, generation) = (Some(manifest(1, 1).into()), 1);
+        let (stall_seconds, upload_seconds) = (0.5, 20.0);
+        let checkpointed =
+            wire::Checkpointed { generation, manifest, stall_seconds, upload_seconds, ..Default::default() };
+        fixture.say("a", Said::Checkpointed(checkpointed)).progress("a", 4).notice("b", notice_ms);
+        let warned = fixture.take().into_iter().find_map(|effect| match effect {
+            Effect::Happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step }) => {
+                Some((needs_ms, has_ms, durable_step))
+            }
+            _ => None,
+        });
+        assert_eq!(warned, late.then_some((21_500, 10_000, 1)));
+    }
+}
+
+#[test]
+fn interruptions_shorten_what_a_generation_is_told_of_the_time_between_them() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.membership.began_at = fixture.now - 600_000;
+    let told = |fixture: &mut Fixture| fixture.formation().between_interruptions_ms;
+    fixture.notice("b", 0).holds("a", 1, 0).holds("b", 1, 0);
+    assert_eq!(told(&mut fixture), 600_000);
+    fixture.lose("b").join("c", 0).prepare("c", vec![]).ready("a").progress("a", 2).after(30_000);
+    fixture.holds("a", 2, 0);
+    assert_eq!(told(&mut fixture), 630_000 / 2);
 }
 
 #[test]

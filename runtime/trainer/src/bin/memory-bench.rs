@@ -199,7 +199,7 @@ fn job(options: &Options, folder: &Path) -> Result<TrainingJob> {
             precision: if options.bf16 { Precision::Bf16 } else { Precision::Fp32 },
             recompute: if options.memory[0] == Spent::Keep { Recompute::Never } else { Recompute::Always },
         },
-        checkpoint: Checkpointing { to: url(&folder.join("bucket"))?, interval_seconds: 1, keep: 1 },
+        checkpoint: Checkpointing { to: url(&folder.join("bucket"))?, interval_seconds: Some(1), keep: 1 },
     })
 }
 
@@ -218,7 +218,8 @@ fn run_rank(options: &Options, rank: usize, folder: &Path) -> Result<()> {
     let nodes = members.iter().map(|member| member.name.clone()).collect();
     // The processes are each other's only company, on this machine and for a moment.
     let membership = Membership { generation: 1, rank, members, key: [7; 32] };
-    let assignment = Assignment { membership, nodes, start: Start::Model, canary: false };
+    let between_interruptions = Duration::from_secs(3600);
+    let assignment = Assignment { membership, nodes, start: Start::Model, canary: false, between_interruptions };
     let control = Control::default();
     control.go.cancel();
     generation::run(&session, &network, &assignment, &control, &(Arc::new(Silent) as Arc<dyn Observer>), &mut None)

@@ -64,6 +64,8 @@ pub struct Engine {
     pub last: Option<StepReport>,
     /// What there is to know of the last step for a rank that has yet to apply it.
     pub committed: Committed,
+    /// How long the last checkpoint held up the training.
+    pub stall: Option<Duration>,
     /// When a checkpoint was last complete, or the state was loaded.
     pub saved_at: Instant,
     /// Lines that may not be in the store yet.
@@ -154,6 +156,7 @@ impl Engine {
             updates: 0,
             last: None,
             committed: Committed::default(),
+            stall: None,
             saved_at: Instant::now(),
             log: Log::default(),
             rope,

@@ -74,7 +74,7 @@ impl Fixture {
                 precision: Precision::Fp32,
                 recompute: Recompute::default(),
             },
-            checkpoint: Checkpointing { to: url(&self.path(bucket)), interval_seconds: DAY, keep: 3 },
+            checkpoint: Checkpointing { to: url(&self.path(bucket)), interval_seconds: Some(DAY), keep: 3 },
         }
     }
 
