@@ -359,8 +359,10 @@ impl<'a> Elastic<'a> {
             Body::Stop(stop) => {
                 let Some(rank) = self.ranks.get_mut(pod) else { return };
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
-                if stop.planned && rank.trains && rank.generation == stop.generation {
+                let writes = rank.loading && stop.checkpoint;
+                if stop.planned && (rank.trains || writes) && rank.generation == stop.generation {
                     rank.stopping = true;
+                    self.save_without_a_step(stop.generation);
                 } else {
                     self.leaves(pod, Vec::new());
                 }
@@ -417,6 +419,15 @@ impl<'a> Elastic<'a> {
         if self.is_in(pod, generation) {
             let state_digest = "same".to_owned();
             self.feed(Event::Said(pod.to_owned(), Said::Ready(wire::Ready { generation, state_digest })));
+        }
+    }
+
+    /// The members came together only to write down what they hold.
+    fn save_without_a_step(&mut self, generation: u64) {
+        let waits = |rank: &Rank| rank.loading && rank.stopping && rank.saves;
+        if self.members().iter().all(|pod| self.ranks.get(pod).is_some_and(waits)) {
+            let step = self.step;
+            self.plan(self.now + ms(self.options.upload_seconds), Due::Durable(generation, step));
         }
     }
 

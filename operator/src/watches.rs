@@ -4,11 +4,12 @@
 use crate::config::{MANAGER, SERVING_LABEL, TRAINING_LABEL};
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::api::ObjectMeta;
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
 use parking_lot::RwLock;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use tokio::sync::broadcast;
 use vicuna_crds::VicunaTraining;
@@ -34,6 +35,8 @@ pub struct Watches {
     pub nodes: Store<Node>,
     pub trainings: Store<VicunaTraining>,
     index: Arc<RwLock<PodIndex>>,
+    /// Names of all nodes that were ever heard of: some tens of bytes each, for as long as the process lives.
+    met: Arc<RwLock<HashSet<String>>>,
     changes: broadcast::Sender<Change>,
 }
 
@@ -48,11 +51,21 @@ impl Watches {
             let index = index.clone();
             move |event: &watcher::Event<Pod>| index.write().learn(event)
         };
+        let met: Arc<RwLock<HashSet<String>>> = Arc::default();
+        let meet = {
+            let met = met.clone();
+            move |event: &watcher::Event<Node>| {
+                if let watcher::Event::Apply(node) | watcher::Event::InitApply(node) = event {
+                    met.write().insert(node.name_any());
+                }
+            }
+        };
         Self {
             pods: watch(Api::all(client.clone()), ours, slim_pod, keep, pod_change, changes.clone()),
-            nodes: watch(Api::all(client.clone()), all.clone(), slim_node, |_| {}, node_change, changes.clone()),
+            nodes: watch(Api::all(client.clone()), all.clone(), slim_node, meet, node_change, changes.clone()),
             trainings: watch(Api::all(client.clone()), all, slim_training, |_| {}, training_change, changes.clone()),
             index,
+            met,
             changes,
         }
     }
@@ -68,8 +81,14 @@ impl Watches {
         self.trainings.wait_until_ready().await
     }
 
+    /// `None`: it is gone. A node that pods are on already but that its own watch has not told of yet, because that is
+    /// behind or broken, is there, with nothing known of it but its name.
     pub fn node(&self, name: &str) -> Option<Arc<Node>> {
-        self.nodes.get(&ObjectRef::new(name))
+        let unheard_of = || {
+            let metadata = ObjectMeta { name: Some(name.to_owned()), ..Default::default() };
+            (!self.met.read().contains(name)).then(|| Arc::new(Node { metadata, ..Default::default() }))
+        };
+        self.nodes.get(&ObjectRef::new(name)).or_else(unheard_of)
     }
 
     pub fn training(&self, namespace: &str, name: &str) -> Option<Arc<VicunaTraining>> {

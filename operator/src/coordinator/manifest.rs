@@ -80,6 +80,11 @@ impl Manifests {
         self.unusable.insert(manifest.key.clone())
     }
 
+    /// The newest generation that left one.
+    pub fn generation(&self) -> u64 {
+        self.known.iter().map(|manifest| manifest.generation).max().unwrap_or(0)
+    }
+
     /// The newest manifest that is neither void, nor unusable, nor of a generation that the record
     /// has not issued. `None`: start from the base model.
     pub fn newest_valid(&self, generation: u64, history: &[Base]) -> Option<&Manifest> {

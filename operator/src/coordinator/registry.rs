@@ -1,7 +1,7 @@
 //! The memberships of all trainings.
 
 use super::membership::{Millis, Target};
-use super::report::{Counters, Report};
+use super::report::{CheckpointReport, Counters, Report};
 use super::session::{Session, SessionHandle};
 use super::store::{ConfigMapStore, Owner};
 use crate::leader::Leadership;
@@ -49,6 +49,8 @@ pub struct Opening {
     pub counters: Counters,
     /// Absent: just now.
     pub began_at: Option<Millis>,
+    /// The last one that is known of.
+    pub checkpoint: Option<CheckpointReport>,
 }
 
 pub struct Coordinator {

@@ -53,6 +53,8 @@ pub struct RankView {
     /// Told to end, since it is not needed.
     pub released: bool,
     pub blocked: Option<Blockage>,
+    /// What a checkpoint behind the training waits for.
+    pub held_up: Option<Blockage>,
 }
 
 /// Something outside a rank that is in its way.
@@ -184,6 +186,12 @@ pub enum Happening {
         has_ms: u64,
         /// The last step that the store has.
         durable_step: u64,
+    },
+    /// The training goes on, and its checkpoint does not.
+    CheckpointHeldUp {
+        message: String,
+        /// The last step that the store has.
+        durable_step: Option<u64>,
     },
     StepsLost {
         steps: u64,

@@ -98,7 +98,8 @@ pub struct Session {
     metrics: Arc<Metrics>,
     told: mpsc::Sender<Told>,
     membership: Membership,
-    ranks: HashMap<PodUid, (u64, RankSender)>,
+    /// Streams, and senders until one is full.
+    ranks: HashMap<PodUid, (u64, Option<RankSender>)>,
     report: watch::Sender<Option<Report>>,
     told_at: Option<Instant>,
     /// What the controller was told last, of what it acts on.
@@ -126,13 +127,13 @@ impl Session {
             pods: Arc::new(pods),
             report: reports,
         };
-        let (counters, began_at) = (opening.counters, opening.began_at);
+        let Opening { counters, began_at, checkpoint, .. } = opening;
         tokio::spawn(async move {
             let mut store = store;
             let Some(record) = read_until_known(&mut *store, &key).await else { return };
             let now = clock.now_ms();
             let membership =
-                Membership::new(now, Limits::default(), record, counters).begun_at(began_at.unwrap_or(now));
+                Membership::new(now, Limits::default(), record, counters).after(began_at.unwrap_or(now), checkpoint);
             let session = Self {
                 key,
                 job: opening.job,
@@ -194,7 +195,7 @@ impl Session {
     fn open(&mut self, mail: Mail) -> Option<Event> {
         match mail {
             Mail::Joined { stream, hello, sender } => {
-                self.ranks.insert(hello.pod_uid.clone(), (stream, sender));
+                self.ranks.insert(hello.pod_uid.clone(), (stream, Some(sender)));
                 Some(Event::Joined(hello))
             }
             Mail::Said { stream, pod, body } => {
@@ -250,18 +251,19 @@ impl Session {
     }
 
     fn send(&mut self, pod: &str, body: Body) {
-        let Some((_, sender)) = self.ranks.get(pod) else { return };
+        let Some((_, slot)) = self.ranks.get_mut(pod) else { return };
+        let Some(sender) = slot else { return };
         let message = CoordinatorMessage { body: Some(body) };
         if sender.try_send(Ok(message)).is_err() {
             // Without this message its view is wrong: it has to say hello again.
             tracing::warn!(pod, "a rank does not take its messages: its stream is closed");
-            self.ranks.remove(pod);
+            *slot = None;
         }
     }
 
     /// Every generation has its own key, which only its members learn.
     fn form(&mut self, formation: &Formation) {
-        let Formation { record, memory, canary, between_interruptions_ms } = formation;
+        let Formation { record, memory, canary, between_interruptions_ms, .. } = formation;
         let mut key = vec![0u8; 32];
         rand::rng().fill(&mut key[..]);
         let members: Vec<wire::Member> = record

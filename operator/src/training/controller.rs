@@ -11,7 +11,7 @@ use crate::context::Context;
 use crate::coordinator::job::{self, JobError};
 use crate::coordinator::membership::{Millis, Target};
 use crate::coordinator::registry::{Key, Opening, Told};
-use crate::coordinator::report::{Counters, EvaluationReport, Happening, RecoveryPhases};
+use crate::coordinator::report::{CheckpointReport, Counters, EvaluationReport, Happening, RecoveryPhases};
 use crate::coordinator::store::Owner;
 use crate::leader::NotLeader;
 use crate::watches::Change;
@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
 use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
+use vicuna_crds::Period;
 use vicuna_crds::training::{VicunaTraining, VicunaTrainingStatus};
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -209,6 +210,7 @@ impl Controller {
             target: target(training),
             counters: counters(training.status.as_ref()),
             began_at: training.status.as_ref().and_then(began_at),
+            checkpoint: training.status.as_ref().and_then(checkpoint),
         };
         self.context.leadership.check()?;
         let session = self.context.coordinator.ensure(opening).ok_or(ReconcileError::TooMany)?;
@@ -416,6 +418,21 @@ fn counters(status: Option<&VicunaTrainingStatus>) -> Counters {
     })
 }
 
+/// As [`super::status`] wrote it.
+fn checkpoint(status: &VicunaTrainingStatus) -> Option<CheckpointReport> {
+    let last = status.checkpoint.as_ref()?;
+    let ms = |period: Option<Period>| period.map_or(0, |period| period.get().as_millis() as u64);
+    Some(CheckpointReport {
+        step: last.step,
+        uri: last.uri.clone(),
+        digest: last.digest.clone(),
+        at_ms: last.time.as_ref().and_then(|time| u64::try_from(time.0.as_millisecond()).ok()).unwrap_or(0),
+        stall_ms: ms(last.stall),
+        upload_ms: ms(last.upload),
+        interval_ms: ms(last.interval),
+    })
+}
+
 fn began_at(status: &VicunaTrainingStatus) -> Option<Millis> {
     status.start_time.as_ref().and_then(|time| u64::try_from(time.0.as_millisecond()).ok())
 }
@@ -453,6 +470,12 @@ fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
                 *has_ms as f64 / 1000.0
             ),
         ),
+        Happening::CheckpointHeldUp { message, durable_step } => {
+            let has = durable_step.map_or("no checkpoint yet".to_owned(), |step| format!("step {step}"));
+            let note =
+                format!("The training goes on, but its checkpoint waits for the store, which has {has}: {message}");
+            (true, "CheckpointHeldUp", note)
+        }
         Happening::StepsLost { steps, base_step } => {
             (true, "StepsLost", format!("{steps} steps are made again, from the checkpoint of step {base_step}."))
         }

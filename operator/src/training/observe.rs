@@ -1,5 +1,6 @@
 //! What there is: the training, its pods with what is wrong with them, and its membership.
 
+use super::build;
 use super::known::{Claim, Known};
 use super::memory::Memory;
 use crate::config::{POOL_LABEL, REPLACES_ANNOTATION};
@@ -76,6 +77,7 @@ pub struct PodView {
     pub ended: Option<End>,
     /// What keeps it from starting.
     pub trouble: Option<Trouble>,
+    pub image: Option<String>,
     /// A pod made now would have another image or Secret.
     pub outdated: bool,
 }
@@ -170,7 +172,7 @@ fn view(context: &Context, training: &VicunaTraining, pod: &Pod, now: Millis) ->
     let departure = context.notices.departure(pod, node.as_deref(), now);
     let size = Size::of(pod.spec.as_ref().and_then(|spec| spec.containers.first()?.resources.as_ref()));
     PodView {
-        outdated: is_outdated(pod, &context.config.runtime_image, training),
+        outdated: is_outdated(pod, build::pod::image(training, &context.config), training),
         advice: node.as_deref().and_then(|node| context.notices.advice(node)),
         share: node.as_deref().map_or(1.0, |node| size.share_of(&Size::of_node(node))),
         ..pod_view(pod, departure, node_name.is_some() && node.is_none())
@@ -191,6 +193,7 @@ pub fn pod_view(pod: &Pod, departure: Option<Departure>, orphaned: bool) -> PodV
     PodView {
         name: pod.name_any(),
         uid: pod.uid().unwrap_or_default(),
+        image: pod.spec.as_ref().and_then(|spec| spec.containers.first()?.image.clone()),
         pool: pod.labels().get(POOL_LABEL).cloned().unwrap_or_default(),
         node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
         started: container(pod).is_some_and(|status| {

@@ -54,6 +54,7 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
         disruptions: report
             .map(|report| disruptions(report, before.disruptions.as_ref()))
             .or(before.disruptions.clone()),
+        image: before.image.or_else(|| report.and_then(|report| image(observed, report))),
         memory: report
             .map(|report| memory(observed, report))
             .filter(|known| !known.is_empty())
@@ -70,6 +71,13 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
             .or_else(|| (!observed.pods.is_empty() || applied.created > 0).then(|| time.clone())),
         completion_time: before.completion_time.or_else(|| over.then(|| time.clone())),
     }
+}
+
+/// Of the pods that made the first step.
+fn image(observed: &Observed, report: &Report) -> Option<String> {
+    report.progress.as_ref()?;
+    let is_member = |pod: &&PodView| report.members.iter().any(|member| member.pod_uid == pod.uid);
+    observed.pods.iter().find(is_member)?.image.clone()
 }
 
 fn memory(observed: &Observed, report: &Report) -> Vec<MemoryEstimate> {

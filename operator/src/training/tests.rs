@@ -90,7 +90,8 @@ impl Observed {
     }
 
     pub(crate) fn rank(self, pod: &str, change: impl FnOnce(&mut RankView)) -> Self {
-        let mut rank = RankView { connected: true, prepared: true, leaving: false, released: false, blocked: None };
+        let mut rank =
+            RankView { connected: true, prepared: true, leaving: false, released: false, blocked: None, held_up: None };
         change(&mut rank);
         self.reported(|report| {
             report.ranks.insert(pod.to_owned(), rank);
@@ -622,6 +623,34 @@ fn a_pod_is_outdated_when_its_image_or_its_secret_is_another() {
     let mut corrected = training.clone();
     corrected.spec.checkpoint.credentials = None;
     assert!(is_outdated(&pod, &config.runtime_image, &corrected));
+}
+
+#[test]
+fn a_training_keeps_the_image_that_made_its_first_step() {
+    let seen = steady(&["spot"]);
+    assert_eq!(told(&seen).image, None, "the pod's is not known");
+    let mut seen = seen;
+    seen.pods[0].image = Some("runtime:1".to_owned());
+    let status = told(&seen);
+    assert_eq!(status.image.as_deref(), Some("runtime:1"));
+    let (mut training, mut config) = (training("t"), crate::config::tests::sample());
+    config.runtime_image = "runtime:2".to_owned();
+    let image = super::build::pod::image;
+    assert_eq!(image(&training, &config), "runtime:2");
+    training.status = Some(status);
+    assert_eq!(image(&training, &config), "runtime:1", "whatever the operator was upgraded to");
+}
+
+#[test]
+fn a_checkpoint_that_waits_behind_the_training_is_a_condition() {
+    let message = "the store of s3://b cannot be reached (x): check";
+    let held_up = Some(Blockage { cause: Cause::Store, message: message.into() });
+    let seen = steady(&["spot"]).rank("t-spot-0", |rank| rank.held_up = held_up);
+    let status = told(&seen);
+    assert_eq!(status.state, Some(TrainingState::Running));
+    let (holds, why, said) = reason(&status, "Checkpointed");
+    assert_eq!((holds, why), ("False", "StoreUnreachable"));
+    assert!(said.starts_with("The training goes on;") && said.ends_with(message), "{said}");
 }
 
 #[test]

@@ -57,6 +57,8 @@ pub trait Observer: Send + Sync {
     fn checkpointed(&self, published: &Published);
     /// The generation waits for the store.
     fn blocked(&self, error: &StoreError);
+    /// A checkpoint waits for the store, and the training does not.
+    fn held_up(&self, _error: &StoreError) {}
 }
 
 /// What a member is told.
@@ -201,19 +203,27 @@ struct Generation<'a> {
     engine: &'a mut Engine,
     start: &'a Start,
     between_interruptions: Duration,
-    upload: Option<Upload>,
+    upload: Option<Uploading>,
+    /// The last checkpoint of this generation that is complete.
+    saved: Option<ManifestRef>,
     /// On the rank that writes the log.
     scribe: Option<Arc<Scribe>>,
     /// Lines of former generations on their way.
-    inherited: Option<Upload>,
+    inherited: Option<Upload<()>>,
     broken: u32,
     loss: f64,
 }
 
-/// Something on its way to the store; its thread says whether it got there.
-struct Upload {
-    thread: JoinHandle<bool>,
+/// Something on its way to the store; its thread says what became of it.
+struct Upload<T> {
+    thread: JoinHandle<T>,
     cancel: CancellationToken,
+}
+
+/// A checkpoint on its way behind the training.
+struct Uploading {
+    step: u64,
+    upload: Upload<Result<ManifestRef, CheckpointError>>,
 }
 
 impl<'a> Generation<'a> {
@@ -250,6 +260,7 @@ impl<'a> Generation<'a> {
             start,
             between_interruptions: assignment.between_interruptions,
             upload: None,
+            saved: None,
             broken: 0,
             loss: f64::NAN,
         })
@@ -258,7 +269,9 @@ impl<'a> Generation<'a> {
     fn train(&mut self) -> Result<Outcome, GenerationError> {
         let steps = self.session.data.steps();
         if self.wait_for_go()? {
-            return Ok(Outcome::Stopped { step: self.engine.step, manifest: None });
+            // Who came together only to write down what they hold never train.
+            let manifest = if self.control.save.is_cancelled() { self.save()? } else { None };
+            return Ok(Outcome::Stopped { step: self.engine.step, manifest });
         }
         // Everyone is here: nobody will ask for what others keep now.
         self.engine.forget_strays(self.mesh.rank());
@@ -318,7 +331,7 @@ impl<'a> Generation<'a> {
         let Some(part) = self.part() else { return Ok(()) };
         let (runtime, cancel) = (session.runtime.clone(), abort.child_token());
         let given_up = cancel.clone();
-        let thread = std::thread::spawn(move || part.write(&runtime, &given_up, &|_| ()).is_ok());
+        let thread = std::thread::spawn(move || drop(part.write(&runtime, &given_up, &|_| ())));
         self.inherited = Some(Upload { thread, cancel });
         Ok(())
     }
@@ -389,12 +402,21 @@ impl<'a> Generation<'a> {
     }
 
     fn is_uploading(&mut self) -> bool {
-        if let Some(upload) = self.upload.take_if(|upload| upload.thread.is_finished())
-            && upload.thread.join().unwrap_or(false)
+        if let Some(uploading) = self.upload.take_if(|uploading| uploading.upload.thread.is_finished())
+            && let Err(error) = self.uploaded(uploading)
+            && !matches!(error, CheckpointError::GivenUp)
         {
-            self.engine.saved_at = Instant::now();
+            tracing::warn!(%error, "the periodic checkpoint was not written");
         }
         self.upload.is_some()
+    }
+
+    /// Waits for the end of a checkpoint that is on its way.
+    fn uploaded(&mut self, uploading: Uploading) -> Result<ManifestRef, CheckpointError> {
+        let manifest = uploading.upload.thread.join().unwrap_or(Err(CheckpointError::GivenUp))?;
+        self.engine.saved_at = Instant::now();
+        self.saved = Some(manifest.clone());
+        Ok(manifest)
     }
 
     fn snapshot(&mut self) -> Snapshot {
@@ -414,31 +436,33 @@ impl<'a> Generation<'a> {
         let cancel = self.control.abort.child_token();
         let given_up = cancel.clone();
         let write = move || {
-            part.map_or(Ok(()), |part| part.write(&runtime, &given_up, &|_| ()))?;
-            publisher.publish(snapshot, &given_up, &|_| ())
+            let trouble = |error: &StoreError| observer.held_up(error);
+            part.map_or(Ok(()), |part| part.write(&runtime, &given_up, &trouble))?;
+            let published = publisher.publish(snapshot, &given_up, &trouble)?;
+            observer.checkpointed(&published);
+            Ok::<_, CheckpointError>(published)
         };
-        let thread = std::thread::spawn(move || match write() {
-            Ok(published) => {
-                observer.checkpointed(&published);
-                true
-            }
-            Err(error) => {
-                if !matches!(error, CheckpointError::GivenUp) {
-                    tracing::warn!(%error, "the periodic checkpoint was not written");
-                }
-                false
-            }
+        let thread = std::thread::spawn(move || {
+            let published = write()?;
+            Ok(published.manifest)
         });
-        self.upload = Some(Upload { thread, cancel });
+        self.upload = Some(Uploading { step: self.engine.step, upload: Upload { thread, cancel } });
     }
 
     /// A newer checkpoint makes the one on its way superfluous.
     fn abandon_upload(&mut self) {
-        abandon(self.upload.take());
+        abandon(self.upload.take().map(|uploading| uploading.upload));
     }
 
     /// Writes a checkpoint of the present state, unless the base is just that.
     fn save(&mut self) -> Result<Option<ManifestRef>, GenerationError> {
+        // Peers may be done with the very checkpoint that is still on its way here.
+        if let Some(uploading) = self.upload.take_if(|uploading| uploading.step == self.engine.step) {
+            return Ok(Some(self.uploaded(uploading)?));
+        }
+        if let Some(saved) = self.saved.clone().filter(|saved| saved.step == self.engine.step) {
+            return Ok(Some(saved));
+        }
         self.abandon_upload();
         let in_store = matches!(self.start, Start::Model | Start::Manifest(_));
         if self.engine.step == self.start.step() && in_store {
@@ -449,19 +473,17 @@ impl<'a> Generation<'a> {
         let published = self.publisher.publish(snapshot, &self.control.abort, &|error| observer.blocked(error))?;
         observer.checkpointed(&published);
         self.engine.saved_at = Instant::now();
+        self.saved = Some(published.manifest.clone());
         Ok(Some(published.manifest))
     }
 
-    /// The planned end: what is in memory stays there, unless nobody will be left to keep it.
+    /// The planned end: what is in memory goes to those who stay, and where they are too few also to the store.
     fn stop(&mut self, wishes: &Wishes, leaving: &[bool]) -> Result<Outcome, GenerationError> {
+        let peers = Peers { collective: &*self.mesh, abort: &self.control.abort };
+        // First, since the store may be slow or away.
+        transfer::evacuate(self.engine, leaving, peers)?;
         let nobody_stays = leaving.iter().all(|leaves| *leaves);
-        let manifest = if wishes.save || nobody_stays {
-            self.save()?
-        } else {
-            let peers = Peers { collective: &*self.mesh, abort: &self.control.abort };
-            transfer::evacuate(self.engine, leaving, peers)?;
-            None
-        };
+        let manifest = if wishes.save || nobody_stays { self.save()? } else { None };
         Ok(Outcome::Stopped { step: self.engine.step, manifest })
     }
 
@@ -479,7 +501,7 @@ impl<'a> Generation<'a> {
     }
 }
 
-fn abandon(upload: Option<Upload>) {
+fn abandon<T>(upload: Option<Upload<T>>) {
     if let Some(upload) = upload {
         upload.cancel.cancel();
         // It has nothing to tell that its log has not told.

@@ -33,6 +33,7 @@ pub mod metrics;
 pub mod numerics;
 pub mod optimizer;
 pub mod pace;
+pub mod parallel;
 pub mod prepare;
 pub mod rank;
 pub mod result;

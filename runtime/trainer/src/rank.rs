@@ -80,8 +80,9 @@ struct Life {
     memory: Option<Engine>,
     /// Manifests that this rank has seen, newest first.
     manifests: Vec<ManifestRef>,
-    /// When a terminated rank ends at the latest.
+    /// When a terminated rank ends at the latest, and when it is killed.
     ends_at: Option<Instant>,
+    killed_at: Option<Instant>,
 }
 
 /// The generation that the rank is or was last in.
@@ -122,6 +123,7 @@ pub async fn live(parts: Parts, terminated: impl Future<Output = ()>) -> Exit {
         memory: None,
         manifests: Vec::new(),
         ends_at: None,
+        killed_at: None,
     };
     let mut terminated = std::pin::pin!(terminated);
     let mut is_terminated = false;
@@ -266,6 +268,8 @@ impl Life {
             return;
         };
         self.leave();
+        // It is needed once more.
+        self.ends_at = self.killed_at;
         let former = self.former_thread();
         self.link.enter(generation, assignment.start.step());
         self.status.metrics.generation.set(generation as i64);
@@ -437,10 +441,17 @@ impl Life {
         tracing::warn!(grace_seconds = self.grace.as_secs(), "terminated");
         self.link.say(Body::Notice(wire::Notice { source: "SIGTERM".to_owned(), deadline_ms }));
         let running = self.current.as_ref().filter(|current| current.ended.is_some());
-        let Some(current) = running else { return Next::End(Exit::Done) };
-        current.control.leave.cancel();
-        current.control.stop.cancel();
-        self.ends_at = Some(Instant::now() + self.grace);
+        match running {
+            Some(current) => {
+                current.control.leave.cancel();
+                current.control.stop.cancel();
+            }
+            // Others may yet need what it holds.
+            None if self.memory.is_some() => {}
+            None => return Next::End(Exit::Done),
+        }
+        self.killed_at = Some(Instant::now() + self.grace);
+        self.ends_at = self.killed_at;
         Next::Live
     }
 }
@@ -454,7 +465,7 @@ async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Sessi
             Err(trouble) => trouble,
         };
         tracing::warn!(cause = cause.as_str_name(), message, "blocked");
-        link.say(Body::Blocked(wire::Blocked { cause: cause.into(), message }));
+        link.say(Body::Blocked(wire::Blocked { cause: cause.into(), message, behind: false }));
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.75..1.25))).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
@@ -611,6 +622,12 @@ impl Observer for Reporter {
 
     fn blocked(&self, error: &StoreError) {
         let message = error.to_string();
-        self.say(Body::Blocked(wire::Blocked { cause: Cause::Store.into(), message }));
+        self.say(Body::Blocked(wire::Blocked { cause: Cause::Store.into(), message, behind: false }));
+    }
+
+    fn held_up(&self, error: &StoreError) {
+        let message = error.to_string();
+        tracing::warn!(message, "the checkpoint behind the training waits for the store");
+        self.say(Body::Blocked(wire::Blocked { cause: Cause::Store.into(), message, behind: true }));
     }
 }

@@ -106,9 +106,10 @@ impl Weights {
     pub fn write(&mut self, block: &Block, values: &[f32]) -> Result<(), TchError> {
         let mut start = 0;
         for segment in &block.segments {
-            let values = Tensor::f_from_slice(&values[start..start + segment.elements])?;
-            start += segment.elements;
             let flat = self.tensors[segment.parameter].f_view([-1])?;
+            // Rounded here, so that half as much goes to a GPU.
+            let values = Tensor::f_from_slice(&values[start..start + segment.elements])?.f_to_kind(flat.kind())?;
+            start += segment.elements;
             let mut place = flat.f_narrow(0, segment.offset as i64, segment.elements as i64)?;
             place.f_copy_(&values)?;
         }

@@ -536,6 +536,47 @@ fn when_everybody_leaves_the_store_keeps_the_state() {
     }
 }
 
+#[test]
+fn ranks_that_come_together_only_to_write_down_what_they_hold_train_no_step() {
+    let fixture = Fixture::new();
+    let undisturbed = generation(&fixture.session(fixture.job("undisturbed")), 1, None, None).result().digest.clone();
+    let session = fixture.session(fixture.job("disturbed"));
+    let paused = continued(&session, 1, &Start::Model, vec![None, None], End::Paused(3)).memories;
+    assert!(manifests(&fixture, &session).is_empty());
+
+    let controls: Vec<Control> = paused.iter().map(|_| Control::default()).collect();
+    controls.iter().for_each(|control| control.save.cancel());
+    controls.iter().for_each(|control| control.stop.cancel());
+    let observers: Vec<Arc<dyn Observer>> = paused.iter().map(|_| Arc::new(Watch::default()) as _).collect();
+    let (start, mut memories) = (from_memory(&session, &paused), paused);
+    let outcomes = generation_on_threads(&session, 2, &start, &controls, &observers, &mut memories).unwrap();
+    for outcome in outcomes {
+        assert!(matches!(outcome, Ok(Outcome::Stopped { step: 3, manifest: Some(manifest) }) if manifest.step == 3));
+    }
+    let base = manifests(&fixture, &session).remove(0);
+    drop(memories);
+    assert_eq!(generation(&session, 3, Some(base), None).result().digest, undisturbed);
+}
+
+#[test]
+fn what_is_written_down_where_too_few_stay_goes_to_those_who_stay_too() {
+    let fixture = Fixture::new();
+    let session = fixture.session(fixture.job("bucket"));
+    let controls: Vec<Control> = (0..4).map(|_| Control::default()).collect();
+    controls.iter().for_each(|control| control.go.cancel());
+    controls[..3].iter().for_each(|control| control.leave.cancel());
+    controls[0].stop.cancel();
+    controls[0].save.cancel();
+    let observers: Vec<Arc<dyn Observer>> = (0..4).map(|_| Arc::new(Watch::default()) as _).collect();
+    let mut memories: Vec<Option<Engine>> = (0..4).map(|_| None).collect();
+    let outcomes = generation_on_threads(&session, 1, &Start::Model, &controls, &observers, &mut memories).unwrap();
+    for outcome in outcomes {
+        assert!(matches!(outcome, Ok(Outcome::Stopped { step: 1, manifest: Some(manifest) }) if manifest.step == 1));
+    }
+    // Asserts that every block is there.
+    from_memory(&session, &[memories.pop().unwrap()]);
+}
+
 /// Loses its peer at a chosen message.
 struct Breaks<'a> {
     mesh: &'a Mesh,

@@ -20,7 +20,7 @@ impl Membership {
             let moved = match self.state.clone() {
                 State::Adopting { since, first_hello, answered } => self.adopting(now, since, first_hello, &answered),
                 State::Held { not_before, enough_since, eager } => self.held(now, not_before, enough_since, eager),
-                State::Moving { since, ready, leavers } => self.moving(now, since, &ready, &leavers),
+                State::Moving { .. } => self.moving(now),
                 State::Steady { since, progressed } => self.steady(now, since, progressed),
                 State::Collecting { planned, limit, answered, .. } => self.collecting(now, planned, limit, &answered),
                 State::Stopped => self.suspended(now),
@@ -64,14 +64,23 @@ impl Membership {
 
     /// Waits for enough ranks.
     fn held(&mut self, now: Millis, not_before: Millis, enough_since: Option<Millis>, eager: bool) -> bool {
-        if self.target.is_some_and(|target| target.suspend) {
-            self.interrupted = false;
-            self.state = State::Stopped;
-            return true;
-        }
+        let suspend = self.is_suspended();
         let candidates = self.candidates();
-        if candidates.len() < self.fewest() {
-            self.state = State::Held { not_before, enough_since: None, eager: false };
+        if suspend || candidates.len() < self.fewest() {
+            let enough_since = None;
+            self.state = State::Held { not_before, enough_since, eager: eager && suspend };
+            if self.is_to_be_saved(now, &candidates) {
+                let due = now >= not_before;
+                if due {
+                    self.plan(now, candidates, true);
+                }
+                return due;
+            }
+            if suspend && !self.awaits_memory(now, &candidates) {
+                self.interrupted = false;
+                self.state = State::Stopped;
+                return true;
+            }
             return false;
         }
         let since = enough_since.unwrap_or(now);
@@ -80,8 +89,20 @@ impl Membership {
             self.state = State::Held { not_before, enough_since: Some(since), eager };
             return false;
         }
-        self.plan(now, candidates);
+        self.plan(now, candidates, false);
         true
+    }
+
+    fn is_suspended(&self) -> bool {
+        self.target.is_some_and(|target| target.suspend)
+    }
+
+    /// Ranks hold what the store does not have, and are about to go without anyone to hand it to.
+    fn is_to_be_saved(&self, now: Millis, candidates: &[PodUid]) -> bool {
+        let Some(held) = self.held_state(now, candidates) else { return false };
+        let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
+        let stored = self.manifests.newest_valid(self.generation(), history).map_or(0, |manifest| manifest.step);
+        held.step > stored && (self.is_suspended() || held.members.iter().any(|pod| self.leaves_in_a_hurry(pod)))
     }
 
     /// A rank that only lost its stream is about to be back with what the others do not have.
@@ -128,8 +149,9 @@ impl Membership {
     }
 
     /// Plan: chooses the base and has the record swapped. No rank hears of it before that is done.
-    fn plan(&mut self, now: Millis, candidates: Vec<PodUid>) {
-        let generation = self.generation();
+    fn plan(&mut self, now: Millis, candidates: Vec<PodUid>, saves: bool) {
+        // A record that somebody deleted had issued every generation that left a checkpoint.
+        let generation = self.record.as_ref().map_or_else(|| self.manifests.generation(), |record| record.generation);
         let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
         let manifest = self.manifests.newest_valid(generation, history).cloned();
         let stored_step = manifest.as_ref().map_or(0, |manifest| manifest.step);
@@ -167,7 +189,7 @@ impl Membership {
         let canary = newcomers && record.members.len() > 1;
         self.effects.push(Effect::WriteRecord(record.clone()));
         let between_interruptions_ms = self.between_interruptions_ms(now);
-        self.state = State::Planning(Formation { record, memory, canary, between_interruptions_ms });
+        self.state = State::Planning(Formation { record, memory, canary, saves, between_interruptions_ms });
     }
 
     fn member(&self, pod: &str) -> Option<Member> {
@@ -181,12 +203,16 @@ impl Membership {
 
     /// The record is in place: tells its members.
     pub(super) fn move_to(&mut self, now: Millis, formation: Formation) {
-        for rank in self.ranks.values_mut() {
-            rank.step = None;
-            rank.holding = None;
-            rank.reported_lost = false;
-        }
         let record = &formation.record;
+        for (pod, rank) in &mut self.ranks {
+            rank.step = None;
+            rank.held_up = None;
+            rank.reported_lost = false;
+            // Who leaves and was not needed still holds the same until it goes, should the others be lost at once.
+            if !record.in_memory || record.members.iter().any(|member| member.pod_uid == *pod) {
+                rank.holding = None;
+            }
+        }
         if self.interrupted {
             self.recovery.agreed = Some(now);
         }
@@ -195,39 +221,44 @@ impl Membership {
             members: record.members.len(),
             base_step: record.base_step,
         });
-        let members = record.members.iter().map(|member| member.pod_uid.clone());
-        let leavers = members.filter(|pod| self.leaves_in_a_hurry(pod)).collect();
+        let members = || record.members.iter().map(|member| member.pod_uid.clone());
+        let leavers = members().filter(|pod| self.leaves_in_a_hurry(pod)).collect();
+        let holdings = formation.memory.iter().flat_map(|memory| &memory.holdings);
+        let holders = members().zip(holdings).filter(|(_, holding)| !holding.blocks.is_empty());
+        let holders = holders.map(|(pod, _)| pod).collect();
+        let limit = now + if record.in_memory { self.limits.move_ms } else { self.limits.store_ms };
+        let saves = formation.saves;
         self.effects.push(Effect::Form(formation));
-        self.state = State::Moving { since: now, ready: BTreeMap::new(), leavers };
+        self.state = State::Moving { ready: BTreeMap::new(), leavers, holders, saves, limit };
     }
 
-    fn moving(
-        &mut self,
-        now: Millis,
-        since: Millis,
-        ready: &BTreeMap<PodUid, String>,
-        leavers: &BTreeSet<PodUid>,
-    ) -> bool {
+    fn moving(&mut self, now: Millis) -> bool {
+        let State::Moving { ready, leavers, holders, saves, limit } = self.state.clone() else { return false };
         let members = self.members().to_vec();
-        if let Some(reason) = self.obstacle(now, &members, leavers) {
+        if let Some(reason) = self.obstacle(now, &members, &leavers, saves) {
             self.fruitless += 1;
             self.collect(now, false, reason, 0);
             return true;
         }
         if members.iter().all(|member| ready.contains_key(&member.pod_uid)) {
             let digests: BTreeSet<&String> = ready.values().collect();
+            if digests.len() <= 1 && saves {
+                let deadline_ms = self.earliest_deadline(&members);
+                self.collect(now, true, "what ranks hold is written down".to_owned(), deadline_ms);
+                return true;
+            }
             if digests.len() <= 1 {
                 return self.go(now);
             }
             self.fruitless += 1;
-            self.keep_out_who_differs(ready);
+            self.keep_out_who_differs(&ready, &holders);
             self.happened(Happening::StateMismatch { generation: self.generation() });
             self.collect(now, false, "ranks loaded different states".to_owned(), 0);
             return true;
         }
         let waits =
             members.iter().any(|member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.blocked.is_some()));
-        let overdue = !waits && now >= since.saturating_add(self.limits.move_ms);
+        let overdue = !waits && now >= limit;
         if overdue {
             self.fruitless += 1;
             self.collect(now, false, "a rank does not get ready".to_owned(), 0);
@@ -236,9 +267,10 @@ impl Membership {
     }
 
     /// What keeps a generation from starting. That `leavers` leave is not: they came along because only
-    /// they hold something, and hand it over once it has started.
-    fn obstacle(&mut self, now: Millis, members: &[Member], leavers: &BTreeSet<PodUid>) -> Option<String> {
-        if self.target.is_some_and(|target| target.suspend) {
+    /// they hold something, and hand it over once it has started. Nor is anyone's leaving where all that is wanted is
+    /// to write down what is held.
+    fn obstacle(&mut self, now: Millis, members: &[Member], leavers: &BTreeSet<PodUid>, saves: bool) -> Option<String> {
+        if self.is_suspended() && !saves {
             return Some("the training is suspended".to_owned());
         }
         if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
@@ -252,7 +284,8 @@ impl Membership {
         if members.iter().any(absent) {
             return Some("a rank is out of reach".to_owned());
         }
-        let leaves = |member: &&Member| self.leaves_in_a_hurry(&member.pod_uid) && !leavers.contains(&member.pod_uid);
+        let leaves =
+            |member: &&Member| !saves && self.leaves_in_a_hurry(&member.pod_uid) && !leavers.contains(&member.pod_uid);
         let leaver = members.iter().find(leaves)?;
         self.interrupt(now);
         Some(self.why_it_leaves(leaver))
@@ -287,12 +320,14 @@ impl Membership {
         }
         if self.is_stalled(now, since) {
             self.interrupt(now);
+            self.stalls += 1;
             self.suspect_laggards(now, &members);
             self.collect(now, false, "no step was made in time".to_owned(), 0);
             return true;
         }
         if let Some((reason, deadline_ms)) = self.wish(now, &members, progressed) {
-            self.collect(now, true, reason, deadline_ms);
+            let planned = self.step_ends_in_time(now, since, deadline_ms);
+            self.collect(now, planned, reason, deadline_ms);
             return true;
         }
         self.release_surplus(&members);
@@ -317,6 +352,18 @@ impl Membership {
         (progressed && self.can_grow(now, members)).then(|| ("ranks join".to_owned(), 0))
     }
 
+    /// Else the step under way is given up, and made again: leavers come along with what they hold.
+    fn step_ends_in_time(&self, now: Millis, since: Millis, deadline_ms: Millis) -> bool {
+        let Some(step_ms) = self.step_ms.filter(|_| deadline_ms > 0) else { return true };
+        let ends = self.last_step_at.max(since).saturating_add(step_ms + step_ms / 4).max(now);
+        ends.saturating_add(self.handover_ms(now, deadline_ms)) <= deadline_ms
+    }
+
+    /// What a hand-over may need, at most a third of the time that is left.
+    fn handover_ms(&self, now: Millis, deadline_ms: Millis) -> Millis {
+        self.limits.handover_ms.min(deadline_ms.saturating_sub(now) / 3)
+    }
+
     fn why_it_leaves(&self, member: &Member) -> String {
         let source = self.departure(&member.pod_uid).map_or("", |departure| &departure.source);
         format!("{} on node {} leaves: {source}", member.pod_name, member.node)
@@ -335,14 +382,9 @@ impl Membership {
     /// Whether newcomers make the generation larger, or take the place of one that is to leave.
     fn can_grow(&self, now: Millis, members: &[Member]) -> bool {
         let room = members.len() < self.max() || self.anyone_leaves(members);
-        let newest = self
-            .ranks
-            .iter()
-            .filter(|(pod, rank)| {
-                rank.is_fit() && !self.is_member(pod) && !self.is_gone(pod) && self.departure(pod).is_none()
-            })
-            .map(|(_, rank)| rank.prepared_at)
-            .max();
+        let candidates = self.candidates();
+        let newcomers = candidates.iter().filter(|pod| !self.is_member(pod) && self.departure(pod).is_none());
+        let newest = newcomers.filter_map(|pod| self.ranks.get(pod)).map(|rank| rank.prepared_at).max();
         room && newest.is_some_and(|newest| self.is_settled(now, newest))
     }
 
@@ -381,11 +423,24 @@ impl Membership {
         }
         let patience = match self.step_ms {
             // After the last step the result is written.
-            Some(_) if self.steps > 0 && self.step >= self.steps => self.limits.move_ms,
+            Some(_) if self.steps > 0 && self.step >= self.steps => self.limits.store_ms,
+            Some(step_ms) if self.is_one_silent(now) => self.limits.silent_ms.max(3 * step_ms),
             Some(step_ms) => self.limits.stall_ms.max(5 * step_ms),
             None => self.limits.first_step_ms,
         };
+        // A step may just take longer than those before: with fewer ranks, on other nodes.
+        let patience = patience << self.stalls.min(6);
         now >= self.last_step_at.max(since).max(self.evaluated_at).saturating_add(patience)
+    }
+
+    /// A member is out of reach, and not just for a moment.
+    fn is_one_silent(&self, now: Millis) -> bool {
+        self.members().iter().any(|member| self.is_silent(now, &member.pod_uid))
+    }
+
+    fn is_silent(&self, now: Millis, pod: &str) -> bool {
+        let away = self.ranks.get(pod).and_then(|rank| rank.away_since);
+        away.is_some_and(|since| now >= since.saturating_add(self.limits.silent_ms / 2))
     }
 
     /// Others wait on the ranks that are behind. (All are level when none of them can finish a step:
@@ -418,10 +473,10 @@ impl Membership {
         let answered = BTreeSet::new();
         self.send_stop(planned, &reason, deadline_ms, &answered);
         self.happened(Happening::Stopping { generation, planned, reason: reason.clone() });
-        if planned {
+        let limit = if planned { self.planned_limit(now, deadline_ms) } else { now + self.limits.collect_ms };
+        if planned && self.needs_checkpoint(&self.candidates()) {
             self.warn_of_a_late_checkpoint(now, deadline_ms);
         }
-        let limit = if planned { self.planned_limit(now, deadline_ms) } else { now + self.limits.collect_ms };
         self.state = State::Collecting { planned, limit, deadline: deadline_ms, reason, answered };
     }
 
@@ -430,23 +485,26 @@ impl Membership {
         let Some(last) = &self.checkpoint else { return };
         let needs_ms = self.step_ms.unwrap_or(0) + last.stall_ms + last.upload_ms;
         let has_ms = deadline_ms.saturating_sub(now);
-        if deadline_ms > 0 && needs_ms > has_ms && self.needs_checkpoint(&self.candidates()) {
+        if deadline_ms > 0 && needs_ms > has_ms {
             let durable_step = last.step;
             self.happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step });
         }
     }
 
     fn needs_checkpoint(&self, staying: &[PodUid]) -> bool {
-        let suspend = self.target.is_some_and(|target| target.suspend);
-        suspend || staying.len() < self.fewest()
+        self.is_suspended() || staying.len() < self.fewest()
     }
 
     fn planned_limit(&self, now: Millis, deadline_ms: Millis) -> Millis {
-        let patience = self.limits.planned_ms + 5 * self.step_ms.unwrap_or(0);
+        let saves = self.needs_checkpoint(&self.candidates());
+        let patience = if saves { self.limits.store_ms } else { self.limits.planned_ms };
+        let limit = now.saturating_add(patience + 5 * self.step_ms.unwrap_or(0));
         match deadline_ms {
-            0 => now.saturating_add(patience),
+            0 => limit,
+            // Nothing else is left to do.
+            deadline if saves => deadline.clamp(now, limit),
             // What cannot be finished in time is not waited for, so that the others go on at once.
-            deadline => deadline.clamp(now, now.saturating_add(patience)),
+            deadline => deadline.saturating_sub(self.handover_ms(now, deadline)).clamp(now, limit),
         }
     }
 
@@ -513,7 +571,7 @@ impl Membership {
     /// is broken too and the others have all that it may hold.
     fn are_lost(&self, now: Millis, limit: Millis, waiting: &[PodUid]) -> bool {
         let since = limit.saturating_sub(self.limits.collect_ms);
-        let lost = |pod: &PodUid| self.ranks.get(pod).is_none_or(|rank| rank.reported_lost);
+        let lost = |pod: &PodUid| self.ranks.get(pod).is_none_or(|rank| rank.reported_lost) || self.is_silent(now, pod);
         // Whom a new leader does not know may just not have called it yet.
         let away = |pod: &PodUid| self.ranks.get(pod).is_some_and(|rank| !rank.connected);
         let dispensable = || waiting.iter().all(away) && self.held_state(now, &self.candidates()).is_some();

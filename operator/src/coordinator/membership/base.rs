@@ -3,7 +3,7 @@
 use super::rank::Rank;
 use super::{Happening, Membership, Millis, PodUid};
 use crate::coordinator::report::Blockage;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator::{Cause, Holding, MemoryBase};
 
 /// State that a generation can start from, and the ranks that hold it together.
@@ -85,14 +85,17 @@ impl Membership {
         Some(Blockage { cause: Cause::Numerics, message: format!("{message}; {what_to_do}") })
     }
 
-    /// Ranks that came from the same base to other bits than most, or than the first in rank order.
-    pub(super) fn keep_out_who_differs(&mut self, ready: &BTreeMap<PodUid, String>) {
-        let votes = |digest: &String| ready.values().filter(|other| *other == digest).count();
+    /// Ranks that came from the same base to other bits than most of those that trained before, or than the first of
+    /// them in rank order: newcomers have no say where anyone did.
+    pub(super) fn keep_out_who_differs(&mut self, ready: &BTreeMap<PodUid, String>, holders: &BTreeSet<PodUid>) {
+        let has_a_say = |pod: &PodUid| holders.is_empty() || holders.contains(pod);
+        let votes = |digest: &String| ready.iter().filter(|(pod, other)| has_a_say(pod) && *other == digest).count();
         let members = self.members().to_vec();
         let said: Vec<(&PodUid, &String)> =
             members.iter().filter_map(|member| Some((&member.pod_uid, ready.get(&member.pod_uid)?))).collect();
         // Of equals the first: it has been in the training for longest.
-        let right = said.iter().rev().max_by_key(|(_, digest)| votes(digest)).map(|(_, digest)| (*digest).clone());
+        let heard = said.iter().rev().filter(|(pod, _)| has_a_say(pod));
+        let right = heard.max_by_key(|(_, digest)| votes(digest)).map(|(_, digest)| (*digest).clone());
         for (pod, digest) in said {
             if Some(digest) == right.as_ref() {
                 continue;

@@ -100,6 +100,8 @@ enum Action {
     Hello(PodUid),
     Load(PodUid),
     Step(u64),
+    /// Members that came together only for it write down what they hold.
+    Save(u64),
     /// A peer is gone: the rank leaves the generation.
     Break(PodUid),
     Pods,
@@ -139,7 +141,6 @@ struct World {
     born: u64,
     ticks: u8,
     faults: u8,
-    /// … or on their way out.
     killed: u8,
     cut_off: bool,
     counted: u64,
@@ -205,6 +206,7 @@ impl World {
         let generations: BTreeSet<u64> =
             self.ranks.values().filter_map(|rank| rank.record()).map(|record| record.generation).collect();
         actions.extend(generations.iter().copied().filter(|it| self.trains(*it).is_some()).map(Action::Step));
+        actions.extend(generations.iter().copied().filter(|it| self.saves(*it).is_some()).map(Action::Save));
         if self.writing.is_none() && self.told != self.facts {
             actions.push(Action::Pods);
         }
@@ -237,7 +239,7 @@ impl World {
         let without =
             |record: &Record| record.members.iter().any(|member| !self.is_in(&member.pod_uid, record.generation));
         // Who has been called up later than its peers waits for them.
-        let begun = |record: &Record| matches!(rank.doing, Doing::Training(_)) && without(record);
+        let begun = |record: &Record| (matches!(rank.doing, Doing::Training(_)) || rank.stopping) && without(record);
         let dead = |record: &Record| record.members.iter().any(|member| !self.ranks.contains_key(&member.pod_uid));
         if rank.record().is_some_and(|record| begun(record) || dead(record)) && !matches!(rank.doing, Doing::Done(_)) {
             actions.push(Action::Break(pod.clone()));
@@ -254,6 +256,29 @@ impl World {
         let record = self.ranks.values().filter_map(Rank::record).find(|record| record.generation == generation)?;
         let training = |pod: &str| matches!(self.ranks.get(pod).map(|rank| &rank.doing), Some(Doing::Training(it)) if it.generation == generation);
         record.members.iter().all(|member| training(&member.pod_uid)).then(|| record.clone())
+    }
+
+    /// The generation's record if all its members have loaded what they are to write down.
+    fn saves(&self, generation: u64) -> Option<Record> {
+        let record = self.ranks.values().filter_map(Rank::record).find(|record| record.generation == generation)?;
+        let waits = |rank: &Rank| {
+            matches!(&rank.doing, Doing::Ready(it) if it.generation == generation) && rank.stopping && rank.saves
+        };
+        let all_wait = record.members.iter().all(|member| self.ranks.get(&member.pod_uid).is_some_and(waits));
+        all_wait.then(|| record.clone())
+    }
+
+    fn save(&mut self, generation: u64) {
+        let Some(record) = self.saves(generation) else { return };
+        self.put(&record, record.base_step);
+        for member in &record.members {
+            self.leave(&member.pod_uid, Some(generation));
+        }
+    }
+
+    fn put(&mut self, record: &Record, step: u64) {
+        let key = format!("{}-{step}", record.generation);
+        self.bucket.push(Manifest { step, generation: record.generation, key, digest: "d".into() });
     }
 
     fn faults_possible(&self, actions: &mut Vec<Action>) {
@@ -292,6 +317,7 @@ impl World {
             Action::Hello(pod) => self.hello(pod),
             Action::Load(pod) => self.load(pod),
             Action::Step(generation) => self.step(*generation),
+            Action::Save(generation) => self.save(*generation),
             Action::Break(pod) => self.leave(pod, None),
             Action::Pods => self.pods(),
             Action::Born => self.born(),
@@ -340,7 +366,7 @@ impl World {
                 self.counted = step.step;
             }
             Happening::StepsLost { base_step, .. } => {
-                let excused = self.killed > 1 || self.cut_off;
+                let excused = self.killed > 1 || self.cut_off || !self.is_held(self.counted);
                 assert!(excused, "invariant: no completed step is lost while a holder of each block is there");
                 self.counted = *base_step;
             }
@@ -350,6 +376,13 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    /// Ranks that are there have every block of this step, or its gradient.
+    fn is_held(&self, step: u64) -> bool {
+        let here = |memory: &Memory| memory.step == step || (memory.advancing && memory.step + 1 == step);
+        let held = self.ranks.values().filter_map(|rank| rank.memory).filter(here);
+        held.fold(0, |all, memory| all | memory.blocks) == ALL
     }
 
     fn send(&mut self, pod: &str, body: Body) {
@@ -425,7 +458,9 @@ impl World {
             Body::Stop(stop) => {
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
                 let trains = matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation);
-                if stop.planned && trains {
+                let writes = stop.checkpoint
+                    && matches!(&rank.doing, Doing::Ready(record) if record.generation == stop.generation);
+                if stop.planned && (trains || writes) {
                     rank.stopping = true;
                 } else {
                     self.leave(pod, Some(stop.generation));
@@ -552,8 +587,7 @@ impl World {
     fn part(&mut self, record: &Record, pods: &[PodUid], step: u64) {
         let stays: Vec<PodUid> = pods.iter().filter(|pod| !self.ranks[*pod].leaves).cloned().collect();
         if stays.is_empty() || pods.iter().any(|pod| self.ranks[pod].saves) {
-            let key = format!("{}-{step}", record.generation);
-            self.bucket.push(Manifest { step, generation: record.generation, key, digest: "d".into() });
+            self.put(record, step);
         }
         let kept = stays.iter().filter_map(|pod| self.ranks[pod].memory).fold(0, |all, memory| all | memory.blocks);
         if let Some(memory) = stays.first().and_then(|pod| self.ranks.get_mut(pod)?.memory.as_mut()) {
@@ -601,7 +635,11 @@ impl World {
         let last = self.stored.as_ref().map_or(0, |record| record.generation);
         let next = if record.finish.is_some() { last } else { last + 1 };
         assert_eq!(record.generation, next, "invariant: generations are issued once, in order");
-        assert!(record.members.len() >= self.min, "invariant: a generation has min ranks");
+        let saves = matches!(&self.membership.state, State::Planning(formation) if formation.saves);
+        assert!(
+            saves || record.members.len() >= self.min,
+            "invariant: a generation has min ranks, unless it only saves"
+        );
         self.stored = Some(record);
     }
 
@@ -622,8 +660,6 @@ impl World {
     }
 
     fn announce(&mut self, pod: &str) {
-        // It hands over what it holds: the next one to go may be the only holder.
-        self.killed += 1;
         let departure = Departure { source: "test".into(), deadline_ms: 0, hurry: true, reclaim: true };
         self.facts.insert(pod.to_owned(), PodFact { departure: Some(departure), ended: false });
     }

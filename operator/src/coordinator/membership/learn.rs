@@ -148,6 +148,7 @@ impl Membership {
             prepared: false,
             prepared_at: 0,
             blocked: None,
+            held_up: None,
             memory: Vec::new(),
             own_notice: None,
             failed: false,
@@ -223,9 +224,18 @@ impl Membership {
     }
 
     fn blocked(&mut self, pod: &str, blocked: wire::Blocked) {
-        let blockage = Blockage { cause: blocked.cause(), message: bounded(blocked.message) };
-        if let Some(rank) = self.ranks.get_mut(pod) {
-            rank.blocked = Some(blockage);
+        let (behind, cause) = (blocked.behind, blocked.cause());
+        let blockage = Some(Blockage { cause, message: bounded(blocked.message) });
+        let new = !self.ranks.values().any(|rank| rank.held_up.is_some());
+        let Some(rank) = self.ranks.get_mut(pod) else { return };
+        if !behind {
+            rank.blocked = blockage;
+            return;
+        }
+        rank.held_up = blockage;
+        if let Some(Blockage { message, .. }) = rank.held_up.clone().filter(|_| new) {
+            let durable_step = self.checkpoint.as_ref().map(|last| last.step);
+            self.happened(Happening::CheckpointHeldUp { message, durable_step });
         }
     }
 
@@ -270,6 +280,7 @@ impl Membership {
         self.last_step_at = now;
         self.step_ms = Some((report.step_seconds * 1000.0).clamp(0.0, 1e9) as u64);
         self.fruitless = 0;
+        self.stalls = 0;
         if let State::Steady { progressed, .. } = &mut self.state {
             *progressed = true;
         }
@@ -308,6 +319,9 @@ impl Membership {
         // A manifest names the blocks of every rank: the store takes what each of them writes.
         for member in self.members().to_vec() {
             self.unblock(&member.pod_uid);
+        }
+        for rank in self.ranks.values_mut() {
+            rank.held_up = None;
         }
         let newer = self.checkpoint.as_ref().is_none_or(|last| last.step < manifest.step);
         self.manifests.learn([manifest.clone()]);
@@ -502,6 +516,7 @@ impl Membership {
     fn record_written(&mut self, now: Millis) {
         match std::mem::replace(&mut self.state, State::held(now)) {
             State::Planning(formation) => {
+                self.expect_slower_steps(formation.record.members.len());
                 self.record = Some(formation.record.clone());
                 self.move_to(now, formation);
             }
@@ -512,6 +527,15 @@ impl Membership {
                 self.record = Some(record);
             }
             other => self.state = other,
+        }
+    }
+
+    /// Fewer ranks share the same work.
+    fn expect_slower_steps(&mut self, members: usize) {
+        let before = self.record.as_ref().map_or(0, |record| record.members.len());
+        if members > 0 && members < before {
+            let longer = |step_ms: Millis| step_ms * before as u64 / members as u64;
+            self.step_ms = self.step_ms.map(longer);
         }
     }
 

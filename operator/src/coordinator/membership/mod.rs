@@ -54,8 +54,14 @@ pub struct Limits {
     pub stall_ms: Millis,
     /// The first step of a run may take so long.
     pub first_step_ms: Millis,
-    /// Loading the base and connecting to peers.
+    /// Connecting to peers, and handing over what they hold.
     pub move_ms: Millis,
+    /// Reading a base from the store; writing a checkpoint or the result while nothing else goes on.
+    pub store_ms: Millis,
+    /// A stop that leavers' peers depend on ends so long before their deadline, so that there is time to do without.
+    pub handover_ms: Millis,
+    /// No step for so long, and for three steps, means that a rank whose stream is broken too hangs or is cut off.
+    pub silent_ms: Millis,
     /// Joiners are taken in together when they come within this.
     pub settle_ms: Millis,
     /// A rank that is connected and still fetching is waited for so long.
@@ -75,6 +81,9 @@ impl Default for Limits {
             stall_ms: 30_000,
             first_step_ms: 300_000,
             move_ms: 600_000,
+            store_ms: 1_800_000,
+            handover_ms: 5_000,
+            silent_ms: 4_000,
             settle_ms: 2_000,
             joining_ms: 20_000,
             suspect_ms: 15_000,
@@ -145,6 +154,8 @@ pub struct Formation {
     pub memory: Option<wire::MemoryBase>,
     /// Members prove that they compute alike.
     pub canary: bool,
+    /// Its members write down what they hold, and train no step.
+    pub saves: bool,
     pub between_interruptions_ms: Millis,
 }
 
@@ -165,10 +176,13 @@ enum State {
     },
     Planning(Formation),
     Moving {
-        since: Millis,
         ready: BTreeMap<PodUid, String>,
         /// Members that were known to leave when it was formed.
         leavers: BTreeSet<PodUid>,
+        /// Members that had state before: what they come to is right.
+        holders: BTreeSet<PodUid>,
+        saves: bool,
+        limit: Millis,
     },
     Steady {
         since: Millis,
@@ -225,6 +239,8 @@ pub struct Membership {
     steps: u64,
     /// Generations in a row that ended before their first step.
     fruitless: u32,
+    /// How often no step came in time since the last one: each time more patience is had.
+    stalls: u32,
     progress: Option<StepReport>,
     evaluation: Option<EvaluationReport>,
     /// When a part of an evaluation was last done.
@@ -259,6 +275,7 @@ impl Membership {
             blocks: None,
             steps: 0,
             fruitless: 0,
+            stalls: 0,
             progress: None,
             evaluation: None,
             evaluated_at: now,
@@ -275,9 +292,9 @@ impl Membership {
         membership
     }
 
-    /// A training that began before we led.
-    pub fn begun_at(self, began_at: Millis) -> Self {
-        Self { began_at, ..self }
+    /// What is known of the time before we led: when the training began, and its last checkpoint.
+    pub fn after(self, began_at: Millis, checkpoint: Option<CheckpointReport>) -> Self {
+        Self { began_at, checkpoint, ..self }
     }
 
     /// Mean time between interruptions so far; the next one is reckoned with now.
@@ -412,6 +429,7 @@ impl Membership {
             leaving: self.leaves_in_a_hurry(pod),
             released: rank.released,
             blocked: Self::obstacle_of(rank, class),
+            held_up: rank.held_up.clone(),
         }
     }
 
@@ -431,6 +449,9 @@ impl Membership {
                 format!("{} of at least {min} ranks are ready to train", self.candidates().len())
             }
             State::Planning(formation) => format!("records generation {}", formation.record.generation),
+            State::Moving { ready, saves: true, .. } => {
+                format!("ranks gather to write down what they hold: {} of {} ready", ready.len(), self.members().len())
+            }
             State::Moving { ready, .. } => {
                 format!(
                     "ranks load the base of generation {}: {} of {} ready",

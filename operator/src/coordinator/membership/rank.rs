@@ -18,6 +18,8 @@ pub(super) struct Rank {
     pub prepared: bool,
     pub prepared_at: Millis,
     pub blocked: Option<Blockage>,
+    /// What its checkpoint behind the training waits for.
+    pub held_up: Option<Blockage>,
     /// What it needs, by number of ranks; empty until it says so.
     pub memory: Vec<MemoryNeed>,
     /// What it said itself: SIGTERM, or its node's metadata.

@@ -218,7 +218,9 @@ impl World {
         if record.finish.is_none() {
             assert_eq!(record.generation, last + 1, "generations are issued once, in order");
             // Some who leave may come along for a step, with what only they have.
-            assert!(record.members.len() >= MIN && (record.in_memory || record.members.len() <= MAX));
+            let saves = matches!(&self.membership.state, State::Planning(formation) if formation.saves);
+            assert!(saves || record.members.len() >= MIN);
+            assert!(record.in_memory || record.members.len() <= MAX);
             if let Some(base) = &record.base {
                 assert!(self.written.contains(base), "a rank wrote the base");
                 let history = self.stored.as_ref().map_or(&[][..], |record| &record.history);
@@ -241,9 +243,10 @@ impl World {
             }
             Body::Stop(stop) => {
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
-                if stop.planned
-                    && matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation)
-                {
+                let writes = stop.checkpoint
+                    && matches!(&rank.doing, Doing::Ready(record) if record.generation == stop.generation);
+                let trains = matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation);
+                if stop.planned && (trains || writes) {
                     rank.stopping = true;
                 } else {
                     rank.stopping = false;
@@ -329,6 +332,7 @@ impl World {
             self.act(&pod, trouble == Trouble::All);
         }
         self.train(trouble);
+        self.save();
         self.feed(Event::Pods(self.facts.clone()));
         self.feed(Event::Tick);
         self.check();
@@ -375,7 +379,7 @@ impl World {
                 self.facts.remove(&pod);
                 self.break_generation(&pod);
             }
-            1 if all_train(self) => self.notice(&pod, true),
+            1 => self.notice(&pod, true),
             2 => self.notice(&pod, false),
             3 => {
                 self.facts.insert(pod, PodFact::default());
@@ -527,6 +531,32 @@ impl World {
         }
     }
 
+    /// Members that came together only for it write down what they hold.
+    fn save(&mut self) {
+        let waits = |rank: &SimRank, record: &Record| {
+            rank.stopping && rank.saves && matches!(&rank.doing, Doing::Ready(theirs) if theirs == record)
+        };
+        let Some(record) = self.stored.clone() else { return };
+        let here = |pod: &PodUid| self.ranks.get(pod).is_some_and(|rank| waits(rank, &record));
+        if !record.members.iter().all(|member| here(&member.pod_uid)) {
+            return;
+        }
+        self.put(&record, record.base_step);
+        for member in &record.members {
+            if let Some(rank) = self.ranks.get_mut(&member.pod_uid) {
+                rank.stopping = false;
+            }
+            self.leave(&member.pod_uid, record.generation);
+        }
+    }
+
+    fn put(&mut self, record: &Record, step: u64) {
+        let key = format!("{}-{step}", record.generation);
+        let manifest = Manifest { step, generation: record.generation, key, digest: "d".into() };
+        self.written.push(manifest.clone());
+        self.bucket.push(manifest);
+    }
+
     fn train_generation(&mut self, record: &Record, trouble: Trouble) {
         let pods: Vec<PodUid> = record.members.iter().map(|member| member.pod_uid.clone()).collect();
         let trains = |pod: &PodUid| matches!(self.ranks.get(pod).map(|rank| &rank.doing), Some(Doing::Training(theirs)) if theirs.generation == record.generation);
@@ -551,14 +581,7 @@ impl World {
             self.evacuate(&pods);
         }
         if saves || step.is_multiple_of(5) {
-            let manifest = Manifest {
-                step,
-                generation: record.generation,
-                key: format!("{}-{step}", record.generation),
-                digest: "d".into(),
-            };
-            self.written.push(manifest.clone());
-            self.bucket.push(manifest);
+            self.put(record, step);
         }
         if stopping {
             for pod in pods {

@@ -34,6 +34,7 @@ fn start(store: &SharedStore) -> (SessionHandle, mpsc::Receiver<Told>) {
         target: Target { min: 1, max: 1, suspend: false },
         counters: Default::default(),
         began_at: None,
+        checkpoint: None,
     };
     let metrics = Arc::new(Metrics::new().unwrap());
     let key = ("ns".to_owned(), "t".to_owned());

@@ -146,6 +146,12 @@ fn elsewhere(nodes: &BTreeSet<String>) -> Vec<Value> {
     nodes.iter().map(|node| json!({"key": "metadata.name", "operator": "NotIn", "values": [node]})).collect()
 }
 
+/// Once a step is made it stays what it was, whatever the operator was upgraded to: exact weights need one program.
+pub fn image<'a>(training: &'a VicunaTraining, config: &'a Config) -> &'a str {
+    let pinned = training.status.as_ref().and_then(|status| status.image.as_deref());
+    pinned.unwrap_or(&config.runtime_image)
+}
+
 fn container(training: &VicunaTraining, config: &Config, pool: &Pool) -> Value {
     let probe = |path: &str| json!({"httpGet": {"path": path, "port": "metrics"}});
     let mut liveness = probe("/healthz");
@@ -155,7 +161,7 @@ fn container(training: &VicunaTraining, config: &Config, pool: &Pool) -> Value {
     readiness["periodSeconds"] = json!(2);
     json!({
         "name": "trainer",
-        "image": config.runtime_image,
+        "image": image(training, config),
         "imagePullPolicy": config.image_pull_policy,
         "command": ["vicuna-trainer"],
         "args": arguments(config),

@@ -1,6 +1,7 @@
 //! The conditions. All are always there, so that waiting for one never hangs for want of it.
 
 use super::Obstacle;
+use super::obstacle::reason_of;
 use crate::coordinator::report::MemoryNeed;
 use crate::training::observe::Observed;
 use crate::training::plan::Plan;
@@ -145,6 +146,11 @@ fn checkpointed(observed: &Observed, obstacle: Option<&Obstacle>, before: &Vicun
         return verdict(kind, false, obstacle.reason, obstacle.message.clone());
     }
     let report = observed.report.as_ref();
+    let held_up = report.and_then(|report| report.ranks.values().find_map(|rank| rank.held_up.as_ref()));
+    if let Some(held_up) = held_up {
+        let message = format!("The training goes on; its checkpoint waits: {}", held_up.message);
+        return verdict(kind, false, reason_of(held_up), message);
+    }
     let known = report.is_some_and(|report| report.checkpoint.is_some() || report.finish.is_some());
     if known || before.checkpoint.is_some() {
         verdict(kind, true, "Written", "A complete checkpoint is in the bucket.")

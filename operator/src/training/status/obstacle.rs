@@ -45,7 +45,7 @@ fn blocked_rank(observed: &Observed) -> Option<Obstacle> {
 
 /// The wire carries the kind of cause; the store's own words tell the rest (`vicuna-checkpoint`,
 /// `StoreError`).
-fn reason_of(blockage: &Blockage) -> &'static str {
+pub fn reason_of(blockage: &Blockage) -> &'static str {
     let says = |words: &str| blockage.message.contains(words);
     match blockage.cause {
         Cause::Store if says("the bucket of") => "BucketMissing",

@@ -12,6 +12,7 @@ use crate::layout::Layout;
 use crate::log::Log;
 use crate::optimizer::{Update, clip_scale, squared_norm};
 use crate::pace::Pace;
+use crate::parallel;
 use crate::schedule::learning_rate;
 use crate::state::{BlockState, Weights, floats, read_block};
 use commit::{Contribution, Terms, Wishes};
@@ -265,8 +266,11 @@ impl Engine {
         let (losses, communication) = computed?;
         own.losses = losses;
         own.seconds = started.elapsed().saturating_sub(communication).as_secs_f64();
-        let witnessed = self.layout.witnessed(rank);
-        own.norms = witnessed.filter_map(|block| Some((block, squared_norm(self.pending.get(&block)?)))).collect();
+        let witnessed = self.layout.witnessed(rank).filter_map(|block| Some((block, self.pending.get(&block)?)));
+        let norms = parallel::map(parallel::threads(), witnessed.collect(), |(block, gradient)| {
+            (block, squared_norm(gradient))
+        });
+        own.norms = norms.into_iter().collect();
         Ok(communication)
     }
 
@@ -311,11 +315,11 @@ impl Engine {
         };
         // What has no gradient here stays behind, and is of no use to anyone.
         self.blocks.retain(|index, _| pending.contains_key(index));
-        for (index, state) in &mut self.blocks {
-            if let Some(gradient) = pending.get(index) {
-                state.update(&self.table, &self.table.blocks[*index], gradient, update);
-            }
-        }
+        let table = &self.table;
+        let kept = self.blocks.iter_mut().filter_map(|(index, state)| Some((*index, state, pending.get(index)?)));
+        parallel::map(parallel::threads(), kept.collect(), |(index, state, gradient)| {
+            state.update(table, &table.blocks[index], gradient, update);
+        });
     }
 
     /// Brings owners' weights to the ranks that lack them. Who keeps a block has them already.

@@ -6,12 +6,16 @@ use super::gradients::Partial;
 use crate::blocks::BlockTable;
 use crate::collective::{Collective, CollectiveError, Kind, Tag};
 use crate::layout::Layout;
+use crate::parallel;
 use crate::state::{floats, read_block};
 use crate::tree::{self, Node, Summand, TreeSum};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
+
+/// Elements worth a thread's while.
+const AT_ONCE: usize = 1 << 18;
 
 /// What a step's reduction is about.
 #[derive(Clone, Copy)]
@@ -152,7 +156,9 @@ impl<'a> Reduction<'a> {
     /// Divides once by the number of trained tokens, and hands the gradient to the twin.
     fn conclude(&self, block: usize, mut sum: Vec<f32>) -> Result<Vec<f32>, StepError> {
         let tokens = self.task.tokens as f32;
-        sum.iter_mut().for_each(|value| *value /= tokens);
+        parallel::map(parallel::threads(), sum.chunks_mut(AT_ONCE).collect(), |part| {
+            part.iter_mut().for_each(|value| *value /= tokens);
+        });
         if let Some(twin) = self.task.layout.twin(block) {
             let tag = Tag::new(Kind::Gradient, self.task.step).block(block);
             self.task.collective.send(twin, tag, bytemuck::cast_slice(&sum))?;
