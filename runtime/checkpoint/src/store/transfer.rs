@@ -10,6 +10,11 @@ use tokio::io::{AsyncWriteExt, BufReader};
 /// Bytes of one request; also the memory that a transfer needs.
 const CHUNK_BYTES: u64 = 8 << 20;
 
+/// Parts of one upload, at most, as S3 has it.
+const PARTS_LIMIT: u64 = 10_000;
+/// Parts are whole multiples of this.
+const PART_STEP_BYTES: u64 = 1 << 20;
+
 /// Copies the object at `uri`, or every object below it, to `dest_dir`, which is made. Returns the
 /// local path of what `uri` names: a file below `dest_dir`, or `dest_dir` itself. Files that are
 /// there in full size are kept: `dest_dir` must belong to this URI alone. `progress` is told
@@ -32,6 +37,14 @@ pub async fn fetch(
         .await?;
     }
     Ok(result)
+}
+
+/// Bytes and key of every object that [`fetch`] would copy.
+pub async fn size(uri: &str) -> Result<Vec<(String, u64)>, StoreError> {
+    let store = Store::open(uri)?;
+    let (objects, path) = find(&store, Path::new("")).await?;
+    let name = |key: String| if key.is_empty() { path.display().to_string() } else { key };
+    Ok(objects.into_iter().map(|object| (name(object.key), object.bytes)).collect())
 }
 
 /// Writes every file below `dir` under the same relative name below `store`; returns the bytes.
@@ -122,8 +135,9 @@ async fn upload(store: &Store, dir: &Path, file: &Path) -> Result<u64, StoreErro
     let key = key.join("/");
     let opened = File::open(file).await;
     let source = opened.map_err(|source| StoreError::disk(file, source))?;
+    let length = source.metadata().await.map_err(|source| StoreError::disk(file, source))?.len();
     let mut reader = BufReader::with_capacity(1 << 20, source);
-    let mut writer = BufWriter::with_capacity(store.inner.clone(), store.path(&key), CHUNK_BYTES as usize);
+    let mut writer = BufWriter::with_capacity(store.inner.clone(), store.path(&key), part_bytes(length) as usize);
     let copied = match tokio::io::copy_buf(&mut reader, &mut writer).await {
         Ok(bytes) => writer.shutdown().await.map(|()| bytes),
         Err(error) => Err(error),
@@ -138,11 +152,32 @@ async fn upload(store: &Store, dir: &Path, file: &Path) -> Result<u64, StoreErro
     }
 }
 
+/// Bytes of an upload's part, so that no file needs more parts than the store takes.
+fn part_bytes(length: u64) -> u64 {
+    CHUNK_BYTES.max(length.div_ceil(PARTS_LIMIT).next_multiple_of(PART_STEP_BYTES))
+}
+
 /// `BufWriter` wraps the store's error into an `io::Error`.
 fn from_io(store: &Store, key: &str, error: std::io::Error) -> StoreError {
     let inner = error.get_ref().and_then(|e| e.downcast_ref::<object_store::Error>());
     match inner {
         Some(inner) => store.error(key, inner),
         None => StoreError::Other { uri: store.uri_of(key), detail: error.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_grow_with_the_file_and_are_never_too_many() {
+        assert_eq!(part_bytes(0), CHUNK_BYTES);
+        // Where parts of 8 MiB are just enough.
+        assert_eq!(part_bytes(CHUNK_BYTES * PARTS_LIMIT), CHUNK_BYTES);
+        for length in [CHUNK_BYTES * PARTS_LIMIT + 1, 280_000_000_000, 5 << 40] {
+            let part = part_bytes(length);
+            assert!(part > CHUNK_BYTES && length.div_ceil(part) <= PARTS_LIMIT, "{length}: {part}");
+        }
     }
 }
