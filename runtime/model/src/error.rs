@@ -8,6 +8,8 @@ pub enum ModelError {
     Read { path: PathBuf, source: std::io::Error },
     #[error("cannot write {path}: {source}")]
     Write { path: PathBuf, source: std::io::Error },
+    #[error("{path} cannot be written to: {reason}; name a folder that is new or empty")]
+    Occupied { path: PathBuf, reason: &'static str },
     #[error("{path} is neither a GGUF file nor a directory with config.json, tokenizer.json and safetensors")]
     NotAModel { path: PathBuf },
     #[error("{path} is not valid JSON: {source}")]

@@ -19,6 +19,7 @@ const TOKENIZER: [&str; 4] =
 /// added. A directory's files keep their names and precision, and no more than one tensor of it is in
 /// memory; a GGUF model is written as fp32.
 pub fn merge(base: &Path, adapter: &Path, out: &Path) -> Result<(), ModelError> {
+    check_out(base, adapter, out)?;
     let added = Adapter::load(adapter)?;
     std::fs::create_dir_all(out).map_err(|source| ModelError::Write { path: out.to_owned(), source })?;
     if !base.join("config.json").is_file() {
@@ -33,6 +34,23 @@ pub fn merge(base: &Path, adapter: &Path, out: &Path) -> Result<(), ModelError> 
         copy(&adapter.join(name), &out.join(name))?;
     }
     weights.iter().try_for_each(|file| merge_file(file, &added, out))
+}
+
+/// What is read while it is written is lost, and what lies there might be mixed with the model.
+fn check_out(base: &Path, adapter: &Path, out: &Path) -> Result<(), ModelError> {
+    let Ok(place) = out.canonicalize() else { return Ok(()) };
+    let is = |other: &Path| other.canonicalize().is_ok_and(|other| other == place);
+    let is_empty = || std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+    let reason = if is(base) {
+        "it is the base model"
+    } else if is(adapter) {
+        "it is the adapter"
+    } else if !is_empty() {
+        "it is not empty"
+    } else {
+        return Ok(());
+    };
+    Err(ModelError::Occupied { path: out.to_owned(), reason })
 }
 
 fn invalid(path: &Path, error: impl ToString) -> ModelError {
@@ -154,6 +172,31 @@ mod tests {
         assert_eq!(digest(&merged), digest(&expected));
         assert_ne!(digest(&merged), digest(&model));
         assert_eq!(merged.chat_template, model.chat_template);
+    }
+
+    #[test]
+    fn neither_base_nor_adapter_nor_anything_else_is_written_over() {
+        let lora = Lora::new(4, 16.0, 0.1, &["q_proj"]).unwrap();
+        let (adapter, _) = saved(&lora);
+        let base = tempfile::tempdir().unwrap();
+        let model = tiny(3);
+        save(base.path(), &model.config, &model.tensors, &model.tokenizer, None).unwrap();
+        let other = tempfile::tempdir().unwrap();
+        std::fs::write(other.path().join("notes"), "mine").unwrap();
+        let around = base.path().join("..").join(base.path().file_name().unwrap());
+        let of = |path: &Path| std::fs::read(path).unwrap();
+        let before = of(&base.path().join("model.safetensors"));
+        for (out, expected) in [
+            (base.path(), "it is the base model"),
+            (&around, "it is the base model"),
+            (adapter.path(), "it is the adapter"),
+            (other.path(), "it is not empty"),
+        ] {
+            let said = merge(base.path(), adapter.path(), out).unwrap_err().to_string();
+            assert!(said.contains(expected), "{said}");
+        }
+        assert_eq!(of(&base.path().join("model.safetensors")), before);
+        assert!(Adapter::load(adapter.path()).is_ok());
     }
 
     #[test]
