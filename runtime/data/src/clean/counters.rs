@@ -17,7 +17,7 @@ impl Step for Counters {
     }
 }
 
-fn stripped(text: &str) -> Option<String> {
+pub(super) fn stripped(text: &str) -> Option<String> {
     let mut rest = text;
     loop {
         let (first, after) = rest.split_once('\n').unwrap_or((rest, ""));

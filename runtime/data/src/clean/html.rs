@@ -4,7 +4,7 @@
 //! that *is* an HTML document, stay. Text is not escaped: "snake_case" written as "snake\_case" is
 //! what models then write, too.
 
-use super::{Candidate, Step, Verdict};
+use super::{Candidate, Step, Verdict, counters};
 use crate::conversation::Role;
 use htmd::element_handler::{HandlerResult, Handlers};
 use htmd::options::{BulletListMarker, Options};
@@ -80,6 +80,9 @@ impl Step for HtmlToMarkdown {
     fn apply(&mut self, candidate: &mut Candidate) -> Verdict {
         let mut failed = false;
         let changed = candidate.rewrite(Some(Role::Assistant), |text| {
+            // The page's counter beside a reply is not part of its HTML.
+            let stripped = counters::stripped(text);
+            let text = stripped.as_deref().unwrap_or(text);
             let markdown = if is_html(text) { Some(self.convert(text)) } else { None };
             failed |= markdown == Some(None);
             markdown.flatten()
@@ -268,6 +271,15 @@ mod tests {
         let mut asked = candidate(&[S::Human("<p>Why?</p>"), S::Bot("<p>So.</p>")]);
         assert_eq!(HtmlToMarkdown::default().apply(&mut asked), Verdict::Changed(1));
         assert_eq!(asked, candidate(&[S::Human("<p>Why?</p>"), S::Bot("So.")]));
+    }
+
+    #[test]
+    fn the_page_s_counter_before_html_does_not_keep_it_html() {
+        let mut told = candidate(&[S::Human("a"), S::Bot("2 / 2\n\n<div><p>So <b>it</b> is.</p></div>")]);
+        assert_eq!(HtmlToMarkdown::default().apply(&mut told), Verdict::Changed(1));
+        assert_eq!(told, candidate(&[S::Human("a"), S::Bot("So **it** is.")]));
+        let mut fraction = candidate(&[S::Human("a"), S::Bot("2 / 2\n\nIt is <b>so</b>.")]);
+        assert_eq!(HtmlToMarkdown::default().apply(&mut fraction), Verdict::Unchanged);
     }
 
     #[test]
