@@ -4,9 +4,9 @@
 use crate::config::token_ids;
 use crate::parameters::{self, LM_HEAD};
 use crate::pretrained::map_file;
-use crate::{Config, ModelError, Pretrained};
+use crate::{Config, ModelError, Pretrained, SpecialTokens};
 use safetensors::{Dtype, SafeTensors, View};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;
@@ -30,7 +30,14 @@ pub(crate) fn load(directory: &Path) -> Result<Pretrained, ModelError> {
     let path = directory.join("tokenizer.json");
     let tokenizer =
         Tokenizer::from_file(&path).map_err(|error| ModelError::Tokenizer(format!("{}: {error}", path.display())))?;
-    Ok(Pretrained { config, tensors, packed: BTreeMap::new(), tokenizer, chat_template: chat_template(directory)? })
+    Ok(Pretrained {
+        special_tokens: SpecialTokens::read(directory, &config, &tokenizer)?,
+        config,
+        tensors,
+        packed: BTreeMap::new(),
+        tokenizer,
+        chat_template: chat_template(directory)?,
+    })
 }
 
 /// Chat models often name more end tokens in `generation_config.json` than in `config.json`.
@@ -130,7 +137,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Value, ModelError> {
     serde_json::from_slice(&bytes).map_err(|source| ModelError::Json { path: path.to_owned(), source })
 }
 
-fn read_optional_json(path: &Path) -> Result<Option<Value>, ModelError> {
+pub(crate) fn read_optional_json(path: &Path) -> Result<Option<Value>, ModelError> {
     if path.is_file() { read_json(path).map(Some) } else { Ok(None) }
 }
 
@@ -163,7 +170,10 @@ pub fn save_tokenizer(
     chat_template: Option<&str>,
 ) -> Result<(), ModelError> {
     write_json(&directory.join("tokenizer_config.json"), &tokenizer_config(config, tokenizer, chat_template))?;
-    write_json(&directory.join("special_tokens_map.json"), &Value::Object(special_tokens(config, tokenizer)))?;
+    write_json(
+        &directory.join("special_tokens_map.json"),
+        &Value::Object(SpecialTokens::of(config, tokenizer).to_map()),
+    )?;
     tokenizer.save(directory.join("tokenizer.json"), false).map_err(|error| ModelError::Tokenizer(error.to_string()))
 }
 
@@ -233,7 +243,7 @@ fn generation_config(config: &Config) -> Value {
 }
 
 fn tokenizer_config(config: &Config, tokenizer: &Tokenizer, chat_template: Option<&str>) -> Value {
-    let mut settings = special_tokens(config, tokenizer);
+    let mut settings = SpecialTokens::of(config, tokenizer).to_map();
     settings.insert("tokenizer_class".to_owned(), json!("PreTrainedTokenizerFast"));
     settings.insert("model_max_length".to_owned(), json!(config.max_position));
     settings.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
@@ -241,13 +251,6 @@ fn tokenizer_config(config: &Config, tokenizer: &Tokenizer, chat_template: Optio
         settings.insert("chat_template".to_owned(), json!(template));
     }
     Value::Object(settings)
-}
-
-fn special_tokens(config: &Config, tokenizer: &Tokenizer) -> Map<String, Value> {
-    [("bos_token", config.bos), ("eos_token", config.eos.first().copied()), ("pad_token", config.pad)]
-        .into_iter()
-        .filter_map(|(key, id)| Some((key.to_owned(), json!(tokenizer.id_to_token(id?)?))))
-        .collect()
 }
 
 pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), ModelError> {
@@ -259,6 +262,7 @@ pub(crate) fn write_json(path: &Path, value: &Value) -> Result<(), ModelError> {
 mod tests {
     use super::*;
     use crate::tiny::tiny;
+    use serde_json::Map;
 
     fn saved() -> (tempfile::TempDir, Pretrained) {
         let directory = tempfile::tempdir().unwrap();

@@ -23,6 +23,7 @@ pub mod lora;
 pub mod parameters;
 mod pretrained;
 pub mod rope;
+mod special_tokens;
 pub mod tiny;
 
 pub use config::{Config, Family};
@@ -33,3 +34,4 @@ pub use hugging_face::{save, save_tokenizer};
 pub use parameters::{layer_parameter_names, parameter_names, parameter_shape};
 pub use pretrained::{Pretrained, load, load_adapted};
 pub use rope::RopeScaling;
+pub use special_tokens::SpecialTokens;

@@ -3,7 +3,7 @@
 use crate::gguf::packed::Packed;
 use crate::lora::Adapter;
 use crate::parameters::EMBEDDING;
-use crate::{Config, ModelError, gguf, hugging_face};
+use crate::{Config, ModelError, SpecialTokens, gguf, hugging_face};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
@@ -20,6 +20,7 @@ pub struct Pretrained {
     /// Those of them that the file holds quantised, as they are there.
     pub(crate) packed: BTreeMap<String, Packed>,
     pub tokenizer: Tokenizer,
+    pub special_tokens: SpecialTokens,
     /// Jinja source of the model's own chat template.
     pub chat_template: Option<String>,
 }

@@ -5,7 +5,7 @@ use crate::config::Family;
 use crate::gguf::added_token;
 use crate::lora::{Adapter, Lora};
 use crate::rope::RopeScaling;
-use crate::{Config, ModelError, Pretrained, parameter_names, parameter_shape};
+use crate::{Config, ModelError, Pretrained, SpecialTokens, parameter_names, parameter_shape};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -74,13 +74,7 @@ pub fn of_config(config: Config, seed: u64) -> Pretrained {
             (name, tensor)
         })
         .collect();
-    Pretrained {
-        config,
-        tensors,
-        packed: BTreeMap::new(),
-        tokenizer: tokenizer(),
-        chat_template: Some(CHATML.to_owned()),
-    }
+    Pretrained { tensors, chat_template: Some(CHATML.to_owned()), ..without_weights(config) }
 }
 
 /// A model of any shape with random weights, made where they are to be: for benches. The tokenizer is
@@ -95,7 +89,19 @@ pub fn random(config: Config, kind: Kind, device: Device) -> Pretrained {
         (name, tensor)
     };
     let tensors = parameter_names(&config).into_iter().map(tensor).collect();
-    Pretrained { config, tensors, packed: BTreeMap::new(), tokenizer: tokenizer(), chat_template: None }
+    Pretrained { tensors, ..without_weights(config) }
+}
+
+fn without_weights(config: Config) -> Pretrained {
+    let tokenizer = tokenizer();
+    Pretrained {
+        special_tokens: SpecialTokens::of(&config, &tokenizer),
+        config,
+        tensors: BTreeMap::new(),
+        packed: BTreeMap::new(),
+        tokenizer,
+        chat_template: None,
+    }
 }
 
 /// LLaMA-7B's shape (Touvron et al. 2023).

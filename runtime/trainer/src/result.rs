@@ -62,5 +62,7 @@ fn save(session: &Session, engine: &Engine, directory: &Path) -> Result<String, 
             vicuna_model::save_tokenizer(directory, config, &model.tokenizer, template)?;
         }
     }
+    // The template calls them by these names.
+    model.special_tokens.write(directory)?;
     Ok(vicuna_model::weights_digest(&tensors)?)
 }

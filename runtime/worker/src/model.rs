@@ -254,9 +254,9 @@ fn template(model: &Pretrained, own: Option<&str>, name: Option<&str>) -> Result
     let source = own.ok_or_else(|| {
         anyhow!("the model has no chat template of its own; name one (vicuna_v1.1 or chatml) in the template field")
     })?;
-    let token = |id: Option<u32>| id.and_then(|id| model.tokenizer.id_to_token(id)).unwrap_or_default();
-    let (bos, eos) = (token(model.config.bos), token(model.config.eos.first().copied()));
-    Ok(Template::from_jinja(source, &bos, &eos)?)
+    let [bos, eos] =
+        [&model.special_tokens.bos, &model.special_tokens.eos].map(|token| token.as_deref().unwrap_or_default());
+    Ok(Template::from_jinja(source, bos, eos)?)
 }
 
 /// The model's own end tokens and those of the template.

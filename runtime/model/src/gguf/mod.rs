@@ -13,7 +13,7 @@ pub(crate) use tokenizer::added_token;
 
 use self::packed::Packed;
 use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD};
-use crate::{Config, Family, ModelError, Pretrained};
+use crate::{Config, Family, ModelError, Pretrained, SpecialTokens};
 use std::collections::BTreeMap;
 use tch::{Kind, Tensor};
 
@@ -57,8 +57,10 @@ pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
         tensors.insert(name.clone(), restore_row_order(&config, &name, tensor)?);
     }
     parameters::check(&config, &tensors)?;
+    let tokenizer = tokenizer::build(&gguf)?;
     Ok(Pretrained {
-        tokenizer: tokenizer::build(&gguf)?,
+        special_tokens: SpecialTokens::of(&config, &tokenizer),
+        tokenizer,
         chat_template: gguf.text("tokenizer.chat_template").map(str::to_owned),
         config,
         tensors,
