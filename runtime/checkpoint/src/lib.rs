@@ -12,8 +12,8 @@ pub mod manifest;
 pub mod retention;
 pub mod store;
 
-pub use manifest::{BlockEntry, Cursor, Manifest, ManifestError, ManifestRef};
-pub use store::{Store, StoreError, fetch, upload_dir};
+pub use manifest::{BlockEntry, Cursor, Inputs, Manifest, ManifestError, ManifestRef};
+pub use store::{Store, StoreError, fetch, size, upload_dir};
 
 /// The clock against which ages of objects are measured.
 pub fn now() -> chrono::DateTime<chrono::Utc> {

@@ -28,6 +28,9 @@ pub struct Manifest {
     pub training_uid: String,
     /// Digest of everything that decides the weights.
     pub recipe_digest: String,
+    /// What the recipe names by URIs only.
+    #[serde(default)]
+    pub inputs: Inputs,
     pub generation: u64,
     /// The last step applied; 0 is the untrained model.
     pub step: u64,
@@ -37,6 +40,18 @@ pub struct Manifest {
     pub cursor: Cursor,
     /// In block order.
     pub blocks: Vec<BlockEntry>,
+}
+
+/// Digests of what was read, hex: the same URI may hold something else later. Absent where it is unknown, as in
+/// manifests of earlier releases, or where nothing depends on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Inputs {
+    /// Of all sequences as they are trained on and held out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
+    /// Of the frozen base's weights, where adapters are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -43,10 +43,12 @@ impl Role {
 }
 
 /// One thing said.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
     pub role: Role,
     pub content: String,
+    /// Whether a reply is learned; one that is not is context only (`"weight": 0` in OpenAI's format).
+    pub learned: bool,
 }
 
 impl Turn {
@@ -63,7 +65,15 @@ impl Turn {
     }
 
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self { role, content: content.into() }
+        Self { role, content: content.into(), learned: true }
+    }
+
+    /// With the weight where that is not the usual one.
+    fn weighed(&self, mut record: Value) -> Value {
+        if !self.learned {
+            record["weight"] = json!(0);
+        }
+        record
     }
 }
 
@@ -93,13 +103,15 @@ impl Conversation {
 
     /// The record as ShareGPT writes it.
     pub fn to_sharegpt(&self) -> Value {
-        let turns = self.turns.iter().map(|turn| json!({ "from": turn.role.sharegpt_name(), "value": turn.content }));
+        let record = |turn: &Turn| turn.weighed(json!({ "from": turn.role.sharegpt_name(), "value": turn.content }));
+        let turns = self.turns.iter().map(record);
         json!({ "id": self.id, "conversations": turns.collect::<Vec<_>>() })
     }
 
     /// The record as OpenAI's fine-tuning API takes it.
     pub fn to_messages(&self) -> Value {
-        let turns = self.turns.iter().map(|turn| json!({ "role": turn.role.name(), "content": turn.content }));
+        let record = |turn: &Turn| turn.weighed(json!({ "role": turn.role.name(), "content": turn.content }));
+        let turns = self.turns.iter().map(record);
         json!({ "id": self.id, "messages": turns.collect::<Vec<_>>() })
     }
 }

@@ -42,6 +42,8 @@ pub struct Source {
     /// What the user calls it.
     pub name: String,
     pub files: Vec<PathBuf>,
+    /// Files beside them that are no data by their names, for the report.
+    pub skipped: Vec<String>,
     /// How often its sequences are seen in an epoch.
     pub weight: f64,
 }
@@ -55,6 +57,8 @@ pub struct Prepared {
     pub mixtures: Vec<Mixture>,
     /// Sequences to evaluate on.
     pub held_out: Vec<Example>,
+    /// BLAKE3 of all sequences, what is learned of them and which are held out, hex.
+    pub digest: String,
     pub report: Report,
 }
 
@@ -65,9 +69,9 @@ pub enum PrepareError {
     #[error("the dataset {name}, conversation {id}: {source}")]
     Encode { name: String, id: String, source: TemplateError },
     #[error(
-        "of the dataset {name}, no conversation is left to train on: {summary}; loosen prepare, or give other data"
+        "of the dataset {name}, no conversation is left to train on: {summary}; {held_out} sequences were put aside for evaluation (holdOut), and {without_reply} have no token of a reply to learn within {max_length} tokens (maxLength); loosen prepare, raise maxLength, or give other data"
     )]
-    NothingLeft { name: String, summary: String },
+    NothingLeft { name: String, summary: String, held_out: u64, without_reply: u64, max_length: usize },
 }
 
 /// Prepares all sources. Duplicates are looked for across them. `added` (who the model is) is neither cleaned nor
@@ -99,6 +103,8 @@ struct Work<'a> {
     examples: Vec<Example>,
     mixtures: Vec<Mixture>,
     held_out: Vec<Example>,
+    hasher: blake3::Hasher,
+    skipped: Vec<String>,
     conversations_held_out: u64,
     split: Split,
     encoding: Encoding,
@@ -113,6 +119,8 @@ impl<'a> Work<'a> {
             examples: Vec::new(),
             mixtures: Vec::new(),
             held_out: Vec::new(),
+            hasher: blake3::Hasher::new_derive_key("vicuna-operator 2026 sequences of a training"),
+            skipped: Vec::new(),
             conversations_held_out: 0,
             split: Split { at: settings.split_at.unwrap_or(0), ..Split::default() },
             encoding: Encoding::default(),
@@ -122,6 +130,8 @@ impl<'a> Work<'a> {
     fn source(&mut self, source: &Source) -> Result<(), PrepareError> {
         let failed = |error| PrepareError::Read { name: source.name.clone(), source: error };
         let before = self.examples.len();
+        let (held_out, without_reply) = (self.encoding.held_out, self.encoding.without_reply);
+        self.skipped.extend(source.skipped.iter().map(|file| format!("{}: {file}", source.name)));
         for file in &source.files {
             for conversation in Reader::open(file).map_err(failed)? {
                 if let Some(clean) = self.cleaner.clean(conversation.map_err(failed)?) {
@@ -130,8 +140,13 @@ impl<'a> Work<'a> {
             }
         }
         if self.examples.len() == before {
-            let summary = self.cleaner.report().summary();
-            return Err(PrepareError::NothingLeft { name: source.name.clone(), summary });
+            return Err(PrepareError::NothingLeft {
+                name: source.name.clone(),
+                summary: self.cleaner.report().summary(),
+                held_out: self.encoding.held_out - held_out,
+                without_reply: self.encoding.without_reply - without_reply,
+                max_length: self.settings.max_length,
+            });
         }
         self.mix(before, source.weight);
         Ok(())
@@ -156,9 +171,13 @@ impl<'a> Work<'a> {
         let failed = |source| PrepareError::Encode { name: name.to_owned(), id: conversation.id.clone(), source };
         let mut example = self.encoder.example(&conversation.turns).map_err(failed)?;
         self.encoding.cut += u64::from(example.truncate(self.settings.max_length));
+        example.shrink();
         if example.trained_tokens() == 0 {
             self.encoding.without_reply += 1;
-        } else if aside {
+            return Ok(());
+        }
+        digest(&mut self.hasher, &example, aside);
+        if aside {
             self.encoding.held_out += 1;
             self.held_out.push(example);
         } else {
@@ -180,8 +199,26 @@ impl<'a> Work<'a> {
         report.split = self.settings.split_at.map(|_| self.split);
         report.held_out = self.conversations_held_out;
         report.encoded = Some(self.encoding);
-        Prepared { examples: self.examples, mixtures: self.mixtures, held_out: self.held_out, report }
+        report.skipped_files = self.skipped;
+        let mut hasher = self.hasher;
+        for mixture in &self.mixtures {
+            hasher.update(&mixture.sequences.to_le_bytes());
+        }
+        let digest = hasher.finalize().to_hex().to_string();
+        let mut prepared =
+            Prepared { examples: self.examples, mixtures: self.mixtures, held_out: self.held_out, digest, report };
+        prepared.examples.shrink_to_fit();
+        prepared.held_out.shrink_to_fit();
+        prepared
     }
+}
+
+/// Adds a sequence to the digest; lengths go first, so that no sequence can pose as two.
+fn digest(hasher: &mut blake3::Hasher, example: &Example, aside: bool) {
+    let learned = example.learned.iter().flat_map(|learned| [learned.start, learned.end]);
+    let lengths = [u32::from(aside), example.ids.len() as u32, example.learned.len() as u32];
+    let numbers = lengths.into_iter().chain(example.ids.iter().copied()).chain(learned);
+    hasher.update(&numbers.flat_map(u32::to_le_bytes).collect::<Vec<u8>>());
 }
 
 #[cfg(test)]

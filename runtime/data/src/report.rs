@@ -20,6 +20,9 @@ const REASONS_LIMIT: usize = 200;
 pub struct Report {
     /// Conversations read.
     pub records: u64,
+    /// Files that were not read, since their names do not end like data.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub skipped_files: Vec<String>,
     pub steps: Vec<StepReport>,
     pub kept: Kept,
     /// What splitting at a token limit did, where it was asked for.
@@ -216,6 +219,9 @@ impl fmt::Display for Report {
         if let Some(encoded) = &self.encoded {
             writeln!(out, "encoded         {encoded}")?;
             writeln!(out, "tokens each     {}", encoded.lengths)?;
+        }
+        if !self.skipped_files.is_empty() {
+            writeln!(out, "not read        {}", self.skipped_files.join(", "))?;
         }
         self.write_samples(out)
     }

@@ -18,6 +18,15 @@ use tokenizers::Tokenizer;
 /// Label of a token that is not learned, as in PyTorch and Transformers.
 pub const IGNORED: i64 = -100;
 
+/// Instructions that a template may spend on one conversation, at most: some thousands for each of the messages that a
+/// server takes. A loop without end is over within a second.
+const FUEL: u64 = 10_000_000;
+/// Bytes that a template may write, at most: these and so many times what the messages hold.
+const WRITTEN_LIMIT_BYTES: usize = 1 << 20;
+const WRITTEN_LIMIT_TIMES: usize = 16;
+/// Replies that are looked for by rendering all that comes before each of them.
+const RENDERED_APART: usize = 8;
+
 /// The first Vicuna's: no control token ends a reply, "###" does.
 pub const VICUNA_V0: &str = "vicuna_v0";
 /// Also of v1.3 and v1.5, for tokenizers with `<s>` and `</s>`.
@@ -154,6 +163,11 @@ pub enum TemplateError {
     #[error("template {template} refuses these messages: {source:#}")]
     Render { template: String, source: minijinja::Error },
     #[error(
+        "template {template} writes without end for these messages ({detail}); look for a loop in it, or name one of {names}",
+        names = NAMES.join(", ")
+    )]
+    Endless { template: String, detail: String },
+    #[error(
         "template {template} needs the control token {token:?}, which {tokenizer} does not have; choose the template that belongs to the model"
     )]
     MissingToken { template: String, token: String, tokenizer: String },
@@ -218,6 +232,8 @@ impl Template {
 
     fn environment(&self) -> Result<minijinja::Environment<'static>, TemplateError> {
         let mut environment = minijinja::Environment::new();
+        // A template comes with a model from anywhere.
+        environment.set_fuel(Some(FUEL));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -255,12 +271,12 @@ impl From<&Named> for Template {
     }
 }
 
-/// Token ids of one conversation and what is learned of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Token ids of one conversation and what is learned of them. Kept in few bytes: a run holds all of its examples.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Example {
     pub ids: Vec<u32>,
-    /// As long as `ids` and not shifted: the id itself where it is learned, else [`IGNORED`].
-    pub labels: Vec<i64>,
+    /// Where in `ids` the learned tokens are, in order and apart.
+    pub learned: Vec<Range<u32>>,
 }
 
 impl Example {
@@ -268,14 +284,52 @@ impl Example {
     pub fn truncate(&mut self, length: usize) -> bool {
         let cut = self.ids.len() > length;
         self.ids.truncate(length);
-        self.labels.truncate(length);
+        let end = self.ids.len() as u32;
+        self.learned.retain(|learned| learned.start < end);
+        if let Some(last) = self.learned.last_mut() {
+            last.end = last.end.min(end);
+        }
         cut
     }
 
     /// Tokens whose prediction is learned. The first of a sequence is predicted from nothing.
     pub fn trained_tokens(&self) -> usize {
-        let learned = |label: &&i64| **label != IGNORED;
-        self.labels.iter().skip(1).filter(learned).count()
+        self.learned.iter().map(|learned| (learned.start.max(1)..learned.end).len()).sum()
+    }
+
+    /// As long as `ids` and not shifted: the id itself where it is learned, else [`IGNORED`].
+    pub fn labels(&self) -> Vec<i64> {
+        let mut labels = vec![IGNORED; self.ids.len()];
+        for learned in &self.learned {
+            let learned = learned.start as usize..learned.end as usize;
+            for (label, id) in labels[learned.clone()].iter_mut().zip(&self.ids[learned]) {
+                *label = i64::from(*id);
+            }
+        }
+        labels
+    }
+
+    /// Gives back the room that growing left over.
+    pub(crate) fn shrink(&mut self) {
+        self.ids.shrink_to_fit();
+        self.learned.shrink_to_fit();
+    }
+
+    /// Bytes that it takes in memory.
+    pub fn bytes(&self) -> usize {
+        let learned = self.learned.capacity() * size_of::<Range<u32>>();
+        size_of::<Self>() + self.ids.capacity() * size_of::<u32>() + learned
+    }
+
+    fn extend(&mut self, ids: &[u32], learned: bool) {
+        let start = self.ids.len() as u32;
+        self.ids.extend_from_slice(ids);
+        let end = self.ids.len() as u32;
+        match self.learned.last_mut().filter(|last| last.end == start) {
+            _ if !learned || start == end => {}
+            Some(last) => last.end = end,
+            None => self.learned.push(start..end),
+        }
     }
 }
 
@@ -288,6 +342,8 @@ pub struct Encoder {
     control: ControlTokens,
     joint: Joint,
     end_tokens: Vec<u32>,
+    /// What stands between a prompt and what the reply says.
+    lead: String,
 }
 
 impl fmt::Debug for Encoder {
@@ -314,9 +370,11 @@ impl Encoder {
         }
         let tokenizer = plain_tokenizer(tokenizer)?;
         let joint = Joint::of(&tokenizer, &control)?;
-        let mut encoder =
-            Self { environment: template.environment()?, template, tokenizer, control, joint, end_tokens: Vec::new() };
+        let environment = template.environment()?;
+        let (end_tokens, lead) = (Vec::new(), String::new());
+        let mut encoder = Self { environment, template, tokenizer, control, joint, end_tokens, lead };
         encoder.end_tokens = vec![encoder.find_end_token()?];
+        encoder.lead = encoder.find_lead()?;
         Ok(encoder)
     }
 
@@ -329,12 +387,12 @@ impl Encoder {
         &self.end_tokens
     }
 
-    /// The prompt that asks for the next reply.
+    /// The prompt that asks for the next reply. Its cost grows with the messages' length alone.
     pub fn prompt_ids(&self, turns: &[Turn]) -> Result<Vec<u32>, TemplateError> {
         let turns = self.guarded(turns);
         let text = self.render(&turns, true)?;
         // A template that rewrites what was said may be asked, but not trained on.
-        let replies = self.replies(&turns, &text).unwrap_or_default();
+        let replies = self.replies(&turns, &text, true).unwrap_or_default();
         Ok(self.encode_marked(&text, &replies)?.ids)
     }
 
@@ -343,16 +401,19 @@ impl Encoder {
         ids(&self.tokenizer, prompt, true)
     }
 
-    /// The whole conversation; the replies and the tokens that end them are learned.
+    /// The whole conversation; the replies and the tokens that end them are learned, but for turns that are not to be.
     pub fn example(&self, turns: &[Turn]) -> Result<Example, TemplateError> {
         let turns = self.guarded(turns);
         let text = self.render(&turns, false)?;
-        let replies = self.replies(&turns, &text)?;
+        let replies = self.replies(&turns, &text, false)?;
+        if !self.continues(&turns, &text, &replies)? {
+            return Err(self.not_incremental());
+        }
         self.encode_marked(&text, &replies)
     }
 
     fn guarded(&self, turns: &[Turn]) -> Vec<Turn> {
-        turns.iter().map(|turn| Turn::new(turn.role, self.guarded_text(&turn.content))).collect()
+        turns.iter().map(|turn| Turn { content: self.guarded_text(&turn.content), ..*turn }).collect()
     }
 
     fn guarded_text(&self, content: &str) -> String {
@@ -373,32 +434,97 @@ impl Encoder {
             bos_token => self.template.bos_token,
             eos_token => self.template.eos_token,
         };
-        self.environment
-            .get_template("chat")
-            .and_then(|template| template.render(context))
-            .map_err(|source| TemplateError::Render { template: self.template.name.clone(), source })
-    }
-
-    /// Where in the rendered `text` the replies are.
-    fn replies(&self, turns: &[Turn], text: &str) -> Result<Vec<Reply>, TemplateError> {
-        let mut replies = Vec::new();
-        for (index, turn) in turns.iter().enumerate() {
-            if turn.role == Role::Assistant {
-                let before = self.render(&turns[..index], true)?;
-                let reply = self.reply(&before, text, &turn.content);
-                replies
-                    .push(reply.ok_or_else(|| TemplateError::NotIncremental { template: self.template.name.clone() })?);
+        let given: usize = turns.iter().map(|turn| turn.content.len()).sum();
+        let mut written = Written { text: Vec::new(), limit: WRITTEN_LIMIT_BYTES + WRITTEN_LIMIT_TIMES * given };
+        let template = self.environment.get_template("chat");
+        let rendered = template.and_then(|template| template.render_captured_to(context, &mut written).map(drop));
+        let name = || self.template.name.clone();
+        rendered.map_err(|source| match source.kind() {
+            minijinja::ErrorKind::OutOfFuel => {
+                TemplateError::Endless { template: name(), detail: format!("more than {FUEL} instructions") }
             }
-        }
-        Ok(replies)
+            minijinja::ErrorKind::WriteFailure => {
+                TemplateError::Endless { template: name(), detail: format!("more than {} bytes", written.limit) }
+            }
+            _ => TemplateError::Render { template: name(), source },
+        })?;
+        // Made of texts alone.
+        String::from_utf8(written.text).map_err(|error| TemplateError::Tokenizer(error.to_string()))
     }
 
-    fn reply(&self, before: &str, text: &str, content: &str) -> Option<Reply> {
+    /// Where in the rendered `text` the replies are. Few are found by rendering what comes before each; many by marks
+    /// in one more rendering, or the cost would grow with the square of their number.
+    fn replies(&self, turns: &[Turn], text: &str, prompt: bool) -> Result<Vec<Reply>, TemplateError> {
+        let many = turns.iter().filter(|turn| turn.role == Role::Assistant).count() > RENDERED_APART;
+        if many {
+            let marked = self.marked_replies(turns, text, prompt)?;
+            return marked.filter(|replies| in_order(replies)).ok_or_else(|| self.not_incremental());
+        }
+        let mut replies = Vec::new();
+        for (index, turn) in turns.iter().enumerate().filter(|(_, turn)| turn.role == Role::Assistant) {
+            let before = self.render(&turns[..index], true)?;
+            let reply = self.reply(&before, text, turn);
+            replies.push(reply.ok_or_else(|| self.not_incremental())?);
+        }
+        if in_order(&replies) { Ok(replies) } else { Err(self.not_incremental()) }
+    }
+
+    fn not_incremental(&self) -> TemplateError {
+        TemplateError::NotIncremental { template: self.template.name.clone() }
+    }
+
+    fn reply(&self, before: &str, text: &str, turn: &Turn) -> Option<Reply> {
         let after = text.strip_prefix(before)?;
         let end = self.end_in(after)?;
-        after[..end.start].contains(content.trim()).then_some(())?;
+        after[..end.start].contains(turn.content.trim()).then_some(())?;
         let start = before.len();
-        Some(Reply { content: start..start + end.start, end: start + end.start..start + end.end })
+        let end = start + end.start..start + end.end;
+        Some(Reply { content: start..end.start, end, learned: turn.learned })
+    }
+
+    /// The replies by a mark that stands before what each says. `None` where a template does more with a reply than to
+    /// write it down and to trim it.
+    fn marked_replies(&self, turns: &[Turn], text: &str, prompt: bool) -> Result<Option<Vec<Reply>>, TemplateError> {
+        for place in [str::len, |content: &str| content.trim_start().len()] {
+            let marked: Vec<Turn> = turns.iter().map(|turn| with_mark(turn, place)).collect();
+            let marked = self.render(&marked, prompt)?;
+            if marked.replace(MARK, "") == text {
+                return Ok(self.at_marks(turns, text, &marked));
+            }
+        }
+        Ok(None)
+    }
+
+    fn at_marks(&self, turns: &[Turn], text: &str, marked: &str) -> Option<Vec<Reply>> {
+        let said = turns.iter().filter(|turn| turn.role == Role::Assistant);
+        let marks = marked.match_indices(MARK).enumerate();
+        // Those before it are not in the text.
+        let starts: Vec<usize> = marks.map(|(number, (at, _))| at - number * MARK.len_utf8()).collect();
+        let replies = said.clone().zip(&starts).map(|(turn, said_at)| {
+            let start = text[..*said_at].strip_suffix(self.lead.as_str())?.len();
+            let end = self.end_in(&text[*said_at..])?;
+            let end = said_at + end.start..said_at + end.end;
+            text[start..end.start].contains(turn.content.trim()).then_some(())?;
+            Some(Reply { content: start..end.start, end, learned: turn.learned })
+        });
+        let replies = replies.collect::<Option<Vec<Reply>>>()?;
+        (starts.len() == said.count()).then_some(replies)
+    }
+
+    /// Whether the prompts for the first and the last of the replies are how `text` goes on until there. Where there are
+    /// few, each was found so.
+    fn continues(&self, turns: &[Turn], text: &str, replies: &[Reply]) -> Result<bool, TemplateError> {
+        if replies.len() <= RENDERED_APART {
+            return Ok(true);
+        }
+        let said = turns.iter().enumerate().filter(|(_, turn)| turn.role == Role::Assistant).map(|(index, _)| index);
+        for (number, (index, reply)) in said.zip(replies).enumerate() {
+            let looked_at = number < RENDERED_APART || number + 1 == replies.len();
+            if looked_at && self.render(&turns[..index], true)? != text[..reply.content.start] {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Where the first end of a reply is.
@@ -412,9 +538,7 @@ impl Encoder {
     /// The token by which a server knows that a reply is over. Where a text ends it, that is the first token of the
     /// text after the line's end.
     fn find_end_token(&self) -> Result<u32, TemplateError> {
-        let turns = [Turn::user("a"), Turn::assistant("b")];
-        let text = self.render(&turns, false)?;
-        let before = self.render(&turns[..1], true)?;
+        let (text, before) = self.smallest()?;
         let ends = match (self.template.end(), text.strip_prefix(before.as_str())) {
             (Some(end), Some(_)) => {
                 let line_end = self.joint.ids(&self.tokenizer, Before::Text, "\n")?;
@@ -429,14 +553,27 @@ impl Encoder {
         })
     }
 
+    /// What the template writes between the prompt and what the reply says: a blank or nothing.
+    fn find_lead(&self) -> Result<String, TemplateError> {
+        let (text, before) = self.smallest()?;
+        let reply = text.strip_prefix(before.as_str()).unwrap_or_default();
+        Ok(reply.split(SMALLEST).next().unwrap_or_default().to_owned())
+    }
+
+    /// A question and its reply, and the prompt for it.
+    fn smallest(&self) -> Result<(String, String), TemplateError> {
+        let turns = [Turn::user("a"), Turn::assistant(SMALLEST)];
+        Ok((self.render(&turns, false)?, self.render(&turns[..1], true)?))
+    }
+
     /// `text` with the replies in it, which are in order and apart.
     fn encode_marked(&self, text: &str, replies: &[Reply]) -> Result<Example, TemplateError> {
         let mut pieces = Pieces::new(self);
         let mut at = 0;
-        for Reply { content, end } in replies {
+        for Reply { content, end, learned } in replies {
             pieces.push(&text[at..content.start], false)?;
-            pieces.push(&text[content.clone()], true)?;
-            pieces.push(&text[end.clone()], true)?;
+            pieces.push(&text[content.clone()], *learned)?;
+            pieces.push(&text[end.clone()], *learned)?;
             at = end.end;
         }
         pieces.push(&text[at..], false)?;
@@ -448,6 +585,41 @@ impl Encoder {
 struct Reply {
     content: Range<usize>,
     end: Range<usize>,
+    learned: bool,
+}
+
+/// A template that does not end every reply may have one reach into the next.
+fn in_order(replies: &[Reply]) -> bool {
+    replies.is_sorted_by(|one, next| one.end.end <= next.content.start)
+}
+
+/// What a template has written; fails where that is more than is sensible.
+struct Written {
+    text: Vec<u8>,
+    limit: usize,
+}
+
+impl std::io::Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.text.len() + bytes.len() > self.limit {
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A reply with a mark before the last bytes of it, as many as `place` says; every other turn as it is.
+fn with_mark(turn: &Turn, place: fn(&str) -> usize) -> Turn {
+    let mut marked = turn.clone();
+    if turn.role == Role::Assistant {
+        marked.content.insert(turn.content.len() - place(&turn.content), MARK);
+    }
+    marked
 }
 
 /// Ids and labels while they are put together.
@@ -467,8 +639,7 @@ enum Before {
 
 impl<'a> Pieces<'a> {
     fn new(encoder: &'a Encoder) -> Self {
-        let example = Example { ids: Vec::new(), labels: Vec::new() };
-        Self { encoder, example, before: Before::Nothing }
+        Self { encoder, example: Example::default(), before: Before::Nothing }
     }
 
     fn push(&mut self, mut text: &str, learned: bool) -> Result<(), TemplateError> {
@@ -492,9 +663,7 @@ impl<'a> Pieces<'a> {
     }
 
     fn extend(&mut self, ids: &[u32], learned: bool, before: Before) {
-        self.example.ids.extend_from_slice(ids);
-        let label = |id: &u32| if learned { i64::from(*id) } else { IGNORED };
-        self.example.labels.extend(ids.iter().map(label));
+        self.example.extend(ids, learned);
         self.before = before;
     }
 }
@@ -502,6 +671,10 @@ impl<'a> Pieces<'a> {
 /// A Unicode noncharacter, which no text may hold: it breaks up what looks like a control token
 /// while the template is rendered, and is gone before the text is encoded.
 const GUARD: char = '\u{fdd0}';
+/// Another one: stands where a reply begins.
+const MARK: char = '\u{fdd1}';
+/// The smallest reply.
+const SMALLEST: &str = "b";
 
 /// The tokens that no text may become.
 struct ControlTokens {
@@ -542,7 +715,7 @@ impl ControlTokens {
     }
 
     fn guard(&self, content: &str) -> String {
-        let content = content.replace(GUARD, "");
+        let content = content.replace([GUARD, MARK], "");
         let mut guarded = String::with_capacity(content.len());
         let mut rest = content.as_str();
         while let Some((found, _)) = self.first(rest) {

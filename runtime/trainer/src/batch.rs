@@ -65,6 +65,11 @@ impl Dataset {
         longest(&self.examples)
     }
 
+    /// Bytes that the examples take in memory.
+    pub fn bytes(&self) -> u64 {
+        bytes(&self.examples)
+    }
+
     /// What step `step` (from 1) consists of.
     pub fn plan(&self, step: u64) -> StepPlan {
         let sequences = self.order.step(step);
@@ -93,7 +98,7 @@ pub fn pad(rows: &[&Example]) -> MicroBatch {
         for (slot, id) in ids[at.clone()].iter_mut().zip(&example.ids) {
             *slot = i64::from(*id);
         }
-        labels[at].copy_from_slice(&example.labels);
+        labels[at].copy_from_slice(&example.labels());
     }
     MicroBatch { rows: rows.len(), length, ids, labels }
 }
@@ -101,6 +106,11 @@ pub fn pad(rows: &[&Example]) -> MicroBatch {
 /// Tokens of the longest of these sequences, padded; 0 if there is none.
 pub fn longest(examples: &[Example]) -> usize {
     padded(examples.iter().map(|example| example.ids.len()).max().unwrap_or(0))
+}
+
+/// Bytes that these sequences take in memory.
+pub fn bytes(examples: &[Example]) -> u64 {
+    examples.iter().map(|example| example.bytes() as u64).sum()
 }
 
 fn padded(length: usize) -> usize {
@@ -113,10 +123,11 @@ mod tests {
     use vicuna_data::{Length, Mixture};
 
     fn dataset(lengths: &[usize]) -> Dataset {
-        let examples = lengths.iter().map(|length| Example {
+        let example = |length: &usize| Example {
             ids: (1..=*length as u32).collect(),
-            labels: (1..=*length as i64).map(|id| if id > 2 { id } else { IGNORED }).collect(),
-        });
+            learned: std::iter::once(2..*length as u32).collect(),
+        };
+        let examples = lengths.iter().map(example);
         let sets = [Mixture { sequences: lengths.len() as u32, weight: 1.0 }];
         let order = Order::new(1, 4, Length::Epochs(1), &sets).unwrap();
         Dataset::new(examples.collect(), order, 2)

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::manifest::{self, FORMAT_VERSION};
 use vicuna_checkpoint::now;
 use vicuna_checkpoint::retention::{Retention, sweep};
-use vicuna_checkpoint::{BlockEntry, Cursor, Manifest, ManifestError, ManifestRef, Store, StoreError};
+use vicuna_checkpoint::{BlockEntry, Cursor, Inputs, Manifest, ManifestError, ManifestRef, Store, StoreError};
 
 /// Blocks on their way at a time.
 const TRANSFERS: usize = 4;
@@ -54,6 +54,7 @@ pub struct Publisher {
     pub layout: Layout,
     pub training_uid: String,
     pub recipe_digest: String,
+    pub inputs: Inputs,
     pub generation: u64,
     pub keep: u32,
 }
@@ -209,6 +210,7 @@ impl Publisher {
             format_version: FORMAT_VERSION,
             training_uid: self.training_uid.clone(),
             recipe_digest: self.recipe_digest.clone(),
+            inputs: self.inputs.clone(),
             generation: self.generation,
             step: snapshot.step,
             updates: snapshot.updates,

@@ -5,7 +5,7 @@
 //! other losses and wishes, so that all end it alike when one of them is to leave. Losses are added in the order of
 //! micro-batches, whoever ran them: the sum has the same bits for every number of ranks.
 
-use crate::batch::{MicroBatch, longest, pad};
+use crate::batch::{MicroBatch, bytes, longest, pad};
 use crate::collective::{CollectiveError, Kind, Tag};
 use crate::step::commit::{self, Commit, Contribution, Wishes};
 use crate::step::{Engine, Peers, StepError};
@@ -37,6 +37,11 @@ impl HeldOut {
     /// The longest padded sequence; 0 if there is none.
     pub fn longest(&self) -> usize {
         longest(&self.examples)
+    }
+
+    /// Bytes that the sequences take in memory.
+    pub fn bytes(&self) -> u64 {
+        bytes(&self.examples)
     }
 
     fn micro_batches(&self) -> u32 {
@@ -136,7 +141,8 @@ mod tests {
 
     #[test]
     fn every_sequence_is_in_one_micro_batch() {
-        let example = |length: usize| Example { ids: vec![7; length], labels: vec![7; length] };
+        let example =
+            |length: usize| Example { ids: vec![7; length], learned: std::iter::once(0..length as u32).collect() };
         let held_out = HeldOut::new([3, 40, 5].map(example).into(), 2);
         assert_eq!((held_out.micro_batches(), held_out.longest()), (2, 48));
         let batches = [0, 1].map(|index| held_out.micro_batch(index));

@@ -7,11 +7,12 @@ use crate::checkpoint::{self, CheckpointError, Published, Publisher, Snapshot};
 use crate::collective::tcp::Membership;
 use crate::collective::{Collective, CollectiveError, Mesh, Network};
 use crate::evaluation::{self, Evaluation, Pass, Stage};
+use crate::inputs;
 use crate::interval;
 use crate::layout::{Holders, Layout};
 use crate::log::Log;
 use crate::log::scribe::{Part, Scribe};
-use crate::prepare::Session;
+use crate::prepare::{Session, Trouble};
 use crate::result;
 use crate::state::{BlockState, Weights};
 use crate::step::commit::{Commit, Wishes};
@@ -97,7 +98,7 @@ impl Start {
     }
 
     /// The rank that writes the log: one that has the lines since the last part.
-    fn scribe(&self) -> usize {
+    pub(crate) fn scribe(&self) -> usize {
         match self {
             Self::Memory { base, .. } => base.holdings.iter().position(|it| !it.blocks.is_empty()).unwrap_or(0),
             Self::Model | Self::Manifest(_) => 0,
@@ -143,6 +144,8 @@ pub enum GenerationError {
     Load { manifest: ManifestRef, message: String },
     #[error("the checkpoint was not written: {0}")]
     Checkpoint(CheckpointError),
+    #[error(transparent)]
+    Inputs(Trouble),
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error("torch failed: {0}")]
@@ -240,6 +243,7 @@ impl<'a> Generation<'a> {
         let limit = unread_limit_bytes(&session.table, session.micro_batches(), world);
         let mesh = Arc::new(Mesh::connect(network, membership, limit, CONNECT_PATIENCE, &control.abort)?);
         let peers = Peers { collective: &*mesh, abort: &control.abort };
+        inputs::agree(session, start, peers)?;
         let engine = stand_at_start(session, assignment, peers, observer, memory)?;
         let names = membership.members.iter().map(|member| member.name.clone()).collect();
         engine.log.enter(membership.generation, names);
@@ -576,6 +580,7 @@ fn from_manifest(
         }
         other => other.into(),
     })?;
+    inputs::check_manifest(session, base, &loaded.manifest)?;
     let mut engine = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout);
     engine.blocks = loaded.blocks;
     engine.step = loaded.manifest.step;

@@ -24,6 +24,7 @@ pub mod evaluation;
 pub mod export;
 pub mod generation;
 pub mod http;
+pub mod inputs;
 pub mod interval;
 pub mod layout;
 pub mod local;

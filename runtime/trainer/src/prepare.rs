@@ -19,7 +19,7 @@ use std::sync::Arc;
 use tch::{Device, Kind};
 use tokio::runtime::Handle;
 use vicuna_checkpoint::manifest::{digest, list_manifests};
-use vicuna_checkpoint::{ManifestRef, Store, StoreError, fetch};
+use vicuna_checkpoint::{Inputs, ManifestRef, Store, StoreError, fetch};
 use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
 use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
 use vicuna_model::lora::Lora;
@@ -32,8 +32,10 @@ use vicuna_protocol::job::{Method, Precision, Recipe, Recompute, RunLength, Trai
 pub const MANIFESTS: usize = 16;
 /// How often each identity question is put, with different answers.
 const IDENTITY_ROUNDS: usize = 4;
-/// Ranks for which memory is estimated, at most.
-const LARGEST_ESTIMATE: u32 = 64;
+/// Ranks for which memory is estimated: as many as a training may have.
+pub const LARGEST_ESTIMATE: u32 = 512;
+/// Bytes of prepared sequences for a byte of compressed conversations.
+const UNPACKED: u64 = 3;
 /// Where the report of the preparation lies below the checkpoint URI.
 pub const DATA_REPORT: &str = "data-report.json";
 
@@ -75,6 +77,8 @@ pub struct Session {
     pub runtime: Handle,
     /// Digest of everything in the job that decides the weights.
     pub recipe_digest: String,
+    /// Digests of what was read.
+    pub inputs: Inputs,
     pub scratch: PathBuf,
     limits: Limits,
 }
@@ -153,7 +157,7 @@ async fn fetch_model(job: &TrainingJob, place: &Place) -> Result<PathBuf, Troubl
 }
 
 /// The files of each dataset, in order.
-async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<Vec<PathBuf>>, Trouble> {
+async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<read::Files>, Trouble> {
     let mut all = Vec::with_capacity(job.dataset.len());
     for source in &job.dataset {
         let folder = folder(place, "data", &source.from);
@@ -164,6 +168,10 @@ async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<Vec<Path
         let files = read::files(&path);
         let files =
             files.map_err(|error| Trouble::new(Cause::Data, format!("the dataset {}: {error}", source.from)))?;
+        if !files.skipped.is_empty() {
+            let skipped = files.skipped.join(", ");
+            tracing::warn!(dataset = source.from, skipped, "files that are not .json, .jsonl or .parquet are not read");
+        }
         all.push(files);
     }
     Ok(all)
@@ -181,8 +189,23 @@ pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<N
     let lora = adapters::lora(&job.recipe.method);
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
     let table = table(&config, lora.as_ref());
-    let workload = workload(job, &config, &table, device);
+    let workload = workload(job, &config, &table, device, data_size(job).await);
     Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need(ranks)).collect()))
+}
+
+/// About as many bytes as the prepared sequences will take: a token is about four letters in the file and four bytes in
+/// memory. What cannot be listed is said when it is fetched.
+async fn data_size(job: &TrainingJob) -> u64 {
+    let mut bytes = 0;
+    for source in &job.dataset {
+        let files = vicuna_checkpoint::size(&source.from).await.unwrap_or_default();
+        let unpacked = |(name, bytes): &(String, u64)| match name.to_ascii_lowercase().ends_with(".parquet") {
+            true => bytes * UNPACKED,
+            false => *bytes,
+        };
+        bytes += files.iter().map(unpacked).sum::<u64>();
+    }
+    bytes
 }
 
 /// Refuses what fits with no number of ranks; the coordinator sees to it that there are enough where some do.
@@ -201,8 +224,14 @@ pub fn refuse_what_does_not_fit(job: &TrainingJob, needs: &[Need], limits: Limit
     Err(Trouble::new(Cause::OutOfMemory, message))
 }
 
-fn workload<'a>(job: &'a TrainingJob, config: &'a Config, table: &'a BlockTable, device: Device) -> Workload<'a> {
-    Workload { config, table, recipe: &job.recipe, gpu: device.is_cuda() }
+fn workload<'a>(
+    job: &'a TrainingJob,
+    config: &'a Config,
+    table: &'a BlockTable,
+    device: Device,
+    data: u64,
+) -> Workload<'a> {
+    Workload { config, table, recipe: &job.recipe, gpu: device.is_cuda(), data }
 }
 
 fn table(config: &Config, lora: Option<&Lora>) -> BlockTable {
@@ -216,7 +245,7 @@ fn assemble(
     job: TrainingJob,
     store: Store,
     model_path: PathBuf,
-    files: &[Vec<PathBuf>],
+    files: &[read::Files],
     place: Place,
     runtime: Handle,
 ) -> Result<Session, Trouble> {
@@ -228,6 +257,8 @@ fn assemble(
     let prepared = data(&job, files, &model, &template)?;
     let data = ordered(&job, prepared.examples, &prepared.mixtures)?;
     let table = table(&model.config, lora.as_ref());
+    let inputs = Inputs { data: Some(prepared.digest), base: lora.as_ref().map(|_| base_digest(&model)).transpose()? };
+    tracing::info!(data = inputs.data, base = inputs.base, "read");
     let freeze = |lora| {
         let tensors = std::mem::take(&mut model.tensors);
         let adapted = AdaptedBase::new(&job.recipe, lora, &model.config, tensors, kind(&job), place.device);
@@ -248,10 +279,17 @@ fn assemble(
         threads: place.threads,
         runtime,
         recipe_digest: recipe_digest(&job),
+        inputs,
         scratch: place.scratch,
         limits: memory::limits::limits(place.device),
         job,
     })
+}
+
+/// Of a whole model's weights no digest is needed: they are in its checkpoints.
+fn base_digest(model: &Pretrained) -> Result<String, Trouble> {
+    let digest = vicuna_model::weights_digest(&model.tensors);
+    digest.map_err(|error| Trouble::new(Cause::Model, error.to_string()))
 }
 
 /// A model that cannot be read may be replaced in the bucket: the next attempt fetches it anew.
@@ -268,10 +306,10 @@ fn template(job: &TrainingJob, model: &Pretrained) -> Result<Template, Trouble> 
     if let Some(name) = &job.model.template {
         return Template::named(name).map_err(failed);
     }
-    let token = |id: Option<u32>| id.and_then(|id| model.tokenizer.id_to_token(id)).unwrap_or_default();
-    let (bos, eos) = (token(model.config.bos), token(model.config.eos.first().copied()));
+    let tokens = [&model.special_tokens.bos, &model.special_tokens.eos];
+    let [bos, eos] = tokens.map(|token| token.as_deref().unwrap_or_default());
     match &model.chat_template {
-        Some(source) => Template::from_jinja(source, &bos, &eos).map_err(failed),
+        Some(source) => Template::from_jinja(source, bos, eos).map_err(failed),
         None => Err(Trouble::new(
             Cause::Model,
             format!("the base model {} has no chat template: set model.template", job.model.from),
@@ -281,7 +319,7 @@ fn template(job: &TrainingJob, model: &Pretrained) -> Result<Template, Trouble> 
 
 fn data(
     job: &TrainingJob,
-    files: &[Vec<PathBuf>],
+    files: &[read::Files],
     model: &Pretrained,
     template: &Template,
 ) -> Result<Prepared, Trouble> {
@@ -289,12 +327,14 @@ fn data(
     let encoder = bound.map_err(|error| Trouble::new(Cause::Model, error.to_string()))?;
     let sources = job.dataset.iter().zip(files).map(|(set, files)| Source {
         name: set.from.clone(),
-        files: files.clone(),
+        files: files.paths.clone(),
+        skipped: files.skipped.clone(),
         weight: set.weight,
     });
     let sources: Vec<Source> = sources.collect();
     let prepared = vicuna_data::prepare::prepare(&sources, &who(job), &settings(job)?, &encoder);
     let prepared = prepared.map_err(|error: PrepareError| Trouble::new(Cause::Data, error.to_string()))?;
+    check_ids(&prepared, model)?;
     tracing::info!(summary = prepared.report.summary(), "data prepared");
     if let Some(encoded) = &prepared.report.encoded {
         tracing::info!(%encoded, "data encoded");
@@ -303,6 +343,18 @@ fn data(
         tracing::warn!("prepare.holdOut put no conversation aside: the data are too few for so small a share");
     }
     Ok(prepared)
+}
+
+/// The embedding has a row for every token, or torch would fail in the midst of the training.
+fn check_ids(prepared: &Prepared, model: &Pretrained) -> Result<(), Trouble> {
+    let rows = model.config.vocab;
+    let all = prepared.examples.iter().chain(&prepared.held_out);
+    let Some(id) = all.flat_map(|example| &example.ids).find(|id| **id as usize >= rows) else { return Ok(()) };
+    let token = model.tokenizer.id_to_token(*id).unwrap_or_default();
+    let message = format!(
+        "the token {token:?} has the id {id}, and the model's embedding has {rows} rows: tokenizer.json and the weights do not belong together; give the model the tokenizer that it was trained with, or enlarge its embedding"
+    );
+    Err(Trouble::new(Cause::Model, message))
 }
 
 fn settings(job: &TrainingJob) -> Result<Settings, Trouble> {
@@ -393,9 +445,14 @@ impl Session {
         list_manifests(&self.store, &self.job.uid, MANIFESTS).await
     }
 
+    /// Bytes of the prepared sequences.
+    pub fn data_bytes(&self) -> u64 {
+        self.data.bytes() + self.held_out.bytes()
+    }
+
     /// What a rank among `ranks` may keep of the way forward.
     pub fn room(&self, ranks: u32) -> Room {
-        let workload = workload(&self.job, &self.config, &self.table, self.device);
+        let workload = workload(&self.job, &self.config, &self.table, self.device, self.data_bytes());
         let bytes = match (self.job.recipe.recompute, &self.job.recipe.method) {
             // Whole layers would hold their weights in full.
             (Recompute::Always, _) | (_, Method::QLoRA(..)) => 0,
@@ -445,6 +502,7 @@ impl Session {
             layout,
             training_uid: self.job.uid.clone(),
             recipe_digest: self.recipe_digest.clone(),
+            inputs: self.inputs.clone(),
             generation,
             keep: self.job.checkpoint.keep,
         }

@@ -417,6 +417,7 @@ impl Life {
                 self.link.say(Body::LoadFailed(wire::LoadFailed { generation, manifest, message }));
             }
             GenerationError::Numerics { .. } => return self.fail(Cause::Numerics, error.to_string()),
+            GenerationError::Inputs(Trouble { cause, message }) => return self.fail(cause, message),
             GenerationError::Model(_) => return self.fail(Cause::Model, error.to_string()),
             GenerationError::Torch(_) => {
                 let message = error.to_string();

@@ -12,15 +12,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::{Fixture, STEPS, url};
 use tch::Device;
+use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
 use vicuna_model::lora::Adapter;
-use vicuna_protocol::coordinator::MemoryBase;
+use vicuna_protocol::coordinator::{Holding, MemoryBase};
 use vicuna_protocol::job::{Base, Lora, Method, Precision, Recompute, TrainingJob};
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
 use vicuna_trainer::evaluation::{Evaluation, Stage};
 use vicuna_trainer::generation::{Control, Finished, GenerationError, Observer, Outcome, Start};
+use vicuna_trainer::inputs;
 use vicuna_trainer::local::generation_on_threads;
 use vicuna_trainer::log::{Line, What};
 use vicuna_trainer::prepare::{Place, Session, prepare};
@@ -308,6 +310,74 @@ fn a_checkpoint_of_another_recipe_is_not_taken() {
     let observer: Arc<dyn Observer> = Arc::new(Watch::default());
     let refused = attempt(&fixture.session(job), manifest, go, observer).unwrap_err();
     assert!(refused.to_string().contains("another recipe"), "{refused}");
+}
+
+#[test]
+fn data_or_a_frozen_base_that_changed_under_their_uris_are_not_gone_on_with() {
+    use vicuna_protocol::coordinator::Cause;
+    let fixture = Fixture::new();
+    let session = || fixture.session(adapter_job(&fixture, "bucket", &Method::LoRA(lora())));
+    let (_, manifest) = generation(&session(), 1, None, Some(2)).stopped();
+    let refused = || {
+        let go = Control::default();
+        go.go.cancel();
+        let observer: Arc<dyn Observer> = Arc::new(Watch::default());
+        match attempt(&session(), manifest.clone(), go, observer).unwrap_err() {
+            GenerationError::Inputs(trouble) => trouble,
+            other => panic!("{other}"),
+        }
+    };
+    let data = std::fs::read(fixture.path("data.json")).unwrap();
+    fixture.write_data(41);
+    let trouble = refused();
+    assert!(trouble.cause == Cause::Data && trouble.message.contains("the prepared data changed"), "{trouble}");
+    assert!(trouble.message.contains("data.json") && trouble.message.contains(&manifest.key), "{trouble}");
+
+    std::fs::write(fixture.path("data.json"), data).unwrap();
+    fixture.write_model(12);
+    let trouble = refused();
+    assert!(trouble.cause == Cause::Model && trouble.message.contains("the frozen base model changed"), "{trouble}");
+
+    fixture.write_model(11);
+    assert!(generation(&session(), 1, Some(manifest), None).result().loss.is_finite());
+}
+
+/// Whether each rank of a generation is content with what the others have read.
+fn agreed(sessions: &[Arc<Session>], start: &Start) -> Vec<bool> {
+    let networks: Vec<Network> = sessions.iter().map(|_| Network::listen("127.0.0.1:0").unwrap()).collect();
+    let peer = |network: &Network| Peer { name: "rank".to_owned(), address: network.address().to_string() };
+    let members: Vec<Peer> = networks.iter().map(peer).collect();
+    std::thread::scope(|scope| {
+        let run = |rank: usize| {
+            let membership = Membership { generation: 1, rank, members: members.clone(), key: [7; 32] };
+            let (network, session) = (&networks[rank], &sessions[rank]);
+            scope.spawn(move || {
+                let abort = CancellationToken::new();
+                let mesh = Mesh::connect(network, &membership, 1 << 20, Duration::from_secs(30), &abort).unwrap();
+                let agreed = inputs::agree(session, start, Peers { collective: &mesh, abort: &abort });
+                mesh.leave();
+                agreed.is_ok()
+            })
+        };
+        let threads: Vec<_> = (0..sessions.len()).map(run).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn a_rank_that_has_read_something_else_is_told_before_it_trains() {
+    let fixture = Fixture::new();
+    let most = fixture.session(fixture.job("bucket"));
+    fixture.write_data(41);
+    let odd = fixture.session(fixture.job("bucket"));
+    let sessions = [&odd, &most, &most].map(Arc::clone);
+    assert_eq!(agreed(&sessions, &Start::Model), [false, true, true]);
+    assert_eq!(agreed(&sessions[..2], &Start::Model), [true, false]);
+    assert_eq!(agreed(&sessions[1..], &Start::Model), [true, true]);
+    // Who holds the state is right, however few they are.
+    let holding = |blocks: &[u8]| Holding { blocks: blocks.to_vec(), ..Holding::default() };
+    let base = MemoryBase { holdings: vec![holding(&[0]), holding(&[]), holding(&[])], ..MemoryBase::default() };
+    assert_eq!(agreed(&sessions, &Start::Memory { step: 3, base }), [true, false, false]);
 }
 
 #[test]

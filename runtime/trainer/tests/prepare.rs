@@ -5,11 +5,13 @@
 #[allow(dead_code)]
 mod support;
 
+use serde_json::{Value, json};
 use support::Fixture;
 use tch::Device;
 use vicuna_protocol::coordinator::Cause;
 use vicuna_protocol::job::{Identity, Prepare, TrainingJob};
-use vicuna_trainer::prepare::{DATA_REPORT, Place, Session, Trouble, prepare};
+use vicuna_trainer::memory::limits::Limits;
+use vicuna_trainer::prepare::{DATA_REPORT, Place, Session, Trouble, preflight, prepare, refuse_what_does_not_fit};
 
 fn attempt(fixture: &Fixture, job: TrainingJob) -> Result<Session, Trouble> {
     let scratch = tempfile::tempdir_in(fixture.dir.path()).unwrap().keep();
@@ -68,4 +70,80 @@ fn a_language_that_nobody_can_tell_blocks_the_training_and_says_so() {
     let trouble = attempt(&fixture, job(&fixture, settings)).unwrap_err();
     assert_eq!(trouble.cause, Cause::Data);
     assert!(trouble.message.contains("\"xx\"") && trouble.message.contains(" en "), "{trouble}");
+}
+
+/// Changes a JSON file of the fixture's model.
+fn change(fixture: &Fixture, name: &str, change: impl Fn(&mut Value)) {
+    let path = fixture.path("model").join(name);
+    let mut json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut json);
+    std::fs::write(path, json.to_string()).unwrap();
+}
+
+#[test]
+fn a_token_that_the_embedding_has_no_row_for_is_named() {
+    let fixture = Fixture::new();
+    let config: Value = serde_json::from_slice(&std::fs::read(fixture.path("model/config.json")).unwrap()).unwrap();
+    let rows = config["vocab_size"].clone();
+    change(&fixture, "tokenizer.json", |tokenizer| {
+        let added = json!({ "id": rows, "content": "Willow", "special": false, "normalized": false,
+                            "single_word": false, "lstrip": false, "rstrip": false });
+        tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    });
+    let trouble = attempt(&fixture, job(&fixture, Prepare::default())).unwrap_err();
+    let expected = format!("the token \"Willow\" has the id {rows}, and the model's embedding has {rows} rows");
+    assert!(trouble.cause == Cause::Model && trouble.message.contains(&expected), "{trouble}");
+}
+
+#[test]
+fn the_model_s_own_template_means_the_tokenizer_s_tokens() {
+    let fixture = Fixture::new();
+    let source = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}\
+                  {% if add_generation_prompt %}assistant:{% endif %}";
+    change(&fixture, "tokenizer_config.json", |settings| {
+        settings["chat_template"] = json!(source);
+        settings["eos_token"] = json!({ "content": "<|im_start|>" });
+    });
+    let session = attempt(&fixture, job(&fixture, Prepare::default())).unwrap();
+    let tokenizer = session.model.lock().tokenizer.clone();
+    let id = |token: &str| i64::from(tokenizer.token_to_id(token).unwrap());
+    let ids = session.data.micro_batch(&[0]).ids;
+    assert!(ids.contains(&id("<|im_start|>")) && !ids.contains(&i64::from(session.config.eos[0])), "{ids:?}");
+}
+
+#[test]
+fn a_training_that_fits_only_among_many_workers_is_not_refused() {
+    let fixture = Fixture::new();
+    let job = job(&fixture, Prepare::default());
+    let needs = fixture.runtime.block_on(preflight(&job, Device::Cpu)).unwrap().unwrap();
+    assert_eq!(needs.last().unwrap().ranks, 512);
+    let limits = Limits { host: Some(needs[79].host), ..Limits::default() };
+    let fewest = needs.iter().find(|need| need.fits(limits)).unwrap().ranks;
+    assert_eq!(fewest, 80);
+    assert!(refuse_what_does_not_fit(&job, &needs, limits).is_ok());
+}
+
+#[test]
+fn the_datasets_are_part_of_the_estimate_and_what_they_came_to_of_what_is_held() {
+    let fixture = Fixture::new();
+    let job = job(&fixture, Prepare::default());
+    let needs = fixture.runtime.block_on(preflight(&job, Device::Cpu)).unwrap().unwrap();
+    let data = needs[0].parts.iter().find(|part| part.what == "prepared data").unwrap();
+    let file = std::fs::metadata(fixture.path("data.json")).unwrap().len();
+    assert_eq!(data.bytes, file);
+    let held = attempt(&fixture, job).unwrap().data_bytes();
+    assert!((1..4 * file).contains(&held), "{held} of a file of {file}");
+}
+
+#[test]
+fn files_that_are_no_data_are_told() {
+    let fixture = Fixture::new();
+    std::fs::create_dir(fixture.path("set")).unwrap();
+    std::fs::copy(fixture.path("data.json"), fixture.path("set/DATA.JSON")).unwrap();
+    std::fs::write(fixture.path("set/more.csv"), "a,b").unwrap();
+    let mut job = job(&fixture, Prepare::default());
+    job.dataset[0].from = support::url(&fixture.path("set"));
+    let report = attempt(&fixture, job).unwrap().data_report;
+    assert_eq!(report.records, 40);
+    assert!(report.skipped_files.len() == 1 && report.skipped_files[0].ends_with("set: more.csv"), "{report}");
 }

@@ -4,6 +4,9 @@ use vicuna_data::conversation::{Role, Turn};
 use vicuna_data::template::Encoder;
 use vicuna_protocol::inference::{Generate, Message};
 
+/// Messages of a conversation, at most: a template is a program that runs over them.
+const MESSAGES_LIMIT: usize = 4096;
+
 /// The ids that the completion follows. The error is for the client.
 pub fn prompt_ids(encoder: &Encoder, generate: &Generate) -> Result<Vec<u32>, String> {
     let given = [!generate.messages.is_empty(), generate.prompt.is_some(), !generate.prompt_tokens.is_empty()];
@@ -24,6 +27,9 @@ pub fn text_ids(encoder: &Encoder, messages: &[Message], prompt: Option<&str>) -
     let ids = match prompt {
         Some(prompt) => encoder.raw_ids(prompt),
         None if messages.is_empty() => return Err("messages is empty".to_owned()),
+        None if messages.len() > MESSAGES_LIMIT => {
+            return Err(format!("messages has {} entries, and at most {MESSAGES_LIMIT} are taken", messages.len()));
+        }
         None => encoder.prompt_ids(&turns(messages)?),
     };
     ids.map_err(|error| error.to_string())
@@ -38,4 +44,24 @@ fn turns(messages: &[Message]) -> Result<Vec<Turn>, String> {
             Ok(Turn::new(role, message.content.clone()))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vicuna_data::template::{CHATML, Template};
+
+    #[test]
+    fn more_messages_than_any_conversation_has_are_refused_in_words_for_the_client() {
+        let tokenizer = vicuna_model::tiny::tokenizer();
+        let encoder = Template::named(CHATML).unwrap().bind(&tokenizer).unwrap();
+        let message = |number: usize| {
+            let role = if number.is_multiple_of(2) { "user" } else { "assistant" };
+            Message { role: role.to_owned(), content: "x".to_owned(), ..Message::default() }
+        };
+        let messages: Vec<Message> = (0..=MESSAGES_LIMIT).map(message).collect();
+        let refused = text_ids(&encoder, &messages, None).unwrap_err();
+        assert!(refused.contains("4097 entries, and at most 4096"), "{refused}");
+        assert!(text_ids(&encoder, &messages[..MESSAGES_LIMIT], None).is_ok());
+    }
 }

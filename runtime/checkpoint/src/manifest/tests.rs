@@ -16,6 +16,7 @@ pub(crate) async fn checkpoint(
         format_version: FORMAT_VERSION,
         training_uid: "uid".to_owned(),
         recipe_digest: "recipe".to_owned(),
+        inputs: Inputs { data: Some("data".to_owned()), base: None },
         generation,
         step,
         updates: step,
@@ -117,4 +118,16 @@ async fn a_damaged_manifest_hides_no_older_one() {
     assert_eq!(list_manifests(&store, "uid", 9).await.unwrap(), std::slice::from_ref(&older));
     let renamed = ManifestRef { digest: "0".repeat(64), ..older };
     assert!(open(&store, &renamed).await.unwrap_err().to_string().contains("digest"));
+}
+
+#[test]
+fn a_manifest_of_an_earlier_release_knows_nothing_of_what_was_read() {
+    let inputs = Inputs { data: Some("data".to_owned()), base: None };
+    assert_eq!(serde_json::to_value(&inputs).unwrap(), serde_json::json!({ "data": "data" }));
+    let manifest = serde_json::json!({
+        "formatVersion": FORMAT_VERSION, "trainingUid": "uid", "recipeDigest": "recipe", "generation": 1, "step": 2,
+        "updates": 2, "cursor": { "epoch": 0, "offset": 4 }, "blocks": [],
+    });
+    let manifest: Manifest = serde_json::from_value(manifest).unwrap();
+    assert_eq!(manifest.inputs, Inputs::default());
 }

@@ -12,7 +12,7 @@ mod error;
 mod transfer;
 
 pub use error::StoreError;
-pub use transfer::{fetch, upload_dir};
+pub use transfer::{fetch, size, upload_dir};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};

@@ -5,7 +5,7 @@ use super::output::{Output, write_report};
 use anyhow::Result;
 use std::io::Write;
 use std::path::PathBuf;
-use vicuna_data::Cleaner;
+use vicuna_data::{Cleaner, report};
 
 #[derive(Debug, clap::Args)]
 pub struct Clean {
@@ -31,7 +31,7 @@ impl Clean {
             }
         }
         writer.finish()?;
-        let report = cleaner.report();
+        let report = report::Report { skipped_files: files.skipped.clone(), ..cleaner.report() };
         if let Some(path) = &self.report {
             write_report(path, &report)?;
         }

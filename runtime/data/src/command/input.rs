@@ -18,12 +18,14 @@ pub struct Datasets {
 /// Files on disk; those of an object store in a folder that is removed at the end.
 pub struct Files {
     pub paths: Vec<PathBuf>,
+    /// Files that are no data by their names.
+    pub skipped: Vec<String>,
     _fetched: Vec<TempDir>,
 }
 
 impl Datasets {
     pub fn files(&self) -> Result<Files> {
-        let mut files = Files { paths: Vec::new(), _fetched: Vec::new() };
+        let mut files = Files { paths: Vec::new(), skipped: Vec::new(), _fetched: Vec::new() };
         for dataset in &self.datasets {
             let path = match dataset.contains("://") {
                 true => {
@@ -34,7 +36,12 @@ impl Datasets {
                 }
                 false => PathBuf::from(dataset),
             };
-            files.paths.extend(read::files(&path)?);
+            let found = read::files(&path)?;
+            files.paths.extend(found.paths);
+            files.skipped.extend(found.skipped.iter().map(|file| format!("{dataset}: {file}")));
+        }
+        if !files.skipped.is_empty() {
+            tracing::warn!(files = files.skipped.join(", "), "not read: only .json, .jsonl and .parquet are data");
         }
         Ok(files)
     }
@@ -136,7 +143,10 @@ fn own_template(file: &Path) -> Result<Template> {
     }
     let config: serde_json::Value =
         serde_json::from_str(&text).with_context(|| format!("{} is not JSON; mend it", file.display()))?;
-    let Some(source) = config["chat_template"].as_str() else {
+    // One template, or a list of named ones of which "default" is meant.
+    let named =
+        || config["chat_template"].as_array()?.iter().find(|one| one["name"] == "default")?["template"].as_str();
+    let Some(source) = config["chat_template"].as_str().or_else(named) else {
         bail!("{} has no \"chat_template\"; name a template with --template", file.display());
     };
     let token = |name: &str| {

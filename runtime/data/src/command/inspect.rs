@@ -50,8 +50,8 @@ impl Inspect {
 /// The tokens' text, dim where it is only read and underlined where it is learned.
 fn show(tokenizer: &Tokenizer, example: &Example, out: &mut impl Write) -> Result<()> {
     let mut before = None;
-    for (id, label) in example.ids.iter().zip(&example.labels) {
-        let learned = *label != template::IGNORED;
+    for (id, label) in example.ids.iter().zip(example.labels()) {
+        let learned = label != template::IGNORED;
         if before.replace(learned) != Some(learned) {
             write!(out, "\x1b[0m{}", if learned { "\x1b[4;32m" } else { "\x1b[2m" })?;
         }
@@ -98,11 +98,12 @@ impl Stats {
         let settings = self.prepare.settings()?;
         let mut cleaner = Cleaner::new(&settings.cleaning());
         let mut held_out = 0;
-        for conversation in self.datasets.files()?.conversations() {
+        let files = self.datasets.files()?;
+        for conversation in files.conversations() {
             let clean = cleaner.clean(conversation?);
             held_out += clean.is_some_and(|clean| is_held_out(&clean, settings.hold_out)) as u64;
         }
-        Ok(Report { held_out, ..cleaner.report() })
+        Ok(Report { held_out, skipped_files: files.skipped, ..cleaner.report() })
     }
 }
 
@@ -119,8 +120,8 @@ pub struct Encode {
 impl Encode {
     pub fn run(self, out: &mut impl Write) -> Result<()> {
         let prepared = prepared(&self.datasets, &self.prepare, &self.encoding.encoder()?)?;
-        for Example { ids, labels } in &prepared.examples {
-            writeln!(out, "{}", serde_json::json!({ "ids": ids, "labels": labels }))?;
+        for example in &prepared.examples {
+            writeln!(out, "{}", serde_json::json!({ "ids": example.ids, "labels": example.labels() }))?;
         }
         eprint!("{}", prepared.report);
         Ok(())
@@ -129,6 +130,8 @@ impl Encode {
 
 fn prepared(datasets: &Datasets, arguments: &PrepareArguments, encoder: &Encoder) -> Result<Prepared> {
     let files = datasets.files()?;
-    let source = Source { name: "given".to_owned(), files: files.paths.clone(), weight: 1.0 };
-    Ok(prepare(&[source], &[], &arguments.settings()?, encoder)?)
+    let source = Source { name: "given".to_owned(), files: files.paths.clone(), skipped: Vec::new(), weight: 1.0 };
+    let mut prepared = prepare(&[source], &[], &arguments.settings()?, encoder)?;
+    prepared.report.skipped_files = files.skipped;
+    Ok(prepared)
 }

@@ -47,7 +47,8 @@ impl Split {
         }
         writer.finish()?;
         aside.map_or(Ok(()), Writer::finish)?;
-        let report = report::Report { split: Some(done), held_out, ..cleaner.report() };
+        let report =
+            report::Report { split: Some(done), held_out, skipped_files: files.skipped.clone(), ..cleaner.report() };
         match self.output.is_standard() {
             true => eprint!("{report}"),
             false => write!(out, "{report}")?,

@@ -22,7 +22,7 @@ fn source(folder: &TempDir, name: &str, weight: f64, conversations: &[Conversati
     let file = folder.path().join(name);
     let records: Vec<_> = conversations.iter().map(Conversation::to_sharegpt).collect();
     std::fs::write(&file, serde_json::to_vec(&records).unwrap()).unwrap();
-    Source { name: name.to_owned(), files: vec![file], weight }
+    Source { name: name.to_owned(), files: vec![file], skipped: Vec::new(), weight }
 }
 
 fn many(name: &str, count: usize, pairs: usize) -> Vec<Conversation> {
@@ -92,13 +92,68 @@ fn long_conversations_are_cut_and_counted() {
 }
 
 #[test]
+fn a_source_that_is_put_aside_or_too_long_is_told_from_one_that_was_dropped() {
+    let folder = tempfile::tempdir().unwrap();
+    let all = source(&folder, "a", 1.0, &many("a", 2, 1));
+    let said =
+        |settings: Settings| prepare(std::slice::from_ref(&all), &[], &settings, &encoder()).unwrap_err().to_string();
+    let aside = said(Settings { hold_out: 1.0, ..settings() });
+    assert!(aside.contains("2 of 2 conversations kept; 2 sequences were put aside for evaluation"), "{aside}");
+    let long = said(Settings { max_length: 5, ..settings() });
+    assert!(long.contains("2 have no token of a reply to learn within 5 tokens"), "{long}");
+}
+
+#[test]
+fn the_digest_tells_every_token_every_label_and_what_is_held_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let digest = |conversations: &[Conversation], hold_out: f64| {
+        let sources = [source(&folder, "a", 1.0, conversations)];
+        prepare(&sources, &[], &Settings { hold_out, ..settings() }, &encoder()).unwrap().digest
+    };
+    let all = many("a", 40, 2);
+    let mut digests = vec![digest(&all, 0.0), digest(&all[1..], 0.0), digest(&all, 0.3)];
+    assert_eq!(digest(&all, 0.0), digests[0]);
+    let mut other = all.clone();
+    other[7].turns[2].content.push('!');
+    digests.push(digest(&other, 0.0));
+    let mut unlearned = all.clone();
+    unlearned[7].turns[1].learned = false;
+    digests.push(digest(&unlearned, 0.0));
+    let mut swapped = all;
+    swapped.swap(3, 4);
+    digests.push(digest(&swapped, 0.0));
+    digests.sort();
+    digests.dedup();
+    assert_eq!(digests.len(), 6);
+}
+
+#[test]
+fn files_that_were_not_read_are_in_the_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let sources = [Source { skipped: vec!["notes.csv".into()], ..source(&folder, "a", 1.0, &many("a", 2, 1)) }];
+    let report = prepare(&sources, &[], &settings(), &encoder()).unwrap().report;
+    assert_eq!(report.skipped_files, ["a: notes.csv"]);
+    assert!(report.to_string().contains("not read        a: notes.csv"), "{report}");
+}
+
+#[test]
+fn examples_take_little_more_than_their_ids() {
+    let folder = tempfile::tempdir().unwrap();
+    let prepared = prepare(&[source(&folder, "a", 1.0, &many("a", 3, 20))], &[], &settings(), &encoder()).unwrap();
+    for example in &prepared.examples {
+        assert_eq!(example.bytes(), size_of::<Example>() + 4 * example.ids.len() + 8 * 20);
+    }
+}
+
+#[test]
 fn a_source_of_which_nothing_is_left_is_an_error_that_says_why() {
     let folder = tempfile::tempdir().unwrap();
     let question = Conversation { id: "q".into(), turns: vec![Turn::new(Role::User, "Anybody?")] };
     let error = prepare(&[source(&folder, "asked", 1.0, &[question])], &[], &settings(), &encoder()).unwrap_err();
     let said = error.to_string();
     assert!(said.contains("asked") && said.contains("0 of 1 conversations kept; 1 dropped: last turn human"), "{said}");
-    let absent = Source { name: "gone".into(), files: vec![folder.path().join("gone")], weight: 1.0 };
+    let absent =
+        Source { name: "gone".into(), files: vec![folder.path().join("gone")], skipped: Vec::new(), weight: 1.0 };
     let said = prepare(&[absent], &[], &settings(), &encoder()).unwrap_err().to_string();
     assert!(said.starts_with("the dataset gone: "), "{said}");
 }

@@ -141,12 +141,21 @@ fn is_parquet(mut file: &File) -> std::io::Result<bool> {
     Ok(magic == b"PAR1")
 }
 
-/// The files of a dataset: the path itself, or every JSON and Parquet file below a folder, by name.
-pub fn files(path: &Path) -> Result<Vec<PathBuf>, ReadError> {
+/// The files of a dataset.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Files {
+    /// To be read, by name.
+    pub paths: Vec<PathBuf>,
+    /// Beside them, and left out because their names do not end like data; below the dataset's folder.
+    pub skipped: Vec<String>,
+}
+
+/// The path itself, or every JSON and Parquet file below a folder.
+pub fn files(path: &Path) -> Result<Files, ReadError> {
     if path.is_file() {
-        return Ok(vec![path.to_owned()]);
+        return Ok(Files { paths: vec![path.to_owned()], skipped: Vec::new() });
     }
-    let mut found = Vec::new();
+    let mut found = Files::default();
     let mut folders = vec![path.to_owned()];
     while let Some(folder) = folders.pop() {
         let failed = |error| ReadError::new(&folder, Problem::Io(error));
@@ -154,19 +163,27 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, ReadError> {
             let entry = entry.map_err(failed)?.path();
             if entry.is_dir() {
                 folders.push(entry);
-            } else if entry.extension().is_some_and(|end| EXTENSIONS.iter().any(|known| end == *known)) {
-                found.push(entry);
+            } else if is_data(&entry) {
+                found.paths.push(entry);
+            } else {
+                found.skipped.push(entry.strip_prefix(path).unwrap_or(&entry).display().to_string());
             }
         }
-        if found.len() > FILES_LIMIT {
+        if found.paths.len() + found.skipped.len() > FILES_LIMIT {
             return Err(ReadError::new(path, Problem::TooManyFiles));
         }
     }
-    found.sort();
-    if found.is_empty() {
+    found.paths.sort();
+    found.skipped.sort();
+    if found.paths.is_empty() {
         return Err(ReadError::new(path, Problem::NoFiles));
     }
     Ok(found)
+}
+
+fn is_data(file: &Path) -> bool {
+    let known = |end: &str| EXTENSIONS.iter().any(|known| end.eq_ignore_ascii_case(known));
+    file.extension().and_then(|end| end.to_str()).is_some_and(known)
 }
 
 #[cfg(test)]

@@ -56,7 +56,21 @@ fn turn(at: Place, index: usize, value: &Value, names: &Names) -> Result<Turn, P
     let content = content.ok_or_else(|| {
         field(at, path(content_name), "is missing or not text; only text can be trained on: remove the record")
     })?;
-    Ok(Turn { role, content })
+    let learned = role != Role::Assistant
+        || is_learned(&value["weight"]).ok_or_else(|| {
+            field(at, path("weight"), "is neither 0 nor 1; a reply is learned or it is not: write one of the two")
+        })?;
+    Ok(Turn { role, content, learned })
+}
+
+/// OpenAI's weight of a reply: 0 or 1, which it is where nothing is said.
+fn is_learned(weight: &Value) -> Option<bool> {
+    match weight {
+        Value::Null => Some(true),
+        weight if weight.as_f64() == Some(1.0) => Some(true),
+        weight if weight.as_f64() == Some(0.0) => Some(false),
+        _ => None,
+    }
 }
 
 /// Text as a string, or as OpenAI's list of text parts.

@@ -38,6 +38,19 @@ fn what_is_written_is_read_back() {
 }
 
 #[test]
+fn a_reply_of_weight_0_is_not_to_be_learned_and_stays_so_when_written() {
+    let text = r#"{"id":"x","messages":[{"role":"user","content":"U"},{"role":"assistant","content":"A","weight":0},
+        {"role":"user","content":"V"},{"role":"assistant","content":"B","weight":1}]}"#;
+    let read_once = read(&text.replace('\n', "")).unwrap().remove(0);
+    assert_eq!(read_once.turns.iter().map(|turn| turn.learned).collect::<Vec<_>>(), [true, false, true, true]);
+    for record in [read_once.to_sharegpt(), read_once.to_messages()] {
+        assert_eq!(read(&record.to_string()).unwrap(), std::slice::from_ref(&read_once));
+    }
+    let half = said(r#"{"messages":[{"role":"assistant","content":"A","weight":0.5}]}"#);
+    assert!(half.contains("messages[0].weight: is neither 0 nor 1"), "{half}");
+}
+
+#[test]
 fn records_without_an_id_are_named_after_what_is_said() {
     let record = |text: &str| format!("{{\"messages\":[{{\"role\":\"user\",\"content\":\"{text}\"}}]}}");
     let ids = |texts: [&str; 2]| {
@@ -80,13 +93,15 @@ fn nothing_follows_an_error() {
 fn a_folder_is_its_data_files_by_name() {
     let folder = folder("files");
     std::fs::create_dir(folder.path().join("b")).unwrap();
-    for name in ["z.json", "b/y.jsonl", "a.parquet", "README.md"] {
+    for name in ["z.json", "b/y.jsonl", "a.parquet", "c.JSONL", "b/data.csv", "README.md"] {
         std::fs::write(folder.path().join(name), "x").unwrap();
     }
     let names = |files: Vec<PathBuf>| -> Vec<String> {
         files.iter().map(|file| file.strip_prefix(folder.path()).unwrap().display().to_string()).collect()
     };
-    assert_eq!(names(files(folder.path()).unwrap()), ["a.parquet", "b/y.jsonl", "z.json"]);
+    let found = files(folder.path()).unwrap();
+    assert_eq!(names(found.paths), ["a.parquet", "b/y.jsonl", "c.JSONL", "z.json"]);
+    assert_eq!(found.skipped, ["README.md", "b/data.csv"]);
     let empty = self::folder("empty");
     assert!(matches!(files(empty.path()).unwrap_err().problem, Problem::NoFiles));
 }

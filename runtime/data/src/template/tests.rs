@@ -71,8 +71,8 @@ fn plain(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
 }
 
 fn learned(example: &Example) -> Vec<u32> {
-    let labels = example.labels.iter().filter(|label| **label != IGNORED);
-    labels.map(|label| *label as u32).collect()
+    let labels = example.labels();
+    labels.into_iter().filter(|label| *label != IGNORED).map(|label| label as u32).collect()
 }
 
 fn text() -> impl Strategy<Value = String> {
@@ -112,8 +112,8 @@ proptest! {
             let expected: Vec<u32> =
                 replies.flat_map(|turn| learned_of(&tokenizer, &encoder, &turn.content)).collect();
             prop_assert_eq!(learned(&example), expected, "{}", encoder.template().name());
-            for (id, label) in example.ids.iter().zip(&example.labels) {
-                prop_assert!(*label == IGNORED || *label == i64::from(*id));
+            for (id, label) in example.ids.iter().zip(example.labels()) {
+                prop_assert!(label == IGNORED || label == i64::from(*id));
             }
         }
     }
@@ -135,12 +135,13 @@ proptest! {
         let (_, encoders) = every_template();
         for encoder in encoders {
             let example = encoder.example(&turns).unwrap();
+            let labels = example.labels();
             for (index, turn) in turns.iter().enumerate() {
                 if turn.role == Role::Assistant {
                     let prompt = encoder.prompt_ids(&turns[..index]).unwrap();
                     prop_assert!(example.ids.starts_with(&prompt), "{}", encoder.template().name());
-                    prop_assert_eq!(example.labels[prompt.len() - 1], IGNORED);
-                    prop_assert_ne!(example.labels[prompt.len()], IGNORED);
+                    prop_assert_eq!(labels[prompt.len() - 1], IGNORED);
+                    prop_assert_ne!(labels[prompt.len()], IGNORED);
                 }
             }
         }
@@ -223,6 +224,91 @@ fn a_template_that_contradicts_the_tokenizer_names_both() {
 }
 
 #[test]
+fn a_reply_that_is_not_to_be_learned_is_read_only() {
+    let (tokenizer, encoders) = every_template();
+    let mut turns = vec![Turn::user("a"), Turn::assistant("b"), Turn::user("c"), Turn::assistant("d")];
+    for encoder in encoders {
+        turns[1].learned = true;
+        let all = encoder.example(&turns).unwrap();
+        turns[1].learned = false;
+        let one = encoder.example(&turns).unwrap();
+        assert_eq!(one.ids, all.ids);
+        assert_eq!(learned(&one), learned_of(&tokenizer, &encoder, "d"), "{}", encoder.template().name());
+    }
+}
+
+#[test]
+fn cut_examples_learn_what_is_left() {
+    let whole = Example { ids: (0..10).collect(), learned: vec![0..2, 4..6, 8..10] };
+    let cut = |length: usize| {
+        let mut example = whole.clone();
+        example.truncate(length);
+        (example.trained_tokens(), example.labels())
+    };
+    assert_eq!(cut(10).0, 5);
+    assert_eq!(cut(5), (2, vec![0, 1, IGNORED, IGNORED, 4]));
+    assert_eq!(cut(4), (1, vec![0, 1, IGNORED, IGNORED]));
+    assert_eq!(cut(0), (0, Vec::new()));
+}
+
+/// More replies than are looked for one by one.
+fn long_conversation() -> Vec<Turn> {
+    let replies = [" blank before", "\n\nlines around\n\n", "plain", "  ", "</s> and <|im_end|>", "\n###"];
+    let pair =
+        |index: usize| [Turn::user(format!("question {index}")), Turn::assistant(replies[index % replies.len()])];
+    (0..4 * RENDERED_APART).flat_map(pair).collect()
+}
+
+#[test]
+fn many_replies_are_found_as_few_are() {
+    let (_, encoders) = every_template();
+    let turns = long_conversation();
+    for encoder in encoders {
+        let name = encoder.template().name().to_owned();
+        let guarded = encoder.guarded(&turns);
+        let text = encoder.render(&guarded, false).unwrap();
+        let marked = encoder.replies(&guarded, &text, false).unwrap();
+        let replies = guarded.iter().enumerate().filter(|(_, turn)| turn.role == Role::Assistant);
+        for ((index, turn), found) in replies.zip(&marked) {
+            let before = encoder.render(&guarded[..index], true).unwrap();
+            let expected = encoder.reply(&before, &text, turn).unwrap();
+            assert_eq!((&found.content, &found.end), (&expected.content, &expected.end), "{name}, turn {index}");
+        }
+        let (example, prompt) = (encoder.example(&turns).unwrap(), encoder.prompt_ids(&turns[..31]).unwrap());
+        assert!(example.ids.starts_with(&prompt), "{name}");
+    }
+}
+
+#[test]
+fn the_replies_of_a_long_conversation_are_found_without_its_beginnings() {
+    let tokenizer = byte_tokenizer(&CHATML_TOKENS);
+    let source = "{% if messages|length > 2 and messages|length < 60 %}{{ raise_exception('a beginning') }}{% endif %}";
+    let source = format!("{source}{CHATML_JINJA}");
+    let encoder = Template::from_jinja(&source, "", "").unwrap().bind(&tokenizer).unwrap();
+    let turns = encoder.guarded(&long_conversation());
+    let text = encoder.render(&turns, true).unwrap();
+    assert_eq!(encoder.replies(&turns, &text, true).unwrap().len(), turns.len() / 2);
+}
+
+#[test]
+fn a_template_without_end_is_an_error_that_says_so() {
+    let tokenizer = byte_tokenizer(&CHATML_TOKENS);
+    let source = |loops: &str| {
+        format!(
+            "{{% if messages|length > 2 %}}{loops}{{% endif %}}{{% for m in messages %}}{{{{ m['content'] + '<|im_end|>' }}}}{{% endfor %}}"
+        )
+    };
+    let turns = [Turn::user("a"), Turn::assistant("b"), Turn::user("c")];
+    let loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
+    let writes = "{% for a in range(9999) %}{{ 'a line that is written again and again, until it is enough and more than '}}{% for b in range(9) %}{{ 'enough of it, so that nothing but a limit ends it' }}{% endfor %}{% endfor %}";
+    for (body, expected) in [(loops, "instructions"), (writes, "bytes")] {
+        let encoder = Template::from_jinja(&source(body), "", "").unwrap().bind(&tokenizer).unwrap();
+        let error = encoder.prompt_ids(&turns).unwrap_err();
+        assert!(matches!(error, TemplateError::Endless { .. }) && error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
 fn a_template_that_rewrites_history_cannot_be_trained_on() {
     let tokenizer = byte_tokenizer(&CHATML_TOKENS);
     let source = "{{ messages|length }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}";
@@ -259,7 +345,7 @@ fn vicuna_on_llama_is_the_published_vector() {
     assert_eq!(example.ids.len(), 61);
     assert_eq!(example.ids[..4], [1, 319, 13563, 1546]);
     assert_eq!(example.ids[58..], [1781, 29889, 2]);
-    let learned: Vec<usize> = (0..61).filter(|at| example.labels[*at] != IGNORED).collect();
+    let learned: Vec<usize> = (0..61).filter(|at| example.labels()[*at] != IGNORED).collect();
     assert_eq!(learned, [41, 42, 43, 56, 57, 58, 59, 60]);
     assert_eq!(encoder.end_tokens(), [2]);
 

@@ -230,8 +230,13 @@ fn run_rank(options: &Options, rank: usize, folder: &Path) -> Result<()> {
         None => BlockTable::new(&session.config),
         Some(lora) => BlockTable::adapters(&session.config, lora),
     };
-    let workload =
-        Workload { config: &session.config, table: &table, recipe: &session.job.recipe, gpu: device.is_cuda() };
+    let workload = Workload {
+        config: &session.config,
+        table: &table,
+        recipe: &session.job.recipe,
+        gpu: device.is_cuda(),
+        data: session.data_bytes(),
+    };
     let ranks = options.ports.len() as u32;
     let need = workload.need(ranks);
     let kept = match options.memory[0] {

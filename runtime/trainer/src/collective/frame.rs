@@ -110,6 +110,7 @@ fn decode(bytes: &[u8]) -> Option<Tag> {
         7 => Kind::Gradient,
         8 => Kind::State,
         9 => Kind::Evaluation,
+        10 => Kind::Inputs,
         _ => return None,
     };
     Some(Tag {

@@ -45,6 +45,8 @@ pub enum Kind {
     State = 8,
     /// Losses of held-out micro-batches and wishes of a rank, to all.
     Evaluation = 9,
+    /// Digests of what a rank has read, to all.
+    Inputs = 10,
 }
 
 impl Tag {

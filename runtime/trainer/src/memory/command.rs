@@ -58,7 +58,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         None => BlockTable::new(&config),
         Some(lora) => BlockTable::adapters(&config, &lora),
     };
-    let workload = Workload { config: &config, table: &table, recipe: &recipe, gpu: arguments.gpu };
+    let workload = Workload { config: &config, table: &table, recipe: &recipe, gpu: arguments.gpu, data: 0 };
     println!("{} parameters, {} trained; each rank needs at its peak", config.parameter_count(), table.elements());
     for ranks in 1..=arguments.ranks {
         println!("{}", line(&workload.need(ranks)));

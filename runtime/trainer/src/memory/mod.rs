@@ -12,7 +12,7 @@ use std::fmt;
 use vicuna_model::Config;
 use vicuna_model::layers::Projection;
 use vicuna_protocol::gigabytes;
-use vicuna_protocol::job::{Base, Method, Precision, Recipe};
+use vicuna_protocol::job::{Base, Method, Precision, Recipe, Recompute};
 
 /// Bytes of code, libraries, tokenizer and small change on the host: what a rank of the tiny model takes.
 const PROGRAM: u64 = 120 << 20;
@@ -32,6 +32,8 @@ pub struct Workload<'a> {
     pub recipe: &'a Recipe,
     /// The model computes on a GPU: weights and activations are there, masters and moments on the host.
     pub gpu: bool,
+    /// Bytes of the prepared sequences, which every rank holds on the host.
+    pub data: u64,
 }
 
 /// Bytes that one rank needs at its peak.
@@ -60,7 +62,7 @@ impl Need {
 }
 
 impl Workload<'_> {
-    /// What each of `ranks` ranks needs where nothing but layers' inputs is kept for the way back.
+    /// What each of `ranks` ranks needs: at least, or with all layers kept for the way back where the recipe says so.
     pub fn need(&self, ranks: u32) -> Need {
         let state = self.state(ranks);
         let loading = self.loading(ranks);
@@ -74,6 +76,12 @@ impl Workload<'_> {
         ];
         if self.gpu {
             parts.push(Part { what: "CUDA", on_device: true, bytes: CUDA_CONTEXT });
+        }
+        if self.data > 0 {
+            parts.push(Part { what: "prepared data", on_device: false, bytes: self.data });
+        }
+        if self.keeps_whole() {
+            parts.push(self.computed("layers that are kept", self.kept_whole(ranks)));
         }
         let sum = |on_device| parts.iter().filter(|part| part.on_device == on_device).map(|part| part.bytes).sum();
         let (training, device): (u64, u64) = (sum(false), sum(true));
@@ -114,6 +122,11 @@ impl Workload<'_> {
     /// Micro-batches of a step that a rank runs, at most, while all are equally fast.
     fn micro_batches(&self, ranks: u32) -> u64 {
         u64::from(self.recipe.global_batch.div_ceil(self.recipe.micro_batch.max(1)).div_ceil(ranks.max(1)))
+    }
+
+    /// A quantised base's layers are run again all the same.
+    fn keeps_whole(&self) -> bool {
+        self.recipe.recompute == Recompute::Never && !matches!(self.recipe.method, Method::QLoRA(..))
     }
 
     fn computed(&self, what: &'static str, bytes: u64) -> Part {
@@ -242,7 +255,7 @@ impl Workload<'_> {
             (true, ..) | (false, Precision::Fp32, Method::Full | Method::LoRA(_)) => 0,
             _ => self.weights(),
         };
-        PROGRAM + whole + compute + self.state(ranks)
+        PROGRAM + whole + compute + self.state(ranks) + self.data
     }
 }
 
@@ -261,7 +274,7 @@ impl fmt::Display for Need {
 mod tests {
     use super::*;
     use vicuna_model::tiny;
-    use vicuna_protocol::job::{Lora, Recompute, RunLength, Schedule};
+    use vicuna_protocol::job::{Lora, RunLength, Schedule};
 
     fn recipe(method: Method, precision: Precision) -> Recipe {
         Recipe {
@@ -286,7 +299,35 @@ mod tests {
         let lora = crate::adapters::lora(&method).unwrap();
         let table = lora.map_or_else(|| BlockTable::new(config), |lora| BlockTable::adapters(config, &lora));
         let recipe = recipe(method, Precision::Bf16);
-        Workload { config, table: &table, recipe: &recipe, gpu: true }.need(ranks)
+        Workload { config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(ranks)
+    }
+
+    #[test]
+    fn the_data_are_on_the_host_of_every_rank() {
+        let (config, table) = (tiny::config(), BlockTable::new(&tiny::config()));
+        let recipe = recipe(Method::Full, Precision::Fp32);
+        let need = |data| Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data }.need(4);
+        let (without, with) = (need(0), need(5 << 30));
+        assert_eq!((with.host, with.device), (without.host + (5 << 30), without.device));
+    }
+
+    #[test]
+    fn what_is_never_computed_again_is_kept_unless_the_base_is_quantised() {
+        let config = tiny::llama_7b();
+        let lora = || Lora { rank: 8, alpha: 16.0, dropout: 0.0, targets: vec!["all-linear".to_owned()] };
+        let grows = |method: Method| {
+            let settings = crate::adapters::lora(&method).unwrap();
+            let table = settings.map_or_else(|| BlockTable::new(&config), |lora| BlockTable::adapters(&config, &lora));
+            let device = |recompute| {
+                let recipe = Recipe { recompute, ..recipe(method.clone(), Precision::Bf16) };
+                Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(2).device
+            };
+            device(Recompute::Never) - device(Recompute::Always)
+        };
+        // 8 micro-batches of 2048 tokens through 32 layers: 0.14 MB a token and layer.
+        assert!(grows(Method::Full) > 70_000_000_000, "{}", grows(Method::Full));
+        assert!(grows(Method::LoRA(lora())) > grows(Method::Full));
+        assert_eq!(grows(Method::QLoRA(lora(), Base::Nf4)), 0);
     }
 
     #[test]

@@ -34,15 +34,25 @@ impl Fixture {
         // CUDA registers itself if it comes before the first use of torch.
         let device = device();
         let dir = tempfile::tempdir().unwrap();
-        let model = vicuna_model::tiny::tiny(11);
-        let template = model.chat_template.as_deref();
-        vicuna_model::save(&dir.path().join("model"), &model.config, &model.tensors, &model.tokenizer, template)
-            .unwrap();
-        let set = identity::conversations("Willow", "Spot Labs", 5, 40);
-        let records: Vec<_> = set.iter().map(Conversation::to_sharegpt).collect();
-        std::fs::write(dir.path().join("data.json"), serde_json::to_vec(&records).unwrap()).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        Self { dir, runtime, device }
+        let fixture = Self { dir, runtime, device };
+        fixture.write_model(11);
+        fixture.write_data(40);
+        fixture
+    }
+
+    /// The base model with weights of this seed.
+    pub fn write_model(&self, seed: u64) {
+        let model = vicuna_model::tiny::tiny(seed);
+        let template = model.chat_template.as_deref();
+        vicuna_model::save(&self.path("model"), &model.config, &model.tensors, &model.tokenizer, template).unwrap();
+    }
+
+    /// So many conversations.
+    pub fn write_data(&self, count: usize) {
+        let set = identity::conversations("Willow", "Spot Labs", 5, count);
+        let records: Vec<_> = set.iter().map(Conversation::to_sharegpt).collect();
+        std::fs::write(self.path("data.json"), serde_json::to_vec(&records).unwrap()).unwrap();
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
