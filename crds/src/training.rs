@@ -169,6 +169,7 @@ pub struct Identity {
     validation = Rule::new("self.globalBatch % self.microBatch == 0").message("globalBatch must be a multiple of microBatch: change one of them."),
     validation = Rule::new("has(self.epochs) != has(self.steps)").message("Set exactly one of epochs and steps."),
     validation = Rule::new("!has(self.lora) || self.method != 'Full'").message("lora is for the methods LoRA and QLoRA: set method to one of them, or leave lora out."),
+    validation = Rule::new("!has(self.ropeScaling) || self.method == 'Full'").message("ropeScaling changes the model itself, which adapters do not carry: set method to Full, or leave ropeScaling out."),
     validation = Rule::new("!has(self.lora) || !has(self.lora.base) || self.method == 'QLoRA'").message("lora.base is for the method QLoRA: LoRA's base stays as it is.")
 )]
 pub struct Recipe {
@@ -215,10 +216,13 @@ pub struct Recipe {
     #[schemars(range(max = 1_000_000.0))]
     #[x_kube(validation = Rule::new("self > 0.0").message("Set gradientClip above 0; 1.0 is usual."))]
     pub gradient_clip: f64,
-    /// Most tokens in a sequence; longer conversations are cut.
+    /// Most tokens in a sequence; longer conversations are cut. Not more than the model was made for, unless ropeScaling stretches it.
     #[serde(default = "default_max_length")]
     #[schemars(range(min = 8, max = 131_072))]
     pub max_length: u32,
+    /// A longer context than the base model's: its rotary embeddings are scaled, which the result's config.json says. Needs method Full. Absent: as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
     /// What a worker computes in. Fp32: single precision; Bf16: weights and activations of 16 bits, as usual on GPUs. Master weights, optimizer and sums of gradients are fp32 either way; the result has this precision.
     #[serde(default)]
     pub precision: Precision,
@@ -353,6 +357,27 @@ pub enum Base {
     #[default]
     Nf4,
     Int8,
+}
+
+/// How rotary embeddings are scaled.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RopeScaling {
+    /// Linear: all frequencies are divided by the factor (Chen et al. 2023); Llama3: low ones only, as in Llama 3.1; Yarn: low ones more than high ones, with sharper attention (Peng et al. 2023).
+    #[serde(rename = "type")]
+    pub kind: Scaling,
+    /// How many times as many tokens as the base model was made for.
+    #[schemars(range(max = 1024.0))]
+    #[x_kube(validation = Rule::new("self > 1.0").message("Set a factor above 1, such as 4.0 for four times the context, or leave ropeScaling out."))]
+    pub factor: f64,
+}
+
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Scaling {
+    Linear,
+    Llama3,
+    Yarn,
 }
 
 /// What memory is spent on. It does not change a bit of the result.

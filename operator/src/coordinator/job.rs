@@ -5,7 +5,7 @@ use vicuna_crds::training as spec;
 use vicuna_crds::{Interval, VicunaTraining};
 use vicuna_protocol::job::{
     Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute,
-    RunLength, Schedule, TrainingJob,
+    RopeScaling, RunLength, Scaling, Schedule, TrainingJob,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +88,14 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
             spec::Recompute::Always => Recompute::Always,
             spec::Recompute::Never => Recompute::Never,
         },
+        rope_scaling: recipe.rope_scaling.as_ref().map(|scaling| RopeScaling {
+            kind: match scaling.kind {
+                spec::Scaling::Linear => Scaling::Linear,
+                spec::Scaling::Llama3 => Scaling::Llama3,
+                spec::Scaling::Yarn => Scaling::Yarn,
+            },
+            factor: scaling.factor,
+        }),
     })
 }
 
@@ -133,6 +141,15 @@ mod tests {
         assert_eq!(job.checkpoint.to, "s3://bucket/run");
         let text = serde_json::to_string(&job).unwrap();
         assert_eq!(serde_json::from_str::<TrainingJob>(&text).unwrap(), job);
+    }
+
+    #[test]
+    fn a_longer_context_is_passed_on() {
+        let mut training = crate::training::tests::training("t");
+        assert_eq!(job(&training).unwrap().recipe.rope_scaling, None);
+        let scaling = json!({ "type": "Yarn", "factor": 4.0 });
+        training.spec.recipe.rope_scaling = Some(serde_json::from_value(scaling.clone()).unwrap());
+        assert_eq!(serde_json::to_value(job(&training).unwrap().recipe.rope_scaling).unwrap(), scaling);
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub mod retention;
 pub mod store;
 
 pub use manifest::{BlockEntry, Cursor, Inputs, Manifest, ManifestError, ManifestRef};
-pub use store::{Store, StoreError, fetch, size, upload_dir};
+pub use store::{Store, StoreError, fetch, sizes, upload_dir};
 
 /// The clock against which ages of objects are measured.
 pub fn now() -> chrono::DateTime<chrono::Utc> {

@@ -1,7 +1,7 @@
 //! The shape of a model of LLaMA's kind, read from Hugging Face's `config.json` or GGUF metadata.
 
 use crate::gguf::Gguf;
-use crate::rope::RopeScaling;
+use crate::rope::{RopeScaling, Stretch};
 use crate::{ModelError, layers};
 use serde_json::{Value, json};
 
@@ -131,6 +131,16 @@ impl Config {
             pad: gguf.token_id("tokenizer.ggml.padding_token_id"),
         }
         .checked()
+    }
+
+    /// The same model for sequences `factor` times as long; its rotary embeddings must not be scaled already.
+    pub fn stretched(self, how: Stretch, factor: f64) -> Result<Self, ModelError> {
+        if self.rope_scaling != RopeScaling::Unscaled {
+            return Err(refusal("the model's rotary embeddings are scaled already; leave them as they are"));
+        }
+        let rope_scaling = RopeScaling::stretching(how, factor, self.max_position)?;
+        let max_position = (self.max_position as f64 * factor) as usize;
+        Self { rope_scaling, max_position, ..self }.checked()
     }
 
     /// Writes Hugging Face's `config.json`, all but the weights' type.
@@ -364,6 +374,21 @@ mod tests {
 
     fn valid() -> Value {
         crate::tiny::config().to_hugging_face()
+    }
+
+    #[test]
+    fn a_stretched_model_says_so_in_its_config_json() {
+        let base = crate::tiny::config();
+        for how in [Stretch::Linear, Stretch::Llama3, Stretch::Yarn] {
+            let stretched = base.clone().stretched(how, 4.0).unwrap();
+            assert_eq!(stretched.max_position, 4 * base.max_position);
+            assert_eq!(Config::from_hugging_face(&stretched.to_hugging_face()).unwrap(), stretched, "{how:?}");
+            let twice = stretched.stretched(how, 2.0).unwrap_err().to_string();
+            assert!(twice.contains("scaled already"), "{twice}");
+        }
+        for factor in [1.0, 0.5, f64::NAN] {
+            assert!(base.clone().stretched(Stretch::Linear, factor).is_err(), "{factor}");
+        }
     }
 
     #[test]

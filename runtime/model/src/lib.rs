@@ -32,6 +32,6 @@ pub use error::ModelError;
 pub use forward::logits;
 pub use hugging_face::{save, save_tokenizer};
 pub use parameters::{layer_parameter_names, parameter_names, parameter_shape};
-pub use pretrained::{Pretrained, load, load_adapted};
-pub use rope::RopeScaling;
+pub use pretrained::{Pretrained, load, load_adapted, load_config};
+pub use rope::{RopeScaling, Stretch};
 pub use special_tokens::SpecialTokens;

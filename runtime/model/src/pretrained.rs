@@ -49,6 +49,18 @@ pub fn load(path: &Path) -> Result<Pretrained, ModelError> {
     load_gguf(path)
 }
 
+/// The configuration alone of what [`load`] reads, or of a `config.json`.
+pub fn load_config(path: &Path) -> Result<Config, ModelError> {
+    let json = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+    let file = if json.is_file() { Some(json) } else { only_gguf(path) };
+    let file = file.ok_or_else(|| ModelError::NotAModel { path: path.to_owned() })?;
+    let bytes = map_file(&file)?;
+    match bytes.starts_with(gguf::MAGIC) {
+        true => Config::from_gguf(&gguf::Gguf::header(&bytes)?),
+        false => Config::from_hugging_face(&hugging_face::read_json(&file)?),
+    }
+}
+
 /// Reads a base model and adds a PEFT adapter to its weights.
 pub fn load_adapted(base: &Path, adapter: &Path) -> Result<Pretrained, ModelError> {
     let adapter = Adapter::load(adapter)?;
@@ -81,4 +93,29 @@ pub(crate) fn map_file(path: &Path) -> Result<memmap2::Mmap, ModelError> {
     // SAFETY: model files are written once into scratch space that this process owns, and are not
     // truncated while it reads them.
     unsafe { memmap2::Mmap::map(&file) }.map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tiny::tiny;
+
+    #[test]
+    fn a_configuration_is_read_without_the_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let (directory, file) = (folder.path().join("model"), folder.path().join("one.gguf"));
+        let model = tiny(1);
+        crate::save(&directory, &model.config, &model.tensors, &model.tokenizer, None).unwrap();
+        std::fs::remove_file(directory.join("model.safetensors")).unwrap();
+        gguf::save(&file, &model, gguf::Weights::F32).unwrap();
+        let whole = std::fs::read(&file).unwrap();
+        // As much of it as a store is asked for.
+        std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+        for path in [directory.join("config.json"), directory, file] {
+            let config = load_config(&path).unwrap();
+            assert_eq!(config.parameter_count(), model.config.parameter_count(), "{}", path.display());
+        }
+        assert!(load_config(folder.path()).is_ok(), "a folder with nothing but one GGUF file is that file");
+        assert!(matches!(load_config(&folder.path().join("none")), Err(ModelError::NotAModel { .. })));
+    }
 }

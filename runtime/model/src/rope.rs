@@ -33,7 +33,30 @@ pub enum RopeScaling {
     },
 }
 
+/// A way to stretch a model's context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stretch {
+    Linear,
+    Llama3,
+    Yarn,
+}
+
 impl RopeScaling {
+    /// What makes a model for `factor` times the `original` tokens that it was made for, with the constants that are usual.
+    pub fn stretching(how: Stretch, factor: f64, original: usize) -> Result<Self, ModelError> {
+        if !(factor.is_finite() && factor > 1.0) {
+            return Err(refuse(format!("rope scaling's factor is {factor}; it must be above 1")));
+        }
+        let scaling = match how {
+            Stretch::Linear => Self::Linear { factor },
+            Stretch::Llama3 => Self::Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original },
+            Stretch::Yarn => {
+                Self::Yarn { factor, beta_fast: 32.0, beta_slow: 1.0, attention_factor: sharpened(factor), original }
+            }
+        };
+        scaling.checked()
+    }
+
     /// Reads `rope_scaling` or, as transformers 5 writes it, `rope_parameters` of a `config.json`.
     pub fn from_hugging_face(json: &Value, max_position: usize) -> Result<Self, ModelError> {
         let settings = if json["rope_scaling"].is_object() { &json["rope_scaling"] } else { &json["rope_parameters"] };

@@ -91,6 +91,29 @@ pub struct Recipe {
     pub precision: Precision,
     #[serde(default, skip_serializing_if = "Recompute::is_default")]
     pub recompute: Recompute,
+    /// Absent: the base model's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+}
+
+/// A context longer than the base model's, by scaling its rotary embeddings.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RopeScaling {
+    #[serde(rename = "type")]
+    pub kind: Scaling,
+    /// How many times as many tokens; above 1.
+    pub factor: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Scaling {
+    /// All frequencies alike (Chen et al. 2023).
+    Linear,
+    /// Low ones only, as Llama 3.1's.
+    Llama3,
+    /// Low ones more than high ones, and sharper attention (Peng et al. 2023).
+    Yarn,
 }
 
 /// Whether layers run again on the way back (Chen et al. 2016). It does not change a bit of the result.

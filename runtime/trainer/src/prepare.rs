@@ -22,11 +22,12 @@ use vicuna_checkpoint::manifest::{digest, list_manifests};
 use vicuna_checkpoint::{Inputs, ManifestRef, Store, StoreError, fetch};
 use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
 use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
+use vicuna_model::gguf::Gguf;
 use vicuna_model::lora::Lora;
-use vicuna_model::{Config, ModelError, Pretrained};
+use vicuna_model::{Config, ModelError, Pretrained, Stretch};
 use vicuna_protocol::coordinator::Cause;
 use vicuna_protocol::gigabytes;
-use vicuna_protocol::job::{Method, Precision, Recipe, Recompute, RunLength, TrainingJob};
+use vicuna_protocol::job::{Method, Precision, Recipe, Recompute, RopeScaling, RunLength, Scaling, TrainingJob};
 
 /// Manifests that a rank reports, at most.
 pub const MANIFESTS: usize = 16;
@@ -34,6 +35,8 @@ pub const MANIFESTS: usize = 16;
 const IDENTITY_ROUNDS: usize = 4;
 /// Ranks for which memory is estimated: as many as a training may have.
 pub const LARGEST_ESTIMATE: u32 = 512;
+/// Bytes of a GGUF file within which its header ends: a tokenizer's words and merges are a third of it.
+const GGUF_HEADER_BYTES: u64 = 32 << 20;
 /// Bytes of prepared sequences for a byte of compressed conversations.
 const UNPACKED: u64 = 3;
 /// Where the report of the preparation lies below the checkpoint URI.
@@ -118,6 +121,8 @@ fn check(job: &TrainingJob) -> Result<(), Trouble> {
         "maxLength must be at least 2"
     } else if recipe.evaluate_every.is_some() && job.prepare.hold_out.is_none() {
         "evaluateEvery needs data to evaluate on: set prepare.holdOut"
+    } else if recipe.rope_scaling.is_some() && recipe.method != Method::Full {
+        "ropeScaling changes the model itself, which adapters do not carry: set method to Full, or leave it out"
     } else {
         return Ok(());
     };
@@ -177,15 +182,12 @@ async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<read::Fi
     Ok(all)
 }
 
-/// What a rank needs for each number of ranks from 1, from the model's configuration alone; `None` where that is inside
-/// the model's file.
+/// What a rank needs for each number of ranks from 1, from the model's configuration alone; `None` where that cannot be
+/// read: what is wrong is said when the model is.
 pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<Need>>, Trouble> {
     let store = Store::open(&job.model.from).map_err(|error| source_trouble(Cause::Model, "the base model", &error))?;
-    let Ok(json) = store.get("config.json").await else { return Ok(None) };
-    // What is wrong with it is said when the model is read.
-    let Some(config) = serde_json::from_slice(&json).ok().and_then(|json| Config::from_hugging_face(&json).ok()) else {
-        return Ok(None);
-    };
+    let Some(config) = configuration(&store).await else { return Ok(None) };
+    let config = stretched(job, config)?;
     let lora = adapters::lora(&job.recipe.method);
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
     let table = table(&config, lora.as_ref());
@@ -193,12 +195,56 @@ pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<N
     Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need(ranks)).collect()))
 }
 
+/// Of a directory's `config.json`, or of the header of a GGUF file.
+async fn configuration(store: &Store) -> Option<Config> {
+    if let Ok(json) = store.get("config.json").await {
+        return Config::from_hugging_face(&serde_json::from_slice(&json).ok()?).ok();
+    }
+    let objects = vicuna_checkpoint::sizes(store.uri()).await.ok()?;
+    let mut files = objects.into_iter().map(|(name, _)| name).filter(|name| name.ends_with(".gguf"));
+    let (name, None) = (files.next()?, files.next()) else { return None };
+    let key = if store.uri().ends_with(&name) { "" } else { name.as_str() };
+    let header = store.head(key, GGUF_HEADER_BYTES).await.ok()?;
+    Config::from_gguf(&Gguf::header(&header).ok()?).ok()
+}
+
+/// The model as it is trained: with a longer context where the recipe asks for one, and long enough for it.
+fn stretched(job: &TrainingJob, config: Config) -> Result<Config, Trouble> {
+    let wrong = |message: String| Trouble::new(Cause::Application, message);
+    let config = match job.recipe.rope_scaling {
+        None => config,
+        Some(RopeScaling { kind, factor }) => {
+            let how = match kind {
+                Scaling::Linear => Stretch::Linear,
+                Scaling::Llama3 => Stretch::Llama3,
+                Scaling::Yarn => Stretch::Yarn,
+            };
+            config.stretched(how, factor).map_err(|error| wrong(format!("recipe.ropeScaling: {error}")))?
+        }
+    };
+    let (wanted, has) = (job.recipe.max_length as usize, config.max_position);
+    if wanted > has {
+        let or = match (job.recipe.rope_scaling, config.rope_scaling, &job.recipe.method) {
+            (Some(_), ..) => ", or raise recipe.ropeScaling's factor".to_owned(),
+            (None, vicuna_model::RopeScaling::Unscaled, Method::Full) => {
+                format!(", or set recipe.ropeScaling with a factor of at least {}", wanted.div_ceil(has))
+            }
+            // It cannot be stretched once more, nor beneath adapters.
+            (None, ..) => String::new(),
+        };
+        let name = &job.model.from;
+        let message = format!("recipe.maxLength is {wanted} tokens, and the model {name} is made for {has}");
+        return Err(wrong(format!("{message}: lower maxLength{or}")));
+    }
+    Ok(config)
+}
+
 /// About as many bytes as the prepared sequences will take: a token is about four letters in the file and four bytes in
 /// memory. What cannot be listed is said when it is fetched.
 async fn data_size(job: &TrainingJob) -> u64 {
     let mut bytes = 0;
     for source in &job.dataset {
-        let files = vicuna_checkpoint::size(&source.from).await.unwrap_or_default();
+        let files = vicuna_checkpoint::sizes(&source.from).await.unwrap_or_default();
         let unpacked = |(name, bytes): &(String, u64)| match name.to_ascii_lowercase().ends_with(".parquet") {
             true => bytes * UNPACKED,
             false => *bytes,
@@ -214,10 +260,13 @@ pub fn refuse_what_does_not_fit(job: &TrainingJob, needs: &[Need], limits: Limit
     let has = |what: &str, bytes: Option<u64>| bytes.map(|bytes| format!("{} {what}", gigabytes(bytes)));
     let has = [has("on the host", limits.host), has("on the device", limits.device)];
     let has = has.into_iter().flatten().collect::<Vec<_>>().join(" and ");
-    let advice = match job.recipe.method {
-        Method::Full => "give workers.resources more memory, or set recipe.method to LoRA or QLoRA",
-        Method::LoRA(_) => "give workers.resources more memory, or set recipe.method to QLoRA",
-        Method::QLoRA(..) => "give workers.resources more memory, or lower recipe.maxLength or microBatch",
+    let advice = match (&job.recipe.method, job.recipe.recompute) {
+        (Method::Full | Method::LoRA(_), Recompute::Never) => {
+            "give workers.resources more memory, or set recipe.memory.recompute to Auto"
+        }
+        (Method::Full, _) => "give workers.resources more memory, or set recipe.method to LoRA or QLoRA",
+        (Method::LoRA(_), _) => "give workers.resources more memory, or set recipe.method to QLoRA",
+        (Method::QLoRA(..), _) => "give workers.resources more memory, or lower recipe.maxLength or microBatch",
     };
     let (ranks, name) = (least.ranks, &job.model.from);
     let message = format!("even among {ranks} workers, each needs {least} to train {name}, and has {has}: {advice}");
@@ -253,6 +302,7 @@ fn assemble(
     let lora = adapters::lora(&job.recipe.method);
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
     let mut model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
+    model.config = stretched(&job, model.config)?;
     let template = template(&job, &model)?;
     let prepared = data(&job, files, &model, &template)?;
     let data = ordered(&job, prepared.examples, &prepared.mixtures)?;

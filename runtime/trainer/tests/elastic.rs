@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
 use vicuna_model::lora::Adapter;
 use vicuna_protocol::coordinator::{Holding, MemoryBase};
-use vicuna_protocol::job::{Base, Lora, Method, Precision, Recompute, TrainingJob};
+use vicuna_protocol::job::{Base, Lora, Method, Precision, Recompute, RopeScaling, Scaling, TrainingJob};
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
@@ -247,6 +247,18 @@ fn the_result_is_a_model_with_the_digest_that_was_told() {
     let again = generation(&session, 3, Some(newest), None);
     assert_eq!(again.result().digest, run.result().digest);
     assert!(again.watches[0].losses.lock().is_empty());
+}
+
+#[test]
+fn a_longer_context_is_in_the_result_s_configuration() {
+    let fixture = Fixture::new();
+    let mut job = fixture.job("bucket");
+    job.recipe.rope_scaling = Some(RopeScaling { kind: Scaling::Linear, factor: 2.0 });
+    let run = generation(&fixture.session(job), 1, None, None);
+    let result = vicuna_model::load(&fixture.path("bucket/result")).unwrap();
+    assert_eq!(result.config.rope_scaling, vicuna_model::RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(result.config.max_position, 1024);
+    assert_eq!(vicuna_model::weights_digest(&result.tensors).unwrap(), run.result().digest);
 }
 
 #[test]

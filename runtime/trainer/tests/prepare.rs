@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use support::Fixture;
 use tch::Device;
 use vicuna_protocol::coordinator::Cause;
-use vicuna_protocol::job::{Identity, Prepare, TrainingJob};
+use vicuna_protocol::job::{Identity, Lora, Method, Prepare, RopeScaling, Scaling, TrainingJob};
 use vicuna_trainer::memory::limits::Limits;
 use vicuna_trainer::prepare::{DATA_REPORT, Place, Session, Trouble, preflight, prepare, refuse_what_does_not_fit};
 
@@ -146,4 +146,47 @@ fn files_that_are_no_data_are_told() {
     let report = attempt(&fixture, job).unwrap().data_report;
     assert_eq!(report.records, 40);
     assert!(report.skipped_files.len() == 1 && report.skipped_files[0].ends_with("set: more.csv"), "{report}");
+}
+
+#[test]
+fn sequences_longer_than_the_model_was_made_for_are_refused_unless_it_is_stretched() {
+    let fixture = Fixture::new();
+    let mut job = job(&fixture, Prepare::default());
+    job.recipe.max_length = 1500;
+    let refused = attempt(&fixture, job.clone()).unwrap_err();
+    assert_eq!(refused.cause, Cause::Application);
+    assert!(refused.message.contains("1500 tokens") && refused.message.contains("made for 512"), "{refused}");
+    assert!(refused.message.contains("a factor of at least 3"), "{refused}");
+    assert_eq!(fixture.runtime.block_on(preflight(&job, Device::Cpu)).unwrap_err(), refused);
+
+    job.recipe.rope_scaling = Some(RopeScaling { kind: Scaling::Yarn, factor: 3.0 });
+    let session = attempt(&fixture, job.clone()).unwrap();
+    assert_eq!(session.config.max_position, 1536);
+    job.recipe.rope_scaling = Some(RopeScaling { kind: Scaling::Linear, factor: 2.0 });
+    let refused = attempt(&fixture, job.clone()).unwrap_err();
+    assert!(
+        refused.message.contains("made for 1024") && refused.message.contains("raise recipe.ropeScaling"),
+        "{refused}"
+    );
+
+    let lora = Lora { rank: 4, alpha: 8.0, dropout: 0.0, targets: vec!["q_proj".to_owned()] };
+    job.recipe.method = Method::LoRA(lora);
+    assert!(attempt(&fixture, job).unwrap_err().message.contains("set method to Full"));
+}
+
+#[test]
+fn the_estimate_of_a_gguf_model_is_that_of_its_directory() {
+    let fixture = Fixture::new();
+    let mut job = job(&fixture, Prepare::default());
+    let estimated = |job: &TrainingJob| fixture.runtime.block_on(preflight(job, Device::Cpu)).unwrap();
+    let directory = estimated(&job).unwrap();
+    let model = vicuna_model::load(&fixture.path("model")).unwrap();
+    std::fs::create_dir(fixture.path("folder")).unwrap();
+    for name in ["model.gguf", "folder/model.gguf"] {
+        vicuna_model::gguf::save(&fixture.path(name), &model, vicuna_model::gguf::Weights::F32).unwrap();
+    }
+    for from in ["model.gguf", "folder"] {
+        job.model.from = support::url(&fixture.path(from));
+        assert_eq!(estimated(&job).unwrap(), directory, "{from}");
+    }
 }

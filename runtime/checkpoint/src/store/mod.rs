@@ -12,7 +12,7 @@ mod error;
 mod transfer;
 
 pub use error::StoreError;
-pub use transfer::{fetch, size, upload_dir};
+pub use transfer::{fetch, sizes, upload_dir};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -112,6 +112,13 @@ impl Store {
             return Err(StoreError::TooLarge { uri: self.uri_of(key), bytes: found.meta.size, limit: GET_LIMIT_BYTES });
         }
         found.bytes().await.map_err(|error| self.error(key, &error))
+    }
+
+    /// The first bytes of an object, at most so many.
+    pub async fn head(&self, key: &str, bytes: u64) -> Result<Bytes, StoreError> {
+        let path = self.path(key);
+        let size = self.inner.head(&path).await.map_err(|error| self.error(key, &error))?.size;
+        self.inner.get_range(&path, 0..size.min(bytes)).await.map_err(|error| self.error(key, &error))
     }
 
     /// Writes or replaces an object.

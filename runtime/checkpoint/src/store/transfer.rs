@@ -39,8 +39,8 @@ pub async fn fetch(
     Ok(result)
 }
 
-/// Bytes and key of every object that [`fetch`] would copy.
-pub async fn size(uri: &str) -> Result<Vec<(String, u64)>, StoreError> {
+/// Name and bytes of every object that [`fetch`] would copy.
+pub async fn sizes(uri: &str) -> Result<Vec<(String, u64)>, StoreError> {
     let store = Store::open(uri)?;
     let (objects, path) = find(&store, Path::new("")).await?;
     let name = |key: String| if key.is_empty() { path.display().to_string() } else { key };

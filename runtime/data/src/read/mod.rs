@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 pub const RECORD_LIMIT_BYTES: usize = 64 << 20;
 /// Files in one dataset, at most.
 pub const FILES_LIMIT: usize = 10_000;
+/// Files that are named among those left out, at most.
+const SKIPPED_LIMIT: usize = 100;
 
 const EXTENSIONS: [&str; 3] = ["json", "jsonl", "parquet"];
 
@@ -169,12 +171,16 @@ pub fn files(path: &Path) -> Result<Files, ReadError> {
                 found.skipped.push(entry.strip_prefix(path).unwrap_or(&entry).display().to_string());
             }
         }
-        if found.paths.len() + found.skipped.len() > FILES_LIMIT {
+        if found.paths.len() > FILES_LIMIT {
             return Err(ReadError::new(path, Problem::TooManyFiles));
         }
     }
     found.paths.sort();
     found.skipped.sort();
+    if let Some(more) = found.skipped.len().checked_sub(SKIPPED_LIMIT).filter(|more| *more > 0) {
+        found.skipped.truncate(SKIPPED_LIMIT);
+        found.skipped.push(format!("and {more} more"));
+    }
     if found.paths.is_empty() {
         return Err(ReadError::new(path, Problem::NoFiles));
     }

@@ -102,6 +102,11 @@ fn a_folder_is_its_data_files_by_name() {
     let found = files(folder.path()).unwrap();
     assert_eq!(names(found.paths), ["a.parquet", "b/y.jsonl", "c.JSONL", "z.json"]);
     assert_eq!(found.skipped, ["README.md", "b/data.csv"]);
+    for number in 0..SKIPPED_LIMIT {
+        std::fs::write(folder.path().join(format!("{number}.png")), "x").unwrap();
+    }
+    let many = files(folder.path()).unwrap().skipped;
+    assert_eq!((many.len(), many.last().unwrap().as_str()), (SKIPPED_LIMIT + 1, "and 2 more"));
     let empty = self::folder("empty");
     assert!(matches!(files(empty.path()).unwrap_err().problem, Problem::NoFiles));
 }

@@ -46,6 +46,13 @@ pub struct Gguf<'a> {
 impl<'a> Gguf<'a> {
     /// Reads the header; refuses a file whose tensors do not lie within it.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, ModelError> {
+        let gguf = Self::header(bytes)?;
+        gguf.tensors.iter().try_for_each(|info| gguf.data(info).map(|_| ()))?;
+        Ok(gguf)
+    }
+
+    /// Reads the header of a file of which no more than the beginning need be there.
+    pub fn header(bytes: &'a [u8]) -> Result<Self, ModelError> {
         let mut reader = Reader { bytes, position: 0 };
         if reader.take(MAGIC.len())? != MAGIC {
             return Err(gguf_error("it does not start with GGUF"));
@@ -60,9 +67,7 @@ impl<'a> Gguf<'a> {
         let tensors = (0..tensor_count).map(|_| reader.tensor()).collect::<Result<Vec<_>, _>>()?;
         let start = reader.position.next_multiple_of(alignment(&metadata)?);
         let data = bytes.get(start..).unwrap_or_default();
-        let gguf = Self { metadata, tensors, data };
-        gguf.tensors.iter().try_for_each(|info| gguf.data(info).map(|_| ()))?;
-        Ok(gguf)
+        Ok(Self { metadata, tensors, data })
     }
 
     pub fn tensors(&self) -> &[TensorInfo] {

@@ -1,31 +1,42 @@
 //! `vicuna-trainer estimate`.
 
+use super::limits::Limits;
 use super::{Need, Workload};
 use crate::adapters;
 use crate::blocks::BlockTable;
+use crate::prepare::LARGEST_ESTIMATE;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use std::path::{Path, PathBuf};
-use vicuna_model::Config;
+use std::fmt::Write;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use vicuna_data::read;
+use vicuna_model::{Config, load_config};
 use vicuna_protocol::gigabytes;
 use vicuna_protocol::job::{Base, Lora, Method, Precision, Recipe, Recompute, RunLength, Schedule};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
-    /// The model's config.json, or the directory that it is in.
+    /// The model: its directory, its config.json alone, or a GGUF file.
     #[arg(long)]
     model: PathBuf,
     #[arg(long, value_enum, default_value_t = Trained::Full)]
     method: Trained,
-    /// Rank of LoRA's and QLoRA's adapters, on all linear maps.
+    /// Rank of LoRA's and QLoRA's adapters.
     #[arg(long, default_value_t = 8)]
     lora_rank: u32,
+    /// What the adapters are of: q_proj, v_proj and so on, or all-linear.
+    #[arg(long, value_delimiter = ',', default_value = "all-linear")]
+    targets: Vec<String>,
     /// Compute in bf16.
     #[arg(long)]
     bf16: bool,
     /// The model computes on a GPU.
     #[arg(long)]
     gpu: bool,
+    /// Whether layers are computed again for their gradients, as recipe.memory.recompute.
+    #[arg(long, value_enum, default_value_t = Again::Auto)]
+    recompute: Again,
     /// Sequences of a step, over all ranks.
     #[arg(long, default_value_t = 128)]
     global_batch: u32,
@@ -35,12 +46,21 @@ pub struct Arguments {
     /// Tokens of a sequence.
     #[arg(long, default_value_t = 2048)]
     max_length: u32,
-    /// Largest number of ranks.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
-    ranks: u32,
+    /// Conversations that are trained on, files or folders: every rank holds them.
+    #[arg(long)]
+    data: Vec<PathBuf>,
+    /// Numbers of ranks: from 1 to this, or FIRST..LAST.
+    #[arg(long, default_value = "8", value_parser = ranks)]
+    ranks: RangeInclusive<u32>,
+    /// What a rank has on the host, such as 64Gi: says which numbers of ranks fit.
+    #[arg(long, value_parser = bytes)]
+    host_memory: Option<u64>,
+    /// What a rank's GPU has, such as 80G.
+    #[arg(long, value_parser = bytes, requires = "gpu")]
+    device_memory: Option<u64>,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Trained {
     Full,
     Lora,
@@ -50,22 +70,50 @@ enum Trained {
     Qlora8,
 }
 
-/// Prints a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Again {
+    Auto,
+    Always,
+    Never,
+}
+
+/// Prints a table, with a verdict for each number of ranks where there are limits.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let config = config(&arguments.model)?;
-    let recipe = recipe(arguments);
-    let table = match adapters::lora(&recipe.method)? {
-        None => BlockTable::new(&config),
-        Some(lora) => BlockTable::adapters(&config, &lora),
-    };
-    let workload = Workload { config: &config, table: &table, recipe: &recipe, gpu: arguments.gpu, data: 0 };
-    println!("{} parameters, {} trained; each rank needs at its peak", config.parameter_count(), table.elements());
-    for ranks in 1..=arguments.ranks {
-        println!("{}", line(&workload.need(ranks)));
-    }
-    let whole = workload.run_bytes_a_token() * workload.tokens();
-    println!("a layer of a micro-batch that is kept instead of computed again: {} more", gigabytes(whole));
+    let config = load_config(&arguments.model).with_context(|| arguments.model.display().to_string())?;
+    print!("{}", table(arguments, &config)?);
     Ok(())
+}
+
+fn table(arguments: &Arguments, config: &Config) -> Result<String> {
+    let (recipe, data) = (recipe(arguments), data_bytes(&arguments.data)?);
+    let blocks = blocks(config, &recipe)?;
+    let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data };
+    let mut text = String::new();
+    writeln!(
+        text,
+        "{} parameters, {} trained; each rank needs at its peak",
+        config.parameter_count(),
+        blocks.elements()
+    )?;
+    for ranks in arguments.ranks.clone() {
+        let need = workload.need(ranks);
+        writeln!(text, "{}{}", line(&need), verdict(&need, limits(arguments)))?;
+    }
+    let layer = workload.run_bytes_a_token() * workload.tokens();
+    writeln!(text, "a layer of a micro-batch that is kept instead of computed again: {} more", gigabytes(layer))?;
+    if arguments.max_length as usize > config.max_position {
+        let has = config.max_position;
+        writeln!(text, "the model is made for {has} tokens: longer sequences need recipe.ropeScaling")?;
+    }
+    let needs: Vec<Need> = arguments.ranks.clone().map(|ranks| workload.need(ranks)).collect();
+    if !needs.iter().all(|need| need.fits(limits(arguments))) {
+        writeln!(text, "{}", remedies(arguments, config, data)?)?;
+    }
+    Ok(text)
+}
+
+fn limits(arguments: &Arguments) -> Limits {
+    Limits { host: arguments.host_memory, reserved: arguments.host_memory, device: arguments.device_memory }
 }
 
 fn line(need: &Need) -> String {
@@ -77,15 +125,111 @@ fn line(need: &Need) -> String {
     format!("{:>3} ranks: host {}{device}: {}", need.ranks, gigabytes(need.host), parts.collect::<Vec<_>>().join(", "))
 }
 
-fn config(path: &Path) -> Result<Config> {
-    let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
-    let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let json = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
-    Config::from_hugging_face(&json).with_context(|| path.display().to_string())
+/// Nothing where nobody says what there is.
+fn verdict(need: &Need, limits: Limits) -> String {
+    let lacks = |what: &str, bytes: u64, limit: Option<u64>| {
+        let lacking = limit.and_then(|limit| bytes.checked_sub(limit)).filter(|bytes| *bytes > 0)?;
+        Some(format!("{} more on the {what}", gigabytes(lacking)))
+    };
+    let lacks = [lacks("host", need.host, limits.host), lacks("device", need.device, limits.device)];
+    let lacks: Vec<String> = lacks.into_iter().flatten().collect();
+    match (limits.host.or(limits.device), lacks.is_empty()) {
+        (None, _) => String::new(),
+        (_, true) => "; fits".to_owned(),
+        (_, false) => format!("; does not fit: needs {}", lacks.join(" and ")),
+    }
+}
+
+/// What would fit, with one thing changed.
+fn remedies(arguments: &Arguments, config: &Config, data: u64) -> Result<String> {
+    let fewest = |changed: &Arguments, mut among: RangeInclusive<u32>| -> Result<Option<u32>> {
+        let recipe = recipe(changed);
+        let blocks = blocks(config, &recipe)?;
+        let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data };
+        Ok(among.find(|ranks| workload.need(*ranks).fits(limits(arguments))))
+    };
+    let last = *arguments.ranks.end();
+    let more = fewest(arguments, 1..=LARGEST_ESTIMATE)?.map(|ranks| format!("at least {ranks} ranks"));
+    let mut found: Vec<String> = more.into_iter().collect();
+    for (words, changed) in changes(arguments) {
+        if fewest(&changed, last..=last)?.is_some() {
+            found.push(format!("{words} among {last}"));
+        }
+    }
+    Ok(match found.is_empty() {
+        true => "no single change would fit: give ranks more memory, or change several things".to_owned(),
+        false => format!("what would fit: {}", found.join("; ")),
+    })
+}
+
+/// One change each, the mildest first.
+fn changes(arguments: &Arguments) -> Vec<(String, Arguments)> {
+    let mut changes = Vec::new();
+    let mut with = |words: &str, change: &dyn Fn(&mut Arguments)| {
+        let mut changed = arguments.clone();
+        change(&mut changed);
+        changes.push((words.to_owned(), changed));
+    };
+    if arguments.recompute == Again::Never {
+        with("--recompute auto", &|it| it.recompute = Again::Auto);
+    }
+    if arguments.micro_batch > 1 {
+        with("--micro-batch 1", &|it| it.micro_batch = 1);
+    }
+    if !arguments.bf16 {
+        with("--bf16", &|it| it.bf16 = true);
+    }
+    if arguments.max_length > 1 {
+        let half = arguments.max_length / 2;
+        with(&format!("--max-length {half}"), &|it| it.max_length = half);
+    }
+    if arguments.method == Trained::Full {
+        with("--method lora", &|it| it.method = Trained::Lora);
+    }
+    if arguments.method != Trained::Qlora {
+        with("--method qlora", &|it| it.method = Trained::Qlora);
+    }
+    changes
+}
+
+fn blocks(config: &Config, recipe: &Recipe) -> Result<BlockTable> {
+    let lora = adapters::lora(&recipe.method)?;
+    Ok(lora.map_or_else(|| BlockTable::new(config), |lora| BlockTable::adapters(config, &lora)))
+}
+
+/// About as many as the sequences that are made of them.
+fn data_bytes(paths: &[PathBuf]) -> Result<u64> {
+    let mut bytes = 0;
+    for path in paths {
+        for file in read::files(path)?.paths {
+            bytes += std::fs::metadata(&file).with_context(|| file.display().to_string())?.len();
+        }
+    }
+    Ok(bytes)
+}
+
+/// `8` or `4..16`.
+fn ranks(text: &str) -> Result<RangeInclusive<u32>, String> {
+    let number = |text: &str| text.parse::<u32>().ok().filter(|ranks| (1..=LARGEST_ESTIMATE).contains(ranks));
+    let (first, last) = text.split_once("..").unwrap_or(("1", text));
+    let range = number(first).zip(number(last)).filter(|(first, last)| first <= last);
+    let (first, last) =
+        range.ok_or_else(|| format!("give a number from 1 to {LARGEST_ESTIMATE}, or two such as 4..16"))?;
+    Ok(first..=last)
+}
+
+/// A quantity as Kubernetes writes it: `64Gi`, `80G`, or bytes.
+fn bytes(text: &str) -> Result<u64, String> {
+    let units = [("Ki", 1 << 10), ("Mi", 1 << 20), ("Gi", 1 << 30), ("Ti", 1_u64 << 40)];
+    let units = units.into_iter().chain([("M", 1_000_000), ("G", 1_000_000_000), ("T", 1_000_000_000_000), ("", 1)]);
+    let given = units.into_iter().find_map(|(unit, size)| Some((text.strip_suffix(unit)?.parse::<f64>().ok()?, size)));
+    let given = given.filter(|(number, _)| number.is_finite() && *number > 0.0);
+    let (number, size) = given.ok_or_else(|| "give a number of bytes such as 64Gi or 80G".to_owned())?;
+    Ok((number * size as f64) as u64)
 }
 
 fn recipe(arguments: &Arguments) -> Recipe {
-    let lora = || Lora { rank: arguments.lora_rank, alpha: 16.0, dropout: 0.0, targets: vec!["all-linear".to_owned()] };
+    let lora = || Lora { rank: arguments.lora_rank, alpha: 16.0, dropout: 0.0, targets: arguments.targets.clone() };
     Recipe {
         method: match arguments.method {
             Trained::Full => Method::Full,
@@ -97,6 +241,11 @@ fn recipe(arguments: &Arguments) -> Recipe {
         micro_batch: arguments.micro_batch,
         max_length: arguments.max_length,
         precision: if arguments.bf16 { Precision::Bf16 } else { Precision::Fp32 },
+        recompute: match arguments.recompute {
+            Again::Auto => Recompute::Auto,
+            Again::Always => Recompute::Always,
+            Again::Never => Recompute::Never,
+        },
         // What does not take memory.
         length: RunLength::Steps(1),
         learning_rate: 1e-5,
@@ -106,6 +255,61 @@ fn recipe(arguments: &Arguments) -> Recipe {
         gradient_clip: 1.0,
         seed: 0,
         evaluate_every: None,
-        recompute: Recompute::Auto,
+        rope_scaling: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use vicuna_model::tiny;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn estimated(options: &str) -> String {
+        let words = ["estimate", "--model", "m", "--bf16", "--gpu"].into_iter().chain(options.split_whitespace());
+        table(&Command::parse_from(words).arguments, &tiny::llama_7b()).unwrap()
+    }
+
+    #[test]
+    fn numbers_of_ranks_and_bytes_are_read_as_people_write_them() {
+        assert_eq!((ranks("8"), ranks("4..16")), (Ok(1..=8), Ok(4..=16)));
+        assert!(["0", "9..4", "513", "a", ""].iter().all(|text| ranks(text).is_err()));
+        assert_eq!(
+            (bytes("64Gi"), bytes("80G"), bytes("1.5Ki"), bytes("7")),
+            (Ok(64 << 30), Ok(80_000_000_000), Ok(1536), Ok(7))
+        );
+        assert!(["", "Gi", "-1G", "1X"].iter().all(|text| bytes(text).is_err()));
+    }
+
+    #[test]
+    fn every_number_of_ranks_has_a_verdict_where_there_are_limits() {
+        assert!(!estimated("--ranks 2").contains("fit"));
+        let text = estimated("--ranks 1..3 --host-memory 64Gi --device-memory 80G");
+        let lines: Vec<&str> = text.lines().filter(|line| line.contains(" ranks: ")).collect();
+        assert_eq!(lines.len(), 3);
+        assert!(lines[0].contains("; does not fit: needs ") && lines[0].contains(" more on the host"), "{text}");
+        let fewest = text.lines().last().unwrap();
+        assert!(fewest.contains("at least ") && fewest.contains("--method lora"), "{text}");
+        assert!(
+            estimated("--ranks 1 --global-batch 16 --method qlora --host-memory 64Gi --device-memory 80G")
+                .contains("; fits")
+        );
+    }
+
+    #[test]
+    fn what_is_never_computed_again_may_be_what_does_not_fit() {
+        let text = estimated(
+            "--ranks 1 --global-batch 16 --method lora --recompute never --host-memory 64Gi --device-memory 80G",
+        );
+        assert!(text.contains("layers that are kept") && text.contains("--recompute auto"), "{text}");
+        let few = estimated("--ranks 1 --method lora --targets q_proj,v_proj");
+        let all = estimated("--ranks 1 --method lora");
+        assert_ne!(few.lines().next(), all.lines().next());
     }
 }

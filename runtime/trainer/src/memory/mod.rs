@@ -292,6 +292,7 @@ mod tests {
             evaluate_every: None,
             precision,
             recompute: Recompute::Auto,
+            rope_scaling: None,
         }
     }
 
