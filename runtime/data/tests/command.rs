@@ -136,6 +136,21 @@ fn statistics_tell_what_a_training_would_see() {
 }
 
 #[test]
+fn of_named_templates_the_default_one_is_meant() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = written(&folder, "data.json", &serde_json::to_string(&records(1)).unwrap());
+    let source =
+        |end: &str| format!("{{% for m in messages %}}{{{{ m['content'] + '<|im_end|>{end}' }}}}{{% endfor %}}");
+    let list =
+        json!([{ "name": "tool_use", "template": source("tool") }, { "name": "default", "template": source("") }]);
+    let encoded = |name: &str, template: &Value| {
+        let settings = written(&folder, name, &json!({ "chat_template": template }).to_string());
+        succeeds(&["encode", &data, "--tokenizer", &tokenizer(&folder), "--chat-template", &settings])
+    };
+    assert_eq!(encoded("list.json", &list), encoded("one.json", &json!(source(""))));
+}
+
+#[test]
 fn identity_is_a_dataset() {
     let folder = tempfile::tempdir().unwrap();
     let out = path(&folder, "identity.json");
