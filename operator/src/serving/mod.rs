@@ -5,6 +5,7 @@
 pub mod apply;
 pub mod build;
 pub mod controller;
+pub mod drain;
 pub mod memory;
 mod names;
 pub mod observe;

@@ -4,6 +4,7 @@ use super::account::WORKER_ACCOUNT;
 use super::{labels, owner, selector};
 use crate::config::{Config, METRICS_PORT, POOL_LABEL};
 use crate::cpu;
+use crate::serving::drain;
 use crate::serving::names::public_name;
 use crate::serving::observe::Source;
 use crate::serving::plan::NewWorker;
@@ -32,8 +33,6 @@ const TRUST_FOLDER: &str = "/etc/vicuna/trust";
 const SCRATCH_FOLDER: &str = "/scratch";
 const STORE_FOLDER: &str = "/var/run/secrets/store";
 const TOKEN_SECONDS: i64 = 3600;
-/// What a worker gets after its drain before it is killed.
-const GRACE_MARGIN: Duration = Duration::from_secs(10);
 /// A node that stopped answering holds its workers so long; the gateway has moved their streams by then.
 const UNREACHABLE_SECONDS: i64 = 5;
 /// A model that is not there is asked for so long before the worker ends: it says why in `/readyz` and
@@ -83,8 +82,7 @@ fn annotations(pool: &Pool) -> BTreeMap<String, String> {
 }
 
 fn spec(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool, avoid: &[String]) -> PodSpec {
-    let drain = serving.spec.drain.timeout.get();
-    let grace = (drain + GRACE_MARGIN).as_secs();
+    let grace = (drain::timeout(serving, pool) + drain::GRACE_MARGIN).as_secs();
     PodSpec {
         containers: vec![container(serving, source, config, pool)],
         volumes: Some(volumes(source, config)),
@@ -157,7 +155,7 @@ fn args(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool) 
         format!("--capacity={}", pool.capacity.name()),
         format!("--scratch={SCRATCH_FOLDER}"),
         format!("--metrics=0.0.0.0:{METRICS_PORT}"),
-        format!("--drain-timeout={}", spec.drain.timeout.get().as_secs()),
+        format!("--drain-timeout={}", drain::timeout(serving, pool).as_secs()),
         format!("--model-patience={}", MODEL_PATIENCE.as_secs()),
     ];
     args.extend(source.adapters.iter().map(|adapter| format!("--adapter={}={}", adapter.name, adapter.uri)));
@@ -361,7 +359,7 @@ mod tests {
             "--gateway=https://vicuna-gateway-workers.vicuna-system.svc:9443",
             "--ca=/etc/vicuna/trust/ca.crt",
             "--token-file=/var/run/secrets/vicuna/token",
-            "--drain-timeout=20",
+            "--drain-timeout=10",
         ] {
             assert!(args.contains(&expected), "{expected} is not in {args:?}");
         }
@@ -402,7 +400,7 @@ mod tests {
 
     #[test]
     fn a_worker_outlives_its_drain() {
-        assert_eq!(built()["spec"]["terminationGracePeriodSeconds"], 30);
+        assert_eq!(built()["spec"]["terminationGracePeriodSeconds"], 20);
     }
 
     #[test]

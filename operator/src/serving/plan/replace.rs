@@ -2,6 +2,7 @@
 //! does not count as one that is wanted, so its replacement is made at once; it goes when the
 //! replacement answers, or when its node leaves it no more time.
 
+use super::super::drain;
 use super::super::observe::{Life, Observed, Worker};
 use super::placement::{self, StockOuts};
 use super::{Action, NewWorker, Removal, Why};
@@ -9,8 +10,6 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 use vicuna_crds::Pool;
 
-/// A worker on a node that goes is let go this long before, at the latest, replaced or not.
-const LAST_MOMENT: Duration = Duration::from_secs(10);
 /// Nodes named in a pod's affinity, at most.
 const AVOIDED_NODES_MAX: usize = 32;
 
@@ -55,7 +54,8 @@ fn fate(worker: &Worker, observed: &Observed, pools: &[Pool], now: SystemTime) -
         return Fate::Goes(Why::Ended);
     }
     if let Some(notice) = &worker.notice {
-        let urgent = notice.deadline.is_some_and(|deadline| now + LAST_MOMENT >= deadline);
+        let last_moment = drain::last_moment(drain_timeout(worker, observed, pools));
+        let urgent = notice.deadline.is_some_and(|deadline| now + last_moment >= deadline);
         // One that never answered is worth no waiting.
         return if urgent || worker.life == Life::Coming {
             Fate::Goes(Why::NodeLeaving)
@@ -77,6 +77,12 @@ fn fate(worker: &Worker, observed: &Observed, pools: &[Pool], now: SystemTime) -
     Fate::Stays
 }
 
+/// What the worker was started with, or would be now if its pool is gone.
+fn drain_timeout(worker: &Worker, observed: &Observed, pools: &[Pool]) -> Duration {
+    let pool = pools.iter().find(|pool| pool.name == worker.pool);
+    pool.map_or(observed.serving.spec.drain.timeout.get(), |pool| drain::timeout(&observed.serving, pool))
+}
+
 /// Those to let go when there are too many: first who does not answer, then of the last pool, then the youngest.
 fn surplus<'a>(staying: &mut Vec<&'a Worker>, desired: usize, pools: &[Pool]) -> Vec<&'a Worker> {
     let place = |worker: &Worker| pools.iter().position(|pool| pool.name == worker.pool);
@@ -87,11 +93,12 @@ fn surplus<'a>(staying: &mut Vec<&'a Worker>, desired: usize, pools: &[Pool]) ->
 fn remove(worker: &Worker, why: Why, observed: &Observed, now: SystemTime) -> Action {
     let deadline = worker.notice.as_ref().and_then(|notice| notice.deadline);
     let left = deadline.map(|deadline| deadline.duration_since(now).unwrap_or_default());
-    let drain = observed.serving.spec.drain.timeout.get();
+    let pools = Pool::of(&observed.serving.spec.pools);
+    let own = drain_timeout(worker, observed, &pools) + drain::GRACE_MARGIN;
     Action::Delete(Removal {
         name: worker.name.clone(),
         uid: worker.uid.clone(),
-        grace: left.filter(|left| *left < drain).map(|left| left.max(Duration::from_secs(1))),
+        grace: left.filter(|left| *left < own).map(|left| left.max(Duration::from_secs(1))),
         why,
     })
 }
@@ -173,17 +180,19 @@ mod tests {
         let last = plan(&seen, at(8));
         assert_eq!(deleted(&last), [("a", Why::NodeLeaving)]);
         assert_eq!(created(&last).len(), 0);
-        assert_eq!(grace(&last), Some(Duration::from_secs(22)));
+        assert_eq!(grace(&last), None, "its own, of 20 s, is over before its node goes");
     }
 
     #[test]
     fn a_worker_is_let_go_at_the_last_moment_even_if_its_replacement_is_late() {
         let mut seen = replicas(1);
         seen.workers = vec![noticed(worker("a", "spot", Life::Ready), Some(at(30))), worker("b", "spot", Life::Coming)];
-        assert_eq!(plan(&seen, at(19)).actions, []);
-        let late = plan(&seen, at(20));
+        assert_eq!(plan(&seen, at(14)).actions, []);
+        let late = plan(&seen, at(15));
         assert_eq!(deleted(&late), [("a", Why::NodeLeaving)]);
-        assert_eq!(grace(&late), Some(Duration::from_secs(10)));
+        let (grace, drain) = (grace(&late).unwrap(), drain::timeout(&seen.serving, &seen.serving.spec.pools[0]));
+        assert_eq!(grace, Duration::from_secs(15));
+        assert!(drain + Duration::from_secs(5) <= grace, "what still runs is handed back before it is killed");
     }
 
     #[test]
