@@ -136,13 +136,29 @@ struct State {
     avoid: Option<u64>,
     resumes: u32,
     failures: u32,
+    /// Workers in a row that went or failed before they had sent a token of it.
+    fruitless: u32,
+    /// The last worker had no room for it.
     overloaded: bool,
     /// When the phase last changed or something arrived.
     moved: Instant,
     /// Since when no worker works on it; one that had no room does not count.
     waiting_since: Instant,
+    /// What this worker has done of it.
+    work: Work,
     /// When this worker sent its first token of it, and how many there were then.
     first_token: Option<(Instant, usize)>,
+}
+
+/// How far a worker is with an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Nothing is heard of it, or it waits at the worker.
+    None,
+    /// So many of the tokens that it begins with are computed.
+    Reading { computed: u32, all: u32 },
+    /// Tokens come.
+    Generating,
 }
 
 /// What is new for the client since it last looked.
@@ -175,6 +191,7 @@ pub struct Progress {
     pub waiting_since: Instant,
     pub resumes: u32,
     pub failures: u32,
+    pub fruitless: u32,
     pub overloaded: bool,
     /// Tokens so far.
     pub position: usize,
@@ -194,9 +211,11 @@ impl Choice {
             avoid: None,
             resumes: 0,
             failures: 0,
+            fruitless: 0,
             overloaded: false,
             moved: Instant::now(),
             waiting_since: Instant::now(),
+            work: Work::None,
             first_token: None,
         };
         Self { job, index, state: Mutex::new(state), phase_changed: Notify::new(), news }
@@ -227,6 +246,7 @@ impl Choice {
         }
         state.server = Some(server);
         state.overloaded = false;
+        state.work = Work::None;
         state.first_token = None;
         let generated = state.transcript.tokens.clone();
         self.enter(&mut state, Phase::Running);
@@ -265,13 +285,27 @@ impl Choice {
         }
     }
 
-    /// Takes the prompt's log probabilities.
-    pub fn score_prompt(&self, from: u64, scores: Vec<TokenLogprob>) {
+    /// Takes log probabilities of the prompt's tokens from `first` on. Another worker sends them again.
+    pub fn score_prompt(&self, from: u64, first: usize, scores: Vec<TokenLogprob>) {
         let mut state = self.state.lock();
         let limit = state.server.as_ref().map_or(0, |server| server.max_length as usize);
-        if state.is_with(from) && scores.len() <= limit {
-            state.transcript.prompt_scores = scores;
+        let fits = first <= state.transcript.prompt_scores.len() && first + scores.len() <= limit;
+        if state.is_with(from) && fits {
+            state.transcript.prompt_scores.truncate(first);
+            state.transcript.prompt_scores.extend(scores);
             state.moved = Instant::now();
+        }
+    }
+
+    /// The worker is at it, though it has no token yet: a sign of life.
+    pub fn works(&self, from: u64, work: Work) {
+        let mut state = self.state.lock();
+        if state.is_with(from) {
+            state.moved = Instant::now();
+            // One that has generated and waits or reads again has not lost what it did.
+            if state.work != Work::Generating {
+                state.work = work;
+            }
         }
     }
 
@@ -300,7 +334,11 @@ impl Choice {
         if state.is_with(from) {
             state.avoid = (loss != Loss::Gone).then_some(from);
             state.failures += u32::from(loss == Loss::Failed);
-            state.overloaded = loss == Loss::Overloaded;
+            if loss != Loss::Overloaded && state.work != Work::Generating {
+                state.fruitless += 1;
+            }
+            // A worker that leaves has no room any more, too, but it had.
+            state.overloaded = loss == Loss::Overloaded && state.work == Work::None;
             if !state.overloaded {
                 state.waiting_since = Instant::now();
             }
@@ -364,9 +402,16 @@ impl Choice {
             waiting_since: state.waiting_since,
             resumes: state.resumes,
             failures: state.failures,
+            fruitless: state.fruitless,
             overloaded: state.overloaded,
             position: state.transcript.tokens.len(),
         }
+    }
+
+    /// What its worker does; none where it has none.
+    pub fn work(&self) -> Option<Work> {
+        let state = self.state.lock();
+        (state.phase == Phase::Running).then_some(state.work)
     }
 
     /// Waits until the phase may have changed. Only the driver may wait.
@@ -413,6 +458,10 @@ impl State {
 
     fn extend(&mut self, delta: Delta) {
         let now = Instant::now();
+        if !delta.tokens.is_empty() {
+            self.work = Work::Generating;
+            self.fruitless = 0;
+        }
         self.transcript.tokens.extend(delta.tokens);
         self.transcript.text.push_str(&delta.text);
         self.transcript.logprobs.extend(delta.logprobs);
@@ -447,7 +496,7 @@ pub(crate) mod tests {
         Arc::new(Job { generate, ..Job::default() })
     }
 
-    fn server(id: u64) -> Server {
+    pub fn server(id: u64) -> Server {
         Server {
             id,
             name: format!("w{id}").into(),
@@ -456,7 +505,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn delta(position: u32, tokens: &[u32], text: &str) -> Delta {
+    pub fn delta(position: u32, tokens: &[u32], text: &str) -> Delta {
         Delta {
             request: "r".into(),
             choice: 0,
@@ -556,5 +605,34 @@ pub(crate) mod tests {
         let ended = Choice::restored(job(), 0, Arc::default(), restored.transcript());
         assert!(ended.is_done() && !ended.is_queued());
         assert_eq!(ended.news(Seen::default()).text, "abc");
+    }
+
+    #[test]
+    fn scores_of_a_prompt_come_in_parts_and_again_from_another_worker() {
+        let choice = running();
+        let scored = |token| TokenLogprob { token, ..TokenLogprob::default() };
+        let told = || choice.transcript().prompt_scores.iter().map(|score| score.token).collect::<Vec<_>>();
+        choice.score_prompt(1, 0, vec![scored(1), scored(2)]);
+        choice.score_prompt(1, 2, vec![scored(3)]);
+        assert_eq!(told(), [1, 2, 3]);
+        choice.score_prompt(1, 7, vec![scored(9)]);
+        assert_eq!(told(), [1, 2, 3], "what is between is missing");
+        choice.score_prompt(1, 0, vec![scored(1)]);
+        assert_eq!(told(), [1]);
+    }
+
+    #[test]
+    fn losses_count_that_bring_no_token() {
+        let choice = running();
+        let lose = |loss| {
+            choice.lose(1, loss);
+            choice.requeue();
+            choice.begin(server(1));
+            choice.progress().fruitless
+        };
+        assert_eq!([lose(Loss::Gone), lose(Loss::Failed), lose(Loss::Overloaded)], [1, 2, 2]);
+        choice.append(1, delta(0, &[1], "a")).unwrap();
+        assert_eq!(choice.progress().fruitless, 0);
+        assert_eq!([lose(Loss::Gone), lose(Loss::Gone)], [0, 1]);
     }
 }

@@ -9,7 +9,7 @@ use support::{MODEL, TestGateway, Worker, gateway, in_time, scored, text};
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::generate::Format;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
-use vicuna_protocol::inference::{Embedding, Embeddings, PromptScores, TokenCount, TokenLogprob};
+use vicuna_protocol::inference::{Embedding, Embeddings, Failure, PromptScores, TokenCount, TokenLogprob, failure};
 
 async fn able_worker(gateway: &TestGateway) -> Worker {
     let able = |hello: &mut vicuna_protocol::inference::WorkerHello| {
@@ -97,8 +97,12 @@ async fn an_echo_scores_the_prompt_and_tokens_alone_are_made_text() {
             .prompt_tokens
             .iter()
             .map(|token| TokenLogprob { bytes: format!("t{token}").into_bytes(), ..scored(0) });
-        let scores =
-            PromptScores { request: generate.request.clone(), choice: generate.choice, tokens: tokens.collect() };
+        let scores = PromptScores {
+            request: generate.request.clone(),
+            choice: generate.choice,
+            first: 0,
+            tokens: tokens.collect(),
+        };
         worker.send(FromWorker::PromptScores(scores)).await;
         worker.speak_scored(&generate, 0..1).await;
         worker.done(&generate, 1).await;
@@ -209,6 +213,75 @@ async fn a_question_goes_to_another_worker_when_the_first_dies() {
     let vectors = vec![Embedding { values: vec![1.0, 0.0] }];
     second.send(FromWorker::Embeddings(Embeddings { request: embed.request, vectors, prompt_tokens: 1 })).await;
     assert_eq!(in_time(answer).await.unwrap().0, 200);
+}
+
+#[tokio::test]
+async fn a_model_without_a_worker_is_woken_by_every_kind_of_request() {
+    let gateway = gateway(&[]).await;
+    gateway.running.gateway.registry.expect(&[MODEL.to_owned()]);
+    let loads = gateway.running.gateway.loads.clone();
+    let with_tools = gateway.ask(json!({ "tools": tools() }));
+    let to_a_schema = gateway.ask(json!({ "response_format": { "type": "json_object" } }));
+    let vectors = ask(&gateway, "/v1/embeddings", json!({ "model": MODEL, "input": "a" }));
+    in_time(async {
+        while loads.demand(MODEL).unfinished < 3 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let mut worker = gateway.worker("w-1").await;
+    for _ in 0..2 {
+        let generate = worker.generate().await;
+        let (request, code) = (generate.request, failure::Code::Invalid.into());
+        worker.send(FromWorker::Failure(Failure { request, code, ..Failure::default() })).await;
+    }
+    for answer in [in_time(with_tools).await, in_time(to_a_schema).await, in_time(vectors).await] {
+        assert_eq!(answer.unwrap().0, 400, "this worker has none of it");
+    }
+}
+
+#[tokio::test]
+async fn busy_workers_are_asked_until_the_time_is_over() {
+    let gateway = gateway(&["--queue-timeout-seconds", "3"]).await;
+    let mut worker = able_worker(&gateway).await;
+    let busy = |request: String| {
+        FromWorker::Failure(Failure { request, code: failure::Code::Overloaded.into(), ..Failure::default() })
+    };
+    let body = json!({ "model": MODEL, "input": "a" });
+    let answer = ask(&gateway, "/v1/embeddings", body.clone());
+    for _ in 0..6 {
+        let FromGateway::Embed(embed) = worker.next().await.unwrap() else { panic!("expected a question") };
+        worker.send(busy(embed.request)).await;
+    }
+    let FromGateway::Embed(embed) = worker.next().await.unwrap() else { panic!("expected a question") };
+    let vectors = vec![Embedding { values: vec![1.0, 0.0] }];
+    worker.send(FromWorker::Embeddings(Embeddings { request: embed.request, vectors, prompt_tokens: 1 })).await;
+    assert_eq!(in_time(answer).await.unwrap().0, 200);
+
+    let response = tokio::spawn(gateway.post("/v1/embeddings", body));
+    while !response.is_finished() {
+        tokio::select! {
+            message = worker.next() => match message.unwrap() {
+                FromGateway::Embed(embed) => worker.send(busy(embed.request)).await,
+                other => panic!("{other:?}"),
+            },
+            () = tokio::time::sleep(std::time::Duration::from_millis(20)) => {}
+        }
+    }
+    let response = response.await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+}
+
+#[tokio::test]
+async fn an_embedding_whose_client_goes_is_cancelled() {
+    let gateway = gateway(&[]).await;
+    let mut worker = able_worker(&gateway).await;
+    let answer = tokio::spawn(gateway.post("/v1/embeddings", json!({ "model": MODEL, "input": "a" })));
+    let FromGateway::Embed(embed) = worker.next().await.unwrap() else { panic!("expected a question") };
+    answer.abort();
+    let FromGateway::Cancel(cancel) = worker.next().await.unwrap() else { panic!("expected a cancel") };
+    assert_eq!((cancel.request, cancel.keep), (embed.request, false));
 }
 
 #[tokio::test]

@@ -114,6 +114,8 @@ async fn a_full_queue_is_429_and_no_worker_in_time_is_503() {
     let response = gateway.post("/v1/chat/completions", chat(json!({}))).await;
     assert_eq!(response.status(), 429);
     assert!(response.headers().contains_key("retry-after"));
+    let (status, body) = in_time(gateway.ask(json!({ "n": 2 }))).await.unwrap();
+    assert_eq!((status, &body["error"]["param"]), (400, &json!("n")), "it would not fit into an empty queue");
     let (status, body) = in_time(waiting).await.unwrap();
     assert_eq!((status, &body["error"]["code"]), (503, &json!("no_capacity")));
     worker.done(&generate, 0).await;

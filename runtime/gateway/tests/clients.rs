@@ -52,7 +52,7 @@ async fn serve(worker: &mut Worker) -> Generate {
 async fn answer(worker: &Worker, generate: &Generate) {
     if generate.prompt_logprobs.is_some() {
         let (request, choice) = (generate.request.clone(), generate.choice);
-        let scores = PromptScores { request, choice, tokens: vec![scored(0), scored(1)] };
+        let scores = PromptScores { request, choice, first: 0, tokens: vec![scored(0), scored(1)] };
         worker.send(FromWorker::PromptScores(scores)).await;
     }
     let have = generate.generated.len();

@@ -5,7 +5,7 @@
 mod support;
 
 use serde_json::json;
-use support::{MODEL, TestGateway, Worker, gateway, text, tokens};
+use support::{MODEL, TestGateway, Worker, gateway, in_time, text, tokens};
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
 use vicuna_protocol::inference::{Generate, Transcript, TranscriptChoice};
@@ -138,4 +138,66 @@ async fn what_nobody_remembers_is_told_so() {
     assert!(stream.raw.contains("unknown_stream"), "{}", stream.raw);
     let wrong = gateway.stream_with(&[("last-event-id", "nonsense".to_owned())], json!({ "model": MODEL }));
     assert_eq!(wrong.await.unwrap().status, 404);
+}
+
+/// The ids of a stream's events.
+fn ids(raw: &str) -> Vec<String> {
+    raw.lines().filter_map(|line| line.strip_prefix("id: ")).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn what_comes_before_the_text_is_not_told_again() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let body = json!({ "model": MODEL, "prompt": "Once ", "echo": true, "stream": true });
+    let response = tokio::spawn(gateway.post("/v1/completions", body.clone()));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..2).await;
+    let mut response = response.await.unwrap();
+    let raw = String::from_utf8(in_time(response.chunk()).await.unwrap().unwrap().to_vec()).unwrap();
+    assert!(raw.contains("Once "), "{raw}");
+    drop(response);
+    kept_cancel(&mut worker).await;
+
+    let request = reqwest::Client::new().post(gateway.url("/v1/completions")).header("last-event-id", &ids(&raw)[0]);
+    let response = tokio::spawn(request.body(body.to_string()).send());
+    let again = worker.generate().await;
+    worker.done(&again, 2).await;
+    let raw = in_time(response.await.unwrap().unwrap().text()).await.unwrap();
+    assert!(raw.contains(&text(0..2)) && !raw.contains("Once "), "{raw}");
+}
+
+#[tokio::test]
+async fn no_position_lies_between_a_text_and_the_call_behind_it() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker_with("w-1", |hello| hello.models[0].tools = true).await;
+    let tools = json!([{ "type": "function", "function": { "name": "weather" } }]);
+    let said = "I look. <tool_call>{\"name\":\"weather\",\"arguments\":{}}</tool_call>";
+    let stream = gateway.stream(json!({ "tools": tools.clone() }));
+    let generate = worker.generate().await;
+    worker.say(&generate, 0, said).await;
+    let mut stream = stream.await.unwrap();
+    stream.until("I look.").await;
+    let all = ids(&stream.raw);
+    drop(stream);
+    kept_cancel(&mut worker).await;
+    let told = all.iter().position(|id| !id.ends_with('+')).unwrap();
+
+    // From before the text all of it comes, and behind it nothing is missing.
+    for (id, calls) in [(&all[told - 1], 1), (&all[told], 0)] {
+        let stream = gateway.stream_with(&[("last-event-id", id.clone())], json!({ "tools": tools.clone() }));
+        let again = worker.generate().await;
+        let mut stream = stream.await.unwrap();
+        if calls > 0 {
+            stream.until("I look.").await;
+            assert_eq!(stream.raw.matches("\"weather\"").count(), calls, "{}", stream.raw);
+            drop(stream);
+            kept_cancel(&mut worker).await;
+        } else {
+            worker.done(&again, 1).await;
+            stream.read_to_end().await;
+            assert_eq!((stream.raw.matches("\"weather\"").count(), stream.text().as_str()), (calls, ""));
+            assert!(stream.raw.contains("\"tool_calls\""), "{}", stream.raw);
+        }
+    }
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 use support::{MODEL, gateway, in_time, text, tokens};
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
-use vicuna_protocol::inference::{Draining, Failure, ModelOffer, WorkerHello, failure};
+use vicuna_protocol::inference::{CONTEXT_LENGTH_EXCEEDED, Draining, Failure, ModelOffer, WorkerHello, failure};
 
 #[tokio::test]
 async fn a_stream_goes_on_elsewhere_when_its_worker_dies() {
@@ -205,6 +205,7 @@ async fn a_failed_answer_moves_to_another_worker_and_a_wrong_request_does_not() 
             choice: 0,
             code: code.into(),
             message: "the prompt is too long".into(),
+            reason: CONTEXT_LENGTH_EXCEEDED.into(),
         })
     };
     let answer = gateway.ask(json!({}));
@@ -216,6 +217,7 @@ async fn a_failed_answer_moves_to_another_worker_and_a_wrong_request_does_not() 
     let (status, body) = in_time(answer).await.unwrap();
     assert_eq!(status, 400);
     assert_eq!(body["error"]["message"], "the prompt is too long");
+    assert_eq!(body["error"]["code"], "context_length_exceeded", "as OpenAI's clients know it");
 }
 
 #[tokio::test]
@@ -413,4 +415,17 @@ async fn a_worker_that_fails_again_and_again_is_left_out() {
     second.done(&generate, 0).await;
     assert_eq!(in_time(answer).await.unwrap().0, 200);
     assert!(gateway.metrics().await.contains("vicuna_gateway_ejections_total 1"));
+}
+
+#[tokio::test]
+async fn a_worker_that_is_here_already_is_refused_and_stays() {
+    let gateway = gateway(&[]).await;
+    let same = |hello: &mut WorkerHello| hello.instance = "i-1".into();
+    let mut worker = gateway.worker_with("w-1", same).await;
+    let refused = gateway.try_worker("w-1", same).await.err().unwrap();
+    assert_eq!(refused.code(), tonic::Code::AlreadyExists);
+    let answer = gateway.ask(json!({}));
+    let generate = worker.generate().await;
+    worker.done(&generate, 0).await;
+    assert_eq!(in_time(answer).await.unwrap().0, 200);
 }

@@ -83,6 +83,7 @@ class Answer {
     if (!event.comment) return;
     if (event.comment.startsWith("resumed")) this.note(`Worker lost; ${event.comment}`);
     else if (event.comment.startsWith("waiting")) this.phase("waiting for a worker");
+    else if (event.comment.startsWith("reading")) this.phase(event.comment);
     else if (event.comment.startsWith("connection")) this.note("Connection lost; going on");
     else if (event.comment.startsWith("generating") && !this.first) this.phase("reading the prompt");
   }

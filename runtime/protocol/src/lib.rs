@@ -14,6 +14,9 @@ pub mod coordinator {
 /// Workers to gateways (`proto/inference.proto`).
 pub mod inference {
     tonic::include_proto!("vicuna.inference.v1");
+
+    /// The reason of a failure: the prompt leaves no room for an answer.
+    pub const CONTEXT_LENGTH_EXCEEDED: &str = "context_length_exceeded";
 }
 
 /// Token audience of ranks and gateways that call the operator.

@@ -5,7 +5,8 @@ use crate::completion::{Completion, Vocabulary};
 use crate::embedding::Embedder;
 use crate::health::{Health, explain};
 use crate::prompt::{prompt_ids, text_ids};
-use crate::scheduler::{Command, Connection, Handle, Job, Occupancy, Replies, Task, failure};
+use crate::scheduler::{Command, Connection, Handle, Job, Occupancy, Refusal, Replies, Task};
+use crate::transcripts::within_a_message;
 use anyhow::{Context, Result, anyhow, bail};
 use rand::Rng;
 use std::collections::HashMap;
@@ -18,10 +19,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::{Request, Streaming};
+use tonic::{Request, Status, Streaming};
 use vicuna_data::template::Encoder;
 use vicuna_protocol::auth::TokenFile;
-use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body;
 use vicuna_protocol::inference::workers_client::WorkersClient;
@@ -161,6 +161,9 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr, unwanted: Cance
         let started = Instant::now();
         match attach(&shared, address).await {
             Ok(()) => tracing::info!(%address, "the gateway's stream ended"),
+            Err(error) if is_attached_already(&error) => {
+                tracing::debug!(%address, "the gateway has this worker by another address");
+            }
             Err(error) => tracing::warn!(%address, error = explain(&error), "no stream to the gateway"),
         }
         pause = if started.elapsed() > SLOWEST_RETRY { FIRST_RETRY } else { (pause * 2).min(SLOWEST_RETRY) };
@@ -170,6 +173,10 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr, unwanted: Cance
             () = unwanted.cancelled() => {}
         }
     }
+}
+
+fn is_attached_already(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Status>().is_some_and(|status| status.code() == tonic::Code::AlreadyExists)
 }
 
 /// One stream, from hello to its end.
@@ -271,14 +278,16 @@ impl<'a> Stream<'a> {
         let (request, choice) = (generate.request.clone(), generate.choice);
         match self.prepare(generate) {
             Ok((scheduler, job)) => scheduler.send(Command::Submit(Box::new(job))).await,
-            Err(reason) => self.refuse(&request, choice, reason),
+            Err(refusal) => self.replies.send(refusal.body(&request, choice)),
         }
     }
 
-    fn prepare(&self, generate: Generate) -> Result<(&Handle, Job), String> {
+    fn prepare(&self, generate: Generate) -> Result<(&Handle, Job), Refusal> {
         let lane = self.shared.lane(&generate.model)?;
         let prompt = prompt_ids(&lane.encoder, &generate)?;
-        let completion = Completion::new(&generate, &prompt, &lane.vocabulary)?;
+        let too_long = prompt.len() >= lane.vocabulary.max_length;
+        let completion =
+            Completion::new(&generate, &prompt, &lane.vocabulary).map_err(|message| Refusal { message, too_long })?;
         let priority = generate.priority;
         let task = Task::Complete { prompt, completion, generate: Box::new(generate) };
         Ok((&lane.scheduler, self.job(lane, priority, task)))
@@ -288,11 +297,11 @@ impl<'a> Stream<'a> {
         let request = embed.request.clone();
         match self.prepare_embedding(embed) {
             Ok((scheduler, job)) => scheduler.send(Command::Submit(Box::new(job))).await,
-            Err(reason) => self.refuse(&request, 0, reason),
+            Err(refusal) => self.replies.send(refusal.body(&request, 0)),
         }
     }
 
-    fn prepare_embedding(&self, embed: Embed) -> Result<(&Handle, Job), String> {
+    fn prepare_embedding(&self, embed: Embed) -> Result<(&Handle, Job), Refusal> {
         let lane = self.shared.lane(&embed.model)?;
         let ids = |input: EmbedInput| match input.tokens.is_empty() {
             true => text_ids(&lane.encoder, &[], Some(&input.text)),
@@ -305,11 +314,7 @@ impl<'a> Stream<'a> {
     }
 
     fn job(&self, lane: &Lane, priority: i32, task: Task) -> Job {
-        Job { connection: self.connection, priority, adapter: lane.adapter, task, replies: self.replies.clone() }
-    }
-
-    fn refuse(&self, request: &str, choice: u32, reason: String) {
-        self.replies.send(failure(request, choice, Code::Invalid, reason));
+        Job::new(self.connection, priority, lane.adapter, task, self.replies.clone())
     }
 
     async fn cancel(&self, cancel: Cancel) {
@@ -329,7 +334,7 @@ impl<'a> Stream<'a> {
         let replies = self.replies.clone();
         tokio::spawn(async move {
             let found = futures::future::join_all(answers).await;
-            let choices = found.into_iter().flatten().flatten().collect();
+            let choices = within_a_message(found.into_iter().flatten().flatten().collect());
             replies.send(Body::Transcript(Transcript { request, choices }));
         });
     }
@@ -344,7 +349,7 @@ impl<'a> Stream<'a> {
                 let request = count.request.clone();
                 self.replies.send(Body::TokenCount(TokenCount { request, tokens, max_length }));
             }
-            Err(reason) => self.refuse(&count.request, 0, reason),
+            Err(message) => self.replies.send(Refusal::from(message).body(&count.request, 0)),
         }
     }
 

@@ -15,6 +15,8 @@ use vicuna_protocol::inference::{Delta, Done, Generate, PromptScores, Sampling, 
 const MAX_STOP_STRINGS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
 const MAX_STOP_TOKENS: usize = 64;
+/// Entries in one message of a prompt's scores: with all alternatives a few MiB, where a gateway takes 32.
+const SCORES_PER_MESSAGE: usize = 1024;
 
 /// What completions of one model have in common.
 #[derive(Clone, Debug)]
@@ -167,14 +169,19 @@ impl Completion {
         }
     }
 
-    /// The scores of the whole prompt, once they are wanted and known.
-    pub fn take_prompt_scores(&mut self) -> Option<Body> {
-        let scores = self.prompt_scores.take_if(|scores| scores.tokens.len() >= self.prompt_tokens)?;
-        Some(Body::PromptScores(PromptScores {
-            request: self.request.clone(),
-            choice: self.choice,
-            tokens: scores.tokens,
-        }))
+    /// The scores of the whole prompt, once they are wanted and known, in messages of bounded size.
+    pub fn take_prompt_scores(&mut self) -> Vec<Body> {
+        let scores = self.prompt_scores.take_if(|scores| scores.tokens.len() >= self.prompt_tokens);
+        let tokens = scores.map(|scores| scores.tokens).unwrap_or_default();
+        let message = |(number, tokens): (usize, &[TokenLogprob])| {
+            Body::PromptScores(PromptScores {
+                request: self.request.clone(),
+                choice: self.choice,
+                first: (number * SCORES_PER_MESSAGE) as u32,
+                tokens: tokens.to_vec(),
+            })
+        };
+        tokens.chunks(SCORES_PER_MESSAGE).enumerate().map(message).collect()
     }
 
     /// The next token by these logits `[V]`, which are changed. The error is why there is none.
@@ -233,6 +240,7 @@ impl Completion {
             text: self.text,
             finish_reason: self.finished.map(|finish| finish.reason().to_owned()).unwrap_or_default(),
             logprobs: self.logprobs,
+            prompt_tokens: self.prompt_tokens as u32,
         }
     }
 
@@ -476,13 +484,32 @@ mod tests {
         let mut completion = with(|generate| generate.prompt_logprobs = Some(1)).unwrap();
         let logits = vec![0.5; vocabulary().size];
         completion.score_prompt(&logits, 6);
-        assert!(completion.take_prompt_scores().is_none());
+        assert!(completion.take_prompt_scores().is_empty());
         completion.score_prompt(&logits, 7);
-        let Some(Body::PromptScores(scores)) = completion.take_prompt_scores() else { panic!("no scores") };
+        let [Body::PromptScores(scores)] = &completion.take_prompt_scores()[..] else { panic!("no scores") };
         assert_eq!(scores.tokens.iter().map(|entry| entry.token).collect::<Vec<_>>(), [5, 6, 7]);
         assert_eq!((scores.tokens[0].logprob, scores.tokens[0].top.len()), (0.0, 0));
         assert!(scores.tokens[1].logprob < -1.0 && scores.tokens[2].top.len() == 1);
-        assert!(completion.take_prompt_scores().is_none());
+        assert!(completion.take_prompt_scores().is_empty());
+    }
+
+    #[test]
+    fn scores_of_a_long_prompt_come_in_messages_that_a_gateway_takes() {
+        let length = 2 * SCORES_PER_MESSAGE + 1;
+        let prompt: Vec<_> = (0..length).map(|index| 3 + (index % 200) as u32).collect();
+        let generate = Generate { prompt_logprobs: Some(1), ..Generate::default() };
+        let vocabulary = Vocabulary { max_length: length + 1, ..vocabulary() };
+        let mut completion = Completion::new(&generate, &prompt, &vocabulary).unwrap();
+        let logits = vec![0.5; vocabulary.size];
+        prompt[1..].iter().for_each(|token| completion.score_prompt(&logits, *token));
+        let parts = completion.take_prompt_scores().into_iter().map(|body| match body {
+            Body::PromptScores(scores) => scores,
+            other => panic!("{other:?}"),
+        });
+        let parts: Vec<_> = parts.collect();
+        assert_eq!(parts.iter().map(|part| part.first).collect::<Vec<_>>(), [0, 1024, 2048]);
+        let tokens: Vec<_> = parts.iter().flat_map(|part| &part.tokens).map(|entry| entry.token).collect();
+        assert_eq!(tokens, prompt);
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! What Prometheus sees of a worker.
 
+mod vllm;
+
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntGauge, Registry, TextEncoder};
+
+pub use vllm::Vllm;
 
 /// From a fast GPU's step to a slow CPU's.
 const DECODE_BUCKETS: [f64; 12] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
@@ -8,6 +12,7 @@ const DECODE_BUCKETS: [f64; 12] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5
 #[derive(Clone, Debug)]
 pub struct Metrics {
     registry: Registry,
+    models: vllm::Families,
     pub running: IntGauge,
     pub waiting: IntGauge,
     pub tokens: IntCounter,
@@ -35,6 +40,7 @@ impl Metrics {
             )?,
             free_tokens: IntGauge::new("vicuna_worker_kv_free_tokens", "Room for keys and values.")?,
             decode_seconds: Histogram::with_opts(decode)?,
+            models: vllm::Families::register(&registry)?,
             registry,
         };
         let counters = [&metrics.tokens, &metrics.prompt_tokens, &metrics.cached_tokens, &metrics.preemptions];
@@ -46,6 +52,11 @@ impl Metrics {
         }
         metrics.registry.register(Box::new(metrics.decode_seconds.clone()))?;
         Ok(metrics)
+    }
+
+    /// What one model counts besides, under vLLM's names.
+    pub fn of(&self, model: &str) -> Vllm {
+        self.models.of(model)
     }
 
     /// In Prometheus' text format.

@@ -77,9 +77,9 @@ pub struct Options {
     /// reason, which puts it into the pod's status.
     #[arg(long, env = "VICUNA_MODEL_PATIENCE", default_value = "30", value_parser = seconds)]
     pub model_patience: Duration,
-    /// Name of this worker.
-    #[arg(long, env = "POD_NAME", default_value = "external")]
-    pub worker_name: String,
+    /// Name of this worker; the host's with something random behind it if absent.
+    #[arg(long, env = "POD_NAME")]
+    pub worker_name: Option<String>,
     #[arg(long, env = "NODE_NAME", default_value = "")]
     pub node_name: String,
     /// Where Kubernetes reads why a container ended; written only if the file is there.
@@ -121,6 +121,13 @@ impl Options {
         self.threads.map_or_else(usable, |threads| threads as usize)
     }
 
+    /// What gateways call it: workers of one name would be taken for one.
+    pub fn worker_name(&self) -> String {
+        let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let drawn = || format!("{}-{:06x}", named_host(&host()), rand::random_range(0..1 << 24));
+        self.worker_name.clone().unwrap_or_else(drawn)
+    }
+
     /// Name and URI of every model, adapters apart.
     pub fn models(&self) -> Vec<(String, String)> {
         let mut models = vec![(self.model_name.clone(), self.model_uri.clone())];
@@ -152,6 +159,13 @@ impl Capacity {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: u32 = text.parse().map_err(|_| format!("{text:?} is not a whole number of seconds"))?;
     Ok(Duration::from_secs(seconds.into()))
+}
+
+fn named_host(host: &str) -> &str {
+    match host.trim() {
+        "" => "external",
+        host => host,
+    }
 }
 
 fn named_uri(text: &str) -> Result<(String, String), String> {
@@ -189,6 +203,14 @@ mod tests {
         ] {
             assert_eq!(options(arguments).precision(true), expected, "{arguments:?} of a bf16 model on a GPU");
         }
+    }
+
+    #[test]
+    fn external_workers_have_names_of_their_own() {
+        assert_eq!(options(&["--worker-name", "w"]).worker_name(), "w");
+        let (one, other) = (options(&[]), options(&[]));
+        assert_ne!(one.worker_name(), other.worker_name());
+        assert_eq!((named_host(" \n"), named_host("box\n")), ("external", "box"));
     }
 
     #[test]

@@ -121,7 +121,8 @@ impl Worker {
         let mut offers = Vec::new();
         let mut schedulers = Vec::new();
         for Served { engine, models: offered } in served {
-            let scheduler = start_scheduler(engine, options.slots as usize, metrics.clone(), ended.clone())?;
+            let name = offered.first().map_or("", |first| &first.offer.name);
+            let scheduler = start_scheduler(name, engine, options.slots as usize, metrics.clone(), ended.clone())?;
             for Offered { adapter, encoder, vocabulary, offer } in offered {
                 tracing::info!(
                     model = offer.name,
@@ -142,7 +143,8 @@ impl Worker {
         let shared = Shared {
             gateways: gateways(options),
             hello: WorkerHello {
-                worker: options.worker_name.clone(),
+                worker: options.worker_name(),
+                instance: format!("{:016x}", rand::random::<u64>()),
                 node: options.node_name.clone(),
                 capacity: options.capacity.name().to_owned(),
                 slots: options.slots * schedulers.len() as u32,
@@ -209,8 +211,14 @@ impl Worker {
 }
 
 /// Runs a model's batch on a thread of its own. `ended` is told when that ends.
-fn start_scheduler(engine: Engine, slots: usize, metrics: Metrics, ended: mpsc::Sender<()>) -> Result<Handle> {
-    let (scheduler, handle) = Scheduler::new(engine, slots, metrics);
+fn start_scheduler(
+    model: &str,
+    engine: Engine,
+    slots: usize,
+    metrics: Metrics,
+    ended: mpsc::Sender<()>,
+) -> Result<Handle> {
+    let (scheduler, handle) = Scheduler::new(model, engine, slots, metrics);
     std::thread::Builder::new()
         .name("scheduler".to_owned())
         .spawn(move || {

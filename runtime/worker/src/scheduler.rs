@@ -12,16 +12,18 @@ mod sequence;
 use crate::blocks::BlockPool;
 use crate::completion::Completion;
 use crate::embedding::Embedder;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Vllm};
 use crate::transcripts::Transcripts;
 use sequence::Running;
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use vicuna_model::inference::{Engine, Outputs, Piece};
 use vicuna_protocol::inference::worker_message::Body;
-use vicuna_protocol::inference::{Failure, Generate, TranscriptChoice, WorkerMessage, failure::Code};
+use vicuna_protocol::inference::{
+    CONTEXT_LENGTH_EXCEEDED, Failure, Generate, Progress, TranscriptChoice, WorkerMessage, failure::Code,
+};
 
 /// Tokens that a step computes, unless more sequences than that are being answered.
 const STEP_TOKENS: usize = 256;
@@ -29,6 +31,8 @@ const STEP_TOKENS: usize = 256;
 const WAITING_PER_SLOT: usize = 4;
 /// Commands on their way to the thread.
 const COMMANDS: usize = 256;
+/// Between two words about requests that send no tokens.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// Which gateway connection a request came by.
 pub type Connection = u64;
@@ -66,6 +70,9 @@ pub struct Job {
     pub adapter: Option<usize>,
     pub task: Task,
     pub replies: Replies,
+    arrived: Instant,
+    /// This worker has sent a token of it.
+    begun: bool,
 }
 
 #[derive(Debug)]
@@ -136,18 +143,22 @@ pub struct Scheduler {
     pool: BlockPool,
     slots: usize,
     metrics: Metrics,
+    vllm: Vllm,
     /// Higher priorities first, then first come, first served.
     waiting: VecDeque<Box<Job>>,
     /// In the order in which they were admitted.
     running: Vec<Running>,
     transcripts: Transcripts,
     draining: bool,
+    /// When progress was last told.
+    told: Instant,
     occupancy: watch::Sender<Occupancy>,
     commands: mpsc::Receiver<Command>,
 }
 
 impl Scheduler {
-    pub fn new(engine: Engine, slots: usize, metrics: Metrics) -> (Self, Handle) {
+    /// `model`: what its requests count as.
+    pub fn new(model: &str, engine: Engine, slots: usize, metrics: Metrics) -> (Self, Handle) {
         let (sender, commands) = mpsc::channel(COMMANDS);
         let pool = BlockPool::new(engine.blocks());
         let empty =
@@ -158,11 +169,13 @@ impl Scheduler {
             outputs: Outputs::default(),
             pool,
             slots,
+            vllm: metrics.of(model),
             metrics,
             waiting: VecDeque::new(),
             running: Vec::new(),
             transcripts: Transcripts::default(),
             draining: false,
+            told: Instant::now(),
             occupancy,
             commands,
         };
@@ -214,6 +227,7 @@ impl Scheduler {
         }
         self.retire();
         self.remove(|job| job.replies.broken.is_cancelled(), true);
+        self.tell_progress(Instant::now());
         self.publish_occupancy();
     }
 
@@ -271,6 +285,15 @@ impl Scheduler {
     fn tell_transcript(&mut self, request: &str, answer: oneshot::Sender<Vec<TranscriptChoice>>) {
         if answer.send(self.transcripts.of(request, Instant::now())).is_err() {
             tracing::debug!(request, "nobody waits for the transcript any more");
+        }
+    }
+
+    /// A gateway that hears nothing of a request takes it away; a long prompt takes its time.
+    fn tell_progress(&mut self, now: Instant) {
+        if now.duration_since(self.told) >= PROGRESS_EVERY {
+            self.told = now;
+            self.running.iter().for_each(Running::tell_progress);
+            self.waiting.iter().for_each(|job| job.tell_progress(0, 0));
         }
     }
 
@@ -355,6 +378,7 @@ impl Scheduler {
         let mut running = self.running.remove(victim);
         running.release(&mut self.pool);
         self.metrics.preemptions.inc();
+        self.vllm.preemptions.inc();
         shares.retain(|share| share.sequence != victim);
         shares.iter_mut().filter(|share| share.sequence > victim).for_each(|share| share.sequence -= 1);
         let mut job = running.job;
@@ -370,10 +394,11 @@ impl Scheduler {
         let outcome = self.engine.step(&pieces, &mut self.outputs);
         let answered = pieces.iter().any(|piece| piece.past > 0 && piece.tokens.len() == 1);
         drop(pieces);
+        let counts = Counts { all: &self.metrics, model: &self.vllm };
         for (piece, share) in shares.iter().enumerate() {
             let running = &mut self.running[share.sequence];
             match &outcome {
-                Ok(()) => running.advance(share.tokens, piece, &mut self.outputs, &mut self.pool, &self.metrics),
+                Ok(()) => running.advance(share.tokens, piece, &mut self.outputs, &mut self.pool, &counts),
                 Err(error) => running.fail(error.to_string()),
             }
         }
@@ -388,8 +413,13 @@ impl Scheduler {
         let ended: Vec<Running> = self.running.extract_if(.., |running| running.ended).collect();
         for mut running in ended {
             running.release(&mut self.pool);
+            let arrived = running.job.arrived;
             if let Task::Complete { completion, generate, .. } = running.job.task {
-                self.transcripts.keep(completion.transcript(*generate), now);
+                let transcript = completion.transcript(*generate);
+                if !transcript.finish_reason.is_empty() {
+                    self.vllm.answered(&transcript.finish_reason, now.duration_since(arrived).as_secs_f64());
+                }
+                self.transcripts.keep(transcript, now);
             }
         }
     }
@@ -404,8 +434,18 @@ impl Scheduler {
         self.metrics.running.set(now.running as i64);
         self.metrics.waiting.set(now.waiting as i64);
         self.metrics.free_tokens.set(now.free_tokens as i64);
+        self.vllm.requests_running.set(now.running as i64);
+        self.vllm.requests_waiting.set(now.waiting as i64);
+        self.vllm.cache_usage.set(1.0 - now.free_tokens as f64 / now.total_tokens.max(1) as f64);
         self.occupancy.send_if_modified(|before| std::mem::replace(before, now) != now);
     }
+}
+
+/// Where what a step has done is counted.
+#[derive(Clone, Copy, Debug)]
+struct Counts<'a> {
+    all: &'a Metrics,
+    model: &'a Vllm,
 }
 
 /// What a sequence computes in a step.
@@ -417,6 +457,10 @@ struct Share {
 }
 
 impl Job {
+    pub fn new(connection: Connection, priority: i32, adapter: Option<usize>, task: Task, replies: Replies) -> Self {
+        Self { connection, priority, adapter, task, replies, arrived: Instant::now(), begun: false }
+    }
+
     fn is(&self, request: &str, choice: u32) -> bool {
         self.request() == request && self.choice() == choice
     }
@@ -451,6 +495,19 @@ impl Job {
         }
     }
 
+    /// Tokens of what it begins with that are computed, of all; none while it waits.
+    fn tell_progress(&self, computed: usize, all: usize) {
+        // Who asks for embeddings waits for the answer only.
+        if matches!(self.task, Task::Complete { .. }) {
+            self.replies.send(Body::Progress(Progress {
+                request: self.request().to_owned(),
+                choice: self.choice(),
+                computed: computed as u32,
+                all: all as u32,
+            }));
+        }
+    }
+
     fn fail(&self, code: Code, message: String) {
         self.replies.send(failure(self.request(), self.choice(), code, message));
     }
@@ -458,7 +515,34 @@ impl Job {
 
 /// The message that ends a request which cannot be served.
 pub fn failure(request: &str, choice: u32, code: Code, message: String) -> Body {
-    Body::Failure(Failure { request: request.to_owned(), choice, code: code.into(), message })
+    Body::Failure(Failure { request: request.to_owned(), choice, code: code.into(), message, reason: String::new() })
+}
+
+/// A request that is the client's mistake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    pub message: String,
+    /// Its prompt leaves no room for an answer.
+    pub too_long: bool,
+}
+
+impl From<String> for Refusal {
+    fn from(message: String) -> Self {
+        Self { message, too_long: false }
+    }
+}
+
+impl Refusal {
+    pub fn body(self, request: &str, choice: u32) -> Body {
+        let reason = if self.too_long { CONTEXT_LENGTH_EXCEEDED } else { "" };
+        Body::Failure(Failure {
+            request: request.to_owned(),
+            choice,
+            code: Code::Invalid.into(),
+            message: self.message,
+            reason: reason.to_owned(),
+        })
+    }
 }
 
 #[cfg(test)]

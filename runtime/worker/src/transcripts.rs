@@ -9,6 +9,8 @@ const KEPT: Duration = Duration::from_secs(60);
 /// Whatever comes, no more is kept than this.
 const MAX_CHOICES: usize = 1024;
 const MAX_BYTES: usize = 64 << 20;
+/// What one message to a gateway may hold, which takes 32 MiB.
+const MAX_MESSAGE_BYTES: usize = 24 << 20;
 
 #[derive(Debug, Default)]
 pub struct Transcripts {
@@ -46,15 +48,32 @@ impl Transcripts {
     }
 
     pub fn expire(&mut self, now: Instant) {
-        while let Some(oldest) = self.kept.front() {
-            let old = now.duration_since(oldest.since) > KEPT;
-            if !old && self.kept.len() <= MAX_CHOICES && self.bytes <= MAX_BYTES {
-                return;
-            }
-            self.bytes -= oldest.bytes;
-            self.kept.pop_front();
+        while self.kept.front().is_some_and(|oldest| now.duration_since(oldest.since) > KEPT) {
+            self.forget(0);
+        }
+        while self.kept.len() > MAX_CHOICES || self.bytes > MAX_BYTES {
+            // An answer that had ended was most likely read to its end; one that had not is asked for.
+            let finished = self.kept.iter().position(|kept| !kept.choice.finish_reason.is_empty());
+            self.forget(finished.unwrap_or(0));
         }
     }
+
+    fn forget(&mut self, index: usize) {
+        if let Some(kept) = self.kept.remove(index) {
+            self.bytes -= kept.bytes;
+        }
+    }
+}
+
+/// As many of the choices as one message to a gateway may hold: it would take a longer one for the end of
+/// the connection, with all answers on it.
+pub fn within_a_message(mut choices: Vec<TranscriptChoice>) -> Vec<TranscriptChoice> {
+    let mut bytes = 0;
+    choices.retain(|choice| {
+        bytes += size(choice);
+        bytes <= MAX_MESSAGE_BYTES
+    });
+    choices
 }
 
 fn request_of(choice: &TranscriptChoice) -> Option<&str> {
@@ -102,6 +121,24 @@ mod tests {
         assert_eq!(texts(&mut transcripts, "a", start + KEPT), ["first", "second"]);
         assert!(texts(&mut transcripts, "a", start + KEPT + Duration::from_millis(1)).is_empty());
         assert_eq!((transcripts.kept.len(), transcripts.bytes), (0, 0));
+    }
+
+    #[test]
+    fn what_had_ended_makes_room_for_what_had_not() {
+        let (mut transcripts, now) = (Transcripts::default(), Instant::now());
+        transcripts.keep(choice("unfinished", 0, "so far"), now);
+        for index in 0..2 * MAX_CHOICES {
+            let ended = TranscriptChoice { finish_reason: "stop".into(), ..choice(&index.to_string(), 0, "") };
+            transcripts.keep(ended, now);
+        }
+        assert_eq!(transcripts.kept.len(), MAX_CHOICES);
+        assert_eq!(texts(&mut transcripts, "unfinished", now), ["so far"]);
+    }
+
+    #[test]
+    fn a_message_holds_no_more_than_a_gateway_takes() {
+        let large = |index| choice("a", index, &"x".repeat(MAX_MESSAGE_BYTES / 3));
+        assert_eq!(within_a_message((0..4).map(large).collect()).len(), 2);
     }
 
     #[test]

@@ -88,6 +88,7 @@ pub async fn answer(
 fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: &Caller) -> Result<Request, ApiError> {
     let model = gateway.model_for(&caller.client, &ask.model)?;
     ask.check(model.offer.as_ref())?;
+    check_count(&ask, gateway.limits.max_queue)?;
     gateway.admit(&caller.client)?;
     let mut ticket = gateway.loads.take(&model.name);
     let id = resume::owned_id(endpoint, &caller.client);
@@ -105,6 +106,19 @@ fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: &Caller) 
     })?;
     let client = caller.client.clone();
     Ok(Request::new(gateway, Admitted { shape, ask, client, ticket, choices, seats, news }))
+}
+
+/// What would not fit into an empty queue never will.
+fn check_count(ask: &Ask, max_queue: usize) -> Result<(), ApiError> {
+    let wanted = ask.prompts.len() * ask.n as usize;
+    if wanted <= max_queue {
+        return Ok(());
+    }
+    let message = format!(
+        "The request asks for {wanted} answers, `n` of each prompt; at most {max_queue} may wait here at a time. \
+         Ask for fewer, or in several requests."
+    );
+    Err(ApiError::bad_field("n", message))
 }
 
 /// What a prompt's request is called on the wire: choices are told apart by it and their index.

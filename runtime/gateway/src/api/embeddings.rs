@@ -15,22 +15,29 @@ use vicuna_protocol::inference::{Embed, Embeddings};
 
 pub async fn embeddings(gateway: &Gateway, ask: EmbeddingsAsk, caller: &Caller) -> Result<Json<Value>, ApiError> {
     let model = gateway.model_for(&caller.client, &ask.model)?;
-    let Some(offer) = model.offer else {
-        return Err(ApiError::no_capacity(&model.name));
-    };
-    ask.check(&offer)?;
+    if let Some(offer) = &model.offer {
+        ask.check(offer)?;
+    }
     gateway.admit(&caller.client)?;
     let mut ticket = gateway.loads.take(&model.name);
-    let request = format!("embd-{}", uuid::Uuid::now_v7().simple());
-    let (count, base64) = (ask.inputs.len(), ask.base64);
-    let body = Body::Embed(Embed { request: request.clone(), model: model.name.clone(), inputs: ask.inputs });
-    let deadline = Instant::now() + gateway.limits.queue_timeout;
-    let answer = gateway.registry.inquire(&model.name, &request, &body, deadline).await;
-    let answer = answer.and_then(|answer| vectors(answer, count, offer.embedding_dimensions));
+    let base64 = ask.base64;
+    let answer = embed(gateway, ask, &model.name).await;
     ticket.ended(answer.as_ref().map_or_else(|error| error.status.as_u16(), |_| 200));
     let answer = answer?;
     caller.client.charge(answer.prompt_tokens);
     Ok(Json(shape(&model.name, &answer, base64)))
+}
+
+/// Of a model that has had no worker yet, what it can do is known once one has come.
+async fn embed(gateway: &Gateway, ask: EmbeddingsAsk, model: &str) -> Result<Embeddings, ApiError> {
+    let deadline = Instant::now() + gateway.limits.queue_timeout;
+    let offer = gateway.registry.offer_before(model, deadline).await?;
+    ask.check(&offer)?;
+    let request = format!("embd-{}", uuid::Uuid::now_v7().simple());
+    let count = ask.inputs.len();
+    let body = Body::Embed(Embed { request: request.clone(), model: model.to_owned(), inputs: ask.inputs });
+    let answer = gateway.registry.inquire(model, &request, &body, deadline).await?;
+    vectors(answer, count, offer.embedding_dimensions)
 }
 
 /// The answer, if it is one to what was asked.

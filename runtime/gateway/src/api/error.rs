@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use std::time::Duration;
+use vicuna_protocol::inference::{CONTEXT_LENGTH_EXCEEDED, Failure};
 
 /// One failed request: what was wrong, where, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +37,19 @@ impl ApiError {
 
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request", message)
+    }
+
+    /// What a worker says of a request that it cannot serve.
+    pub fn invalid(failure: Failure) -> Self {
+        match failure.reason == CONTEXT_LENGTH_EXCEEDED {
+            true => Self::too_long(failure.message),
+            false => Self::bad_request(failure.message),
+        }
+    }
+
+    /// A prompt that leaves no room for an answer. Clients know the code, and shorten what they send.
+    pub fn too_long(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, CONTEXT_LENGTH_EXCEEDED, message)
     }
 
     pub fn model_not_found(model: &str, available: &[String]) -> Self {
@@ -132,7 +146,7 @@ impl ApiError {
         Self::new(StatusCode::BAD_GATEWAY, "worker_failed", message)
     }
 
-    fn about(mut self, param: impl Into<String>) -> Self {
+    pub fn about(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self
     }

@@ -107,9 +107,9 @@ fn best(known: &[(TranscriptChoice, Variant)], index: u32) -> Transcript {
 fn transcript(choice: &TranscriptChoice, variant: &Variant) -> Transcript {
     let ended = (!choice.finish_reason.is_empty()).then(|| Outcome::Done {
         finish_reason: choice.finish_reason.clone(),
-        // The worker that is asked does not say; what it was is in the other gateway's counts.
-        prompt_tokens: 0,
+        prompt_tokens: choice.prompt_tokens,
         completion_tokens: choice.tokens.len() as u32,
+        // The worker that is asked does not say.
         cached_tokens: 0,
     });
     Transcript {
@@ -134,6 +134,16 @@ mod tests {
             ..TranscriptChoice::default()
         };
         (choice, Variant { weights_digest: "d".into(), template: String::new(), quantization: String::new() })
+    }
+
+    #[test]
+    fn the_length_of_the_prompt_comes_with_what_a_worker_remembers() {
+        let (mut known, variant) = choice(0, &[1, 2], "stop");
+        known.prompt_tokens = 7;
+        let Some(Outcome::Done { prompt_tokens, completion_tokens, .. }) = transcript(&known, &variant).done else {
+            panic!("it had ended");
+        };
+        assert_eq!((prompt_tokens, completion_tokens), (7, 2));
     }
 
     #[test]

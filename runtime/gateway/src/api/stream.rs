@@ -11,13 +11,14 @@ use super::error::ApiError;
 use super::logprobs;
 use super::position::At;
 use super::shape::{Endpoint, Part, call_json};
-use crate::choice::{News, Outcome, Phase, Seen};
+use crate::choice::{Choice, News, Outcome, Phase, Seen, Work};
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use serde_json::Value;
 use std::convert::Infallible;
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -95,7 +96,6 @@ struct Writer {
 /// What the client knows of a choice.
 #[derive(Default)]
 struct Told {
-    opened: bool,
     at: At,
     resumes: u32,
     /// Letters, of which offsets in /v1/completions are.
@@ -112,10 +112,12 @@ impl Writer {
         let mut told: Vec<_> = from.into_iter().map(|at| Told { at, ..Told::default() }).collect();
         told.resize_with(count, Told::default);
         for (told, choice) in told.iter_mut().zip(&request.choices) {
-            told.opened = told.at != At::default();
             let text = choice.transcript().text;
             let had = text.get(..told.at.seen.bytes).unwrap_or_default();
             told.letters = had.chars().count();
+            if told.at.opened && request.ask.echo {
+                told.letters += echoed(choice).0.chars().count();
+            }
             if request.ask.tools.is_some() {
                 let reading = calls::read(had, told.at.closed);
                 (told.content, told.calls) = (reading.content.len(), reading.calls.len());
@@ -147,18 +149,20 @@ impl Writer {
             _ => None,
         };
         self.open(index, news, reason.is_some(), events);
-        if !self.request.ask.only_prompt {
-            let parts = self.parts(index, news, reason.is_some());
-            self.told[index].at.seen = self.seen[index];
-            for part in parts {
-                self.push(index, news, part.as_part(), events);
-            }
+        let part = self.part(index, news, reason.is_some());
+        let ask = &self.request.ask;
+        let (has_tools, only_prompt) = (ask.tools.is_some(), ask.only_prompt);
+        let called = self.told[index].calls > 0;
+        let end = reason.filter(|_| !self.told[index].at.closed);
+        let mut end = end.map(|reason| if only_prompt { "length" } else { finish_reason(reason, called) });
+        if let Some(part) = part {
+            // The end settles what is a call: it is told in the same event, so that no position lies between.
+            let finish_reason = if has_tools { end.take() } else { None };
+            self.told[index].at.closed |= finish_reason.is_some();
+            self.push(index, news, Part { finish_reason, ..part.as_part() }, events);
         }
-        if let Some(reason) = reason
-            && !std::mem::replace(&mut self.told[index].at.closed, true)
-        {
-            let called = self.told[index].calls > 0;
-            let reason = if self.request.ask.only_prompt { "length" } else { finish_reason(reason, called) };
+        if let Some(reason) = end {
+            self.told[index].at.closed = true;
             self.push(index, news, Part { finish_reason: Some(reason), ..Part::default() }, events);
         }
         if news.resumes > self.told[index].resumes {
@@ -173,7 +177,7 @@ impl Writer {
         let echo = self.request.ask.echo;
         // The prompt's scores arrive before the first token.
         let ready = if echo { news.position > 0 || ended } else { news.worker.is_some() || ended };
-        if !ready || std::mem::replace(&mut self.told[index].opened, true) {
+        if !ready || std::mem::replace(&mut self.told[index].at.opened, true) {
             return;
         }
         if self.request.shape.endpoint == Endpoint::Chat {
@@ -187,10 +191,15 @@ impl Writer {
         }
     }
 
-    /// What is new of a choice, in the pieces that the client gets.
-    fn parts(&mut self, index: usize, news: &News, ended: bool) -> Vec<OwnedPart> {
+    /// What is new of a choice. It is one event, text and calls together: a client that comes back names an
+    /// event by its id, and has then all that came up to there.
+    fn part(&mut self, index: usize, news: &News, ended: bool) -> Option<OwnedPart> {
         let told = &mut self.told[index];
         let ask = &self.request.ask;
+        if ask.only_prompt {
+            return None;
+        }
+        told.at.seen = self.seen[index];
         let logprobs =
             (ask.logprobs.is_some() && !news.logprobs.is_empty()).then(|| match self.request.shape.endpoint {
                 Endpoint::Chat => logprobs::chat(&news.logprobs),
@@ -198,12 +207,11 @@ impl Writer {
             });
         told.letters += news.text.chars().count();
         let Some(tools) = &ask.tools else {
-            let nothing = news.text.is_empty() && logprobs.is_none();
-            let part = OwnedPart { text: Some(news.text.clone()), call: None, logprobs };
-            return if nothing { Vec::new() } else { vec![part] };
+            let something = !news.text.is_empty() || logprobs.is_some();
+            return something.then(|| OwnedPart { text: Some(news.text.clone()), calls: Vec::new(), logprobs });
         };
         if told.at.closed {
-            return Vec::new();
+            return None;
         }
         told.said.push_str(&news.text);
         let mut reading = calls::read(&told.said, ended);
@@ -212,16 +220,14 @@ impl Writer {
         }
         let text = reading.content.get(told.content..).filter(|text| !text.is_empty()).map(str::to_owned);
         told.content = reading.content.len();
-        let mut parts = Vec::new();
-        if text.is_some() || logprobs.is_some() {
-            parts.push(OwnedPart { text: Some(text.unwrap_or_default()), call: None, logprobs });
-        }
-        for (number, call) in reading.calls.iter().enumerate().skip(told.calls) {
-            let id = self.request.shape.call_id(index, number);
-            parts.push(OwnedPart { text: None, call: Some(call_delta(number, &id, call)), logprobs: None });
-        }
+        let calls = reading.calls.iter().enumerate().skip(told.calls);
+        let calls: Vec<_> =
+            calls.map(|(number, call)| call_delta(number, &self.request.shape.call_id(index, number), call)).collect();
         told.calls = reading.calls.len();
-        parts
+        let something = text.is_some() || logprobs.is_some() || !calls.is_empty();
+        // Scores belong to a text, if only to an empty one.
+        let text = text.or_else(|| logprobs.is_some().then(String::new));
+        something.then_some(OwnedPart { text, calls, logprobs })
     }
 
     fn push(&self, index: usize, news: &News, part: Part<'_>, events: &mut String) {
@@ -255,14 +261,13 @@ impl Writer {
     }
 
     fn comment(&self) -> String {
-        let waits = self.request.choices.iter().any(|choice| choice.is_queued());
-        comment(if waits { "waiting for a worker" } else { "generating" })
+        comment(&doing(&self.request.choices))
     }
 }
 
 struct OwnedPart {
     text: Option<String>,
-    call: Option<Value>,
+    calls: Vec<Value>,
     logprobs: Option<Value>,
 }
 
@@ -270,7 +275,7 @@ impl OwnedPart {
     fn as_part(&self) -> Part<'_> {
         Part {
             text: self.text.as_deref(),
-            calls: self.call.iter().cloned().collect(),
+            calls: self.calls.clone(),
             logprobs: self.logprobs.clone(),
             ..Part::default()
         }
@@ -288,7 +293,42 @@ fn error_event(error: &ApiError) -> String {
     format!("data: {}\n\n", error.body())
 }
 
+/// What is done for a client that gets no text; of several choices the one that is least far counts.
+fn doing(choices: &[Arc<Choice>]) -> String {
+    if choices.iter().any(|choice| choice.is_queued()) {
+        return "waiting for a worker".to_owned();
+    }
+    let reading = choices.iter().filter_map(|choice| match choice.work() {
+        Some(Work::Reading { computed, all }) => Some((all - computed, all)),
+        _ => None,
+    });
+    match reading.max() {
+        Some((left, all)) => format!("reading the prompt, {} of {all} tokens", all - left),
+        None => "generating".to_owned(),
+    }
+}
+
 /// `text` holds no line break: a worker's name with one is refused.
 fn comment(text: &str) -> String {
     format!(": {text}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::choice::tests::{delta, server};
+
+    #[test]
+    fn a_client_hears_how_far_its_prompt_is_read() {
+        let choices = [0, 1].map(|index| Arc::new(Choice::new(Arc::default(), index, Arc::default())));
+        choices[0].begin(server(1));
+        assert_eq!(doing(&choices), "waiting for a worker");
+        choices[1].begin(server(1));
+        assert_eq!(doing(&choices), "generating");
+        choices[0].works(1, Work::Reading { computed: 512, all: 4096 });
+        choices[1].works(1, Work::Reading { computed: 1024, all: 4096 });
+        assert_eq!(doing(&choices), "reading the prompt, 512 of 4096 tokens");
+        choices[0].append(1, delta(0, &[1], "a")).unwrap();
+        assert_eq!(doing(&choices), "reading the prompt, 1024 of 4096 tokens");
+    }
 }

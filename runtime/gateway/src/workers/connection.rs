@@ -25,6 +25,8 @@ pub type Outbound = mpsc::Sender<Result<GatewayMessage, Status>>;
 pub struct Connection {
     pub id: u64,
     pub worker: Arc<str>,
+    /// The process behind it; empty if it does not say.
+    pub instance: String,
     pub namespace: String,
     pub offers: Vec<ModelOffer>,
     /// Cancelled once it is out of the registry, whoever put it out.
@@ -89,6 +91,7 @@ impl Connection {
             id,
             name_hash: routing::hash(&[namespace.as_bytes(), hello.worker.as_bytes()]),
             worker: hello.worker.into(),
+            instance: hello.instance,
             namespace: namespace.to_owned(),
             offers: hello.models,
             gone: CancellationToken::new(),
@@ -175,8 +178,9 @@ impl Connection {
         self.active.lock().inquiries.contains_key(request)
     }
 
-    pub fn forget(&self, request: &str) {
-        self.active.lock().inquiries.remove(request);
+    /// Nobody waits for the answer any more; tells whether it was still to come.
+    pub fn forget(&self, request: &str) -> bool {
+        self.active.lock().inquiries.remove(request).is_some()
     }
 
     pub fn report(&self, load: Load) {

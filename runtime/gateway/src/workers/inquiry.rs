@@ -9,10 +9,13 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout_at};
 use vicuna_protocol::inference::gateway_message::Body;
-use vicuna_protocol::inference::{Embeddings, Failure, TokenCount, TranscriptChoice, TranscriptOf, failure};
+use vicuna_protocol::inference::{
+    Cancel, Embeddings, Failure, ModelOffer, TokenCount, TranscriptChoice, TranscriptOf, failure,
+};
 
-/// Workers that are asked the same before it counts as failed.
-const MAX_ATTEMPTS: u32 = 4;
+/// Workers that may fail at a question, or go, before it is taken to be the cause.
+const MAX_FAILURES: u32 = 4;
+/// Before a worker that had no room is asked again.
 const OVERLOADED_PAUSE: Duration = Duration::from_millis(250);
 /// What a worker remembers is at hand.
 const TRANSCRIPTS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -26,27 +29,38 @@ pub enum Answer {
     Failed(Failure),
 }
 
-/// A question that has been sent. Dropped, it is forgotten.
-struct Asked {
+/// A question that has been sent. Dropped, it is forgotten, its slot is another's, and a worker that is
+/// still at it is told.
+struct Asked<'a> {
+    registry: &'a Registry,
     connection: Arc<Connection>,
     request: String,
+    /// The answer takes the worker's time, which is spared if nobody wants it.
+    computed: bool,
     answer: oneshot::Receiver<Answer>,
 }
 
-impl Drop for Asked {
+impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        self.connection.forget(&self.request);
+        if self.connection.forget(&self.request) && self.computed {
+            let cancel = Cancel { request: self.request.clone(), choice: 0, keep: false };
+            // One that does not read any more is found out by what else is sent to it.
+            self.connection.send(Body::Cancel(cancel));
+        }
+        self.registry.answered(&self.connection);
     }
 }
 
-fn ask(connection: Arc<Connection>, request: &str, body: Body) -> Option<Asked> {
-    let answer = connection.expect(request)?;
-    let asked = Asked { connection, request: request.to_owned(), answer };
-    asked.connection.send(body).then_some(asked)
-}
-
 impl Registry {
-    /// Asks a worker of `model`, and another if that one goes or fails.
+    fn ask(&self, connection: Arc<Connection>, request: &str, body: Body) -> Option<Asked<'_>> {
+        let answer = connection.expect(request)?;
+        let computed = matches!(body, Body::Embed(_));
+        let asked = Asked { registry: self, connection, request: request.to_owned(), computed, answer };
+        asked.connection.send(body).then_some(asked)
+    }
+
+    /// Asks a worker of `model`, and another if that one goes or fails; as long as they are busy, until
+    /// the deadline.
     pub async fn inquire(
         &self,
         model: &str,
@@ -54,24 +68,37 @@ impl Registry {
         body: &Body,
         deadline: Instant,
     ) -> Result<Answer, ApiError> {
-        for _ in 0..MAX_ATTEMPTS {
+        let no_capacity = |_| ApiError::no_capacity(model);
+        let mut failures = 0;
+        while failures < MAX_FAILURES {
             let connection = self.least_loaded_before(model, deadline).await?;
-            let Some(mut asked) = ask(connection, request, body.clone()) else {
+            let Some(mut asked) = self.ask(connection, request, body.clone()) else {
                 return Err(ApiError::too_many_requests());
             };
-            let answer = timeout_at(deadline, &mut asked.answer).await;
-            match answer.map_err(|_| ApiError::no_capacity(model))? {
+            match timeout_at(deadline, &mut asked.answer).await.map_err(no_capacity)? {
                 Ok(Answer::Failed(failure)) => match failure.code() {
-                    failure::Code::Invalid => return Err(ApiError::bad_request(failure.message)),
-                    failure::Code::Overloaded => sleep(OVERLOADED_PAUSE).await,
-                    _ => self.failed(asked.connection.id),
+                    failure::Code::Invalid => return Err(ApiError::invalid(failure)),
+                    failure::Code::Overloaded => {
+                        drop(asked);
+                        timeout_at(deadline, sleep(OVERLOADED_PAUSE)).await.map_err(no_capacity)?;
+                    }
+                    _ => {
+                        self.failed(asked.connection.id);
+                        failures += 1;
+                    }
                 },
                 Ok(answer) => return Ok(answer),
                 // It went away.
-                Err(_) => {}
+                Err(_) => failures += 1,
             }
         }
-        Err(ApiError::worker_failed(&format!("{MAX_ATTEMPTS} attempts failed")))
+        Err(ApiError::worker_failed(&format!("{MAX_FAILURES} attempts failed")))
+    }
+
+    /// What the workers of `model` offer, once there is one.
+    pub async fn offer_before(&self, model: &str, deadline: Instant) -> Result<ModelOffer, ApiError> {
+        let connection = self.least_loaded_before(model, deadline).await?;
+        connection.offer(model).cloned().ok_or_else(|| ApiError::no_capacity(model))
     }
 
     async fn least_loaded_before(&self, model: &str, deadline: Instant) -> Result<Arc<Connection>, ApiError> {
@@ -92,7 +119,7 @@ impl Registry {
         let asked: Vec<_> = self
             .offering(model)
             .into_iter()
-            .filter_map(|(connection, variant)| Some((ask(connection, request, question())?, variant)))
+            .filter_map(|(connection, variant)| Some((self.ask(connection, request, question())?, variant)))
             .collect();
         let mut known = Vec::new();
         for (mut asked, variant) in asked {

@@ -17,12 +17,16 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use vicuna_protocol::auth::Caller;
 use vicuna_protocol::inference::{Cancel, Load, ModelOffer, WorkerHello, gateway_message::Body};
 
 /// How long a model is remembered whose workers are all gone.
 const REMEMBERED: Duration = Duration::from_secs(3600);
 /// Models remembered, at most.
 const MAX_MODELS: usize = 1024;
+/// A connection over which nothing came for so long, where there is a report each second, may be dead: a
+/// new one of the same process takes its place.
+const ALIVE: Duration = Duration::from_millis(2500);
 
 /// The queue of a model has no room for this request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,14 +76,32 @@ impl Registry {
         Arc::new(Self { state: Mutex::default(), policy, metrics, arrivals: Notify::new() })
     }
 
-    /// A worker attached. One of the same name is an older connection of it and goes.
-    pub fn attach(&self, namespace: &str, hello: WorkerHello, outbound: Outbound) -> Arc<Connection> {
+    /// Whether the process that says hello is here already, by a connection that lives: the gateway has
+    /// two addresses then, and one connection is enough.
+    pub fn has_instance(&self, namespace: &str, hello: &WorkerHello) -> bool {
+        let state = self.state.lock();
+        !hello.instance.is_empty()
+            && state.connections.values().any(|connection| {
+                connection.namespace == namespace
+                    && connection.instance == hello.instance
+                    && !connection.is_silent(ALIVE)
+            })
+    }
+
+    /// A worker attached. What is left of the same worker goes: an older connection of its process, or
+    /// of its pod before that was started anew. External workers may have equal names by mistake, and
+    /// then do not put each other out.
+    pub fn attach(&self, caller: &Caller, hello: WorkerHello, outbound: Outbound) -> Arc<Connection> {
         let mut state = self.state.lock();
-        let older = state
-            .connections
-            .values()
-            .find(|connection| *connection.worker == *hello.worker && connection.namespace == namespace);
-        if let Some(id) = older.map(|connection| connection.id) {
+        let namespace = caller.namespace.as_str();
+        let by_name = caller.pod_name.is_some() || hello.instance.is_empty();
+        let is_older = |connection: &&Arc<Connection>| {
+            let same_process = !hello.instance.is_empty() && connection.instance == hello.instance;
+            let same_name = *connection.worker == *hello.worker;
+            connection.namespace == namespace && (same_process || by_name && same_name)
+        };
+        let older: Vec<_> = state.connections.values().filter(is_older).map(|connection| connection.id).collect();
+        for id in older {
             self.remove(&mut state, id);
         }
         state.next_id += 1;
@@ -114,8 +136,16 @@ impl Registry {
         state.models.retain(|_, memory| memory.seen.elapsed() < REMEMBERED);
     }
 
+    /// What a worker says each second of its load. What waits is looked at again: room also comes by time
+    /// alone, when a worker is not left out any longer.
     pub fn report(&self, connection: &Connection, load: Load) {
         connection.report(load);
+        self.dispatch_all(&mut self.state.lock(), connection);
+    }
+
+    /// A question to this worker has its answer, or nobody asks any more; its slot is free.
+    pub fn answered(&self, connection: &Connection) {
+        self.dispatch_all(&mut self.state.lock(), connection);
     }
 
     /// A worker has failed at something; after a few in a row it is left out for a while.
@@ -375,5 +405,101 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         self.registry.leave(&self.choice, false);
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::choice::Phase;
+    use crate::choice::tests::job;
+    use crate::routing::PolicyName;
+    use tokio::sync::mpsc;
+    use tonic::Status;
+    use vicuna_protocol::inference::GatewayMessage;
+
+    pub type Sent = mpsc::Receiver<Result<GatewayMessage, Status>>;
+
+    pub fn registry() -> Arc<Registry> {
+        Registry::new(PolicyName::LeastLoaded.policy(), Metrics::new().unwrap())
+    }
+
+    pub fn hello(worker: &str, instance: &str) -> WorkerHello {
+        let offer = ModelOffer { name: "ns/m".into(), max_length: 64, ..ModelOffer::default() };
+        let (worker, instance) = (worker.into(), instance.into());
+        WorkerHello { worker, instance, models: vec![offer], slots: 1, ..WorkerHello::default() }
+    }
+
+    /// A worker with one slot, and what it is sent.
+    pub fn attach(registry: &Registry, hello: WorkerHello) -> (Arc<Connection>, Sent) {
+        let (outbound, sent) = mpsc::channel(64);
+        let pod_name = Some(hello.worker.clone());
+        let caller = Caller { namespace: "ns".into(), service_account: "s".into(), pod_name, pod_uid: None };
+        (registry.attach(&caller, hello, outbound), sent)
+    }
+
+    pub fn ask(registry: &Arc<Registry>) -> (Arc<Choice>, Vec<Seat>) {
+        let choice = Arc::new(Choice::new(job(), 0, Arc::default()));
+        let seats = registry.admit(vec![choice.clone()], 8).unwrap();
+        (choice, seats)
+    }
+
+    #[tokio::test]
+    async fn a_slot_that_a_question_had_is_the_next_request_s() {
+        let registry = registry();
+        let (connection, _sent) = attach(&registry, hello("w", "1"));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let question = Body::CountTokens(Default::default());
+        let inquiry = registry.inquire("ns/m", "count-1", &question, deadline);
+        let mut inquiry = std::pin::pin!(inquiry);
+        assert!(futures::poll!(&mut inquiry).is_pending());
+        let (choice, _seats) = ask(&registry);
+        assert!(choice.is_queued());
+        connection.answer("count-1", crate::workers::inquiry::Answer::TokenCount(Default::default()));
+        inquiry.await.unwrap();
+        assert_eq!(choice.progress().phase, Phase::Running);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_goes_to_a_worker_that_is_not_left_out_any_more() {
+        let registry = registry();
+        let (failing, _sent) = attach(&registry, hello("w-1", "1"));
+        (0..3).for_each(|_| registry.failed(failing.id));
+        let (busy, _also_sent) = attach(&registry, hello("w-2", "2"));
+        let (first, _seat) = ask(&registry);
+        assert_eq!(first.last_worker(), Some(busy.id));
+        let (second, _other_seat) = ask(&registry);
+        registry.report(&failing, Load::default());
+        assert!(second.is_queued());
+        tokio::time::advance(Duration::from_secs(11)).await;
+        registry.report(&failing, Load::default());
+        assert_eq!(second.last_worker(), Some(failing.id));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_has_one_connection_and_its_pod_s_next_one_takes_its_place() {
+        let registry = registry();
+        let (first, _sent) = attach(&registry, hello("pod", "1"));
+        assert!(registry.has_instance("ns", &hello("pod", "1")));
+        assert!(!registry.has_instance("other", &hello("pod", "1")));
+        assert!(!registry.has_instance("ns", &hello("pod", "2")));
+        tokio::time::advance(Duration::from_secs(3)).await;
+        assert!(!registry.has_instance("ns", &hello("pod", "1")), "the first may be dead");
+        let (second, _sent) = attach(&registry, hello("pod", "1"));
+        assert!(first.gone.is_cancelled());
+        let (_third, _sent) = attach(&registry, hello("pod", "2"));
+        assert!(second.gone.is_cancelled());
+        assert_eq!(registry.model("ns/m").unwrap().workers, ["pod"]);
+    }
+
+    #[tokio::test]
+    async fn external_workers_of_one_name_do_not_put_each_other_out() {
+        let registry = registry();
+        let caller = Caller { namespace: "ns".into(), service_account: "s".into(), pod_name: None, pod_uid: None };
+        let first = registry.attach(&caller, hello("external", "1"), mpsc::channel(1).0);
+        let second = registry.attach(&caller, hello("external", "2"), mpsc::channel(1).0);
+        assert!(!first.gone.is_cancelled() && !second.gone.is_cancelled());
+        let _older_version = registry.attach(&caller, hello("external", ""), mpsc::channel(1).0);
+        assert!(first.gone.is_cancelled() && second.gone.is_cancelled(), "nothing tells it from them");
     }
 }

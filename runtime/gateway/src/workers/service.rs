@@ -5,7 +5,7 @@ use super::inquiry::Answer;
 use super::registry::Registry;
 use super::trust::Trust;
 use crate::api::error::ApiError;
-use crate::choice::Loss;
+use crate::choice::{Loss, Work};
 use crate::metrics::Metrics;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use vicuna_protocol::auth::Caller;
 use vicuna_protocol::inference::{
-    Delta, Failure, GatewayMessage, GatewayWelcome, WorkerHello, WorkerMessage, failure, gateway_message,
+    Delta, Failure, GatewayMessage, GatewayWelcome, Progress, WorkerHello, WorkerMessage, failure, gateway_message,
     worker_message::Body, workers_server::Workers,
 };
 
@@ -63,6 +63,9 @@ impl WorkerService {
     ) -> Result<(), Status> {
         let hello = first_message(&mut inbound).await?;
         let hello = accept(&caller, hello)?;
+        if self.registry.has_instance(&caller.namespace, &hello) {
+            return Err(Status::already_exists("this worker is attached here by another connection"));
+        }
         let welcome = gateway_message::Body::Welcome(GatewayWelcome { gateway: self.gateway.clone() });
         let welcome = GatewayMessage { body: Some(welcome) };
         outbound.send(Ok(welcome)).await.map_err(|_| Status::cancelled("the worker went away"))?;
@@ -74,7 +77,7 @@ impl WorkerService {
             models = hello.models.len(),
             "worker attached"
         );
-        let connection = self.registry.attach(&caller.namespace, hello, outbound.clone());
+        let connection = self.registry.attach(&caller, hello, outbound.clone());
         let ended = self.listen(&connection, &mut inbound).await;
         self.registry.detach(connection.id);
         tracing::info!(worker = &*connection.worker, "worker detached");
@@ -102,7 +105,12 @@ impl WorkerService {
             Body::Delta(delta) => self.delta(connection, delta)?,
             Body::PromptScores(scores) => {
                 if let Some(choice) = connection.choice(&scores.request, scores.choice) {
-                    choice.score_prompt(connection.id, scores.tokens);
+                    choice.score_prompt(connection.id, scores.first as usize, scores.tokens);
+                }
+            }
+            Body::Progress(progress) => {
+                if let Some(choice) = connection.choice(&progress.request, progress.choice) {
+                    choice.works(connection.id, work(&progress));
                 }
             }
             Body::Done(done) => {
@@ -152,7 +160,7 @@ impl WorkerService {
             return;
         };
         match failure.code() {
-            failure::Code::Invalid => choice.fail(ApiError::bad_request(failure.message)),
+            failure::Code::Invalid => choice.fail(ApiError::invalid(failure)),
             failure::Code::Overloaded => choice.lose(connection.id, Loss::Overloaded),
             failure::Code::Internal | failure::Code::Unspecified => {
                 let (request, message) = (&failure.request, &failure.message);
@@ -161,6 +169,13 @@ impl WorkerService {
                 choice.lose(connection.id, Loss::Failed);
             }
         }
+    }
+}
+
+fn work(progress: &Progress) -> Work {
+    match progress.all {
+        0 => Work::None,
+        all => Work::Reading { computed: progress.computed.min(all), all },
     }
 }
 
@@ -190,7 +205,8 @@ fn accept(caller: &Caller, mut hello: WorkerHello) -> Result<WorkerHello, Status
         && hello.models.len() <= MAX_OFFERS
         && hello.models.iter().all(|offer| named(&offer.name) && offer.max_length > 0)
         && (1..=MAX_SLOTS).contains(&hello.slots)
-        && named(&hello.worker);
+        && named(&hello.worker)
+        && hello.instance.len() <= MAX_NAME;
     match sound {
         true => Ok(hello),
         false => Err(Status::invalid_argument(format!(

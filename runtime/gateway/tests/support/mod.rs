@@ -141,6 +141,7 @@ impl TestGateway {
                 ..ModelOffer::default()
             }],
             slots: 4,
+            instance: String::new(),
         };
         change(&mut hello);
         let token = self.trust.token("vicuna-gateway", "team", name);

@@ -9,9 +9,12 @@ use clap::Parser;
 use std::collections::BTreeSet;
 use std::pin::Pin;
 use tokio_stream::Stream as TokioStream;
-use tonic::{Response, Status};
+use tonic::Response;
+use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::workers_server::{Workers, WorkersServer};
-use vicuna_protocol::inference::{GatewayWelcome, Message, Sampling, TranscriptOf, WorkerMessage};
+use vicuna_protocol::inference::{
+    CONTEXT_LENGTH_EXCEEDED, GatewayWelcome, Message, Sampling, TranscriptOf, WorkerMessage,
+};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -48,7 +51,7 @@ impl Attached {
         loop {
             let message = tokio::time::timeout(WAIT, self.from_worker.message()).await.expect("no message in time");
             match message.unwrap().expect("the worker closed its stream").body.unwrap() {
-                Body::Load(_) => {}
+                Body::Load(_) | Body::Progress(_) => {}
                 other => return other,
             }
         }
@@ -95,7 +98,7 @@ fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<
     let served = crate::model::load("default/tiny", &files, &options, tch::Device::Cpu).unwrap();
     let metrics = Metrics::new().unwrap();
     let tokens = metrics.tokens.clone();
-    let (scheduler, handle) = Scheduler::new(served.engine, 2, metrics);
+    let (scheduler, handle) = Scheduler::new("default/tiny", served.engine, 2, metrics);
     std::thread::spawn(move || scheduler.run());
     let (draining, deadline) = watch::channel(None);
     let health = Arc::new(Health::new(folder.join("none")));
@@ -242,16 +245,25 @@ async fn what_is_wrong_with_a_request_is_told_to_the_client() {
         messages: vec![Message { role: "wizard".into(), ..Message::default() }],
         ..Generate::default()
     });
+    let too_long = FromGateway::Generate(Generate {
+        request: "long".into(),
+        model: "default/tiny".into(),
+        prompt_tokens: vec![5; 1 << 16],
+        ..Generate::default()
+    });
     for (message, expected) in [
         (question("model", "default/other", 5), "default/other"),
         (unknown_role, "wizard"),
         (FromGateway::Generate(Generate { model: "default/tiny".into(), ..Generate::default() }), "messages is empty"),
+        (too_long, "no room for an answer"),
     ] {
         worker.send(message).await;
         match worker.next().await {
             Body::Failure(failure) => {
                 assert_eq!(failure.code, Code::Invalid as i32);
                 assert!(failure.message.contains(expected), "{}", failure.message);
+                let reason = if failure.request == "long" { CONTEXT_LENGTH_EXCEEDED } else { "" };
+                assert_eq!(failure.reason, reason);
             }
             other => panic!("unexpected {other:?}"),
         }

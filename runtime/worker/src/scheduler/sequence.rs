@@ -1,8 +1,7 @@
 //! A sequence in the batch: its tokens, its blocks, and how far they are computed.
 
-use super::{Job, Task};
+use super::{Counts, Job, Task};
 use crate::blocks::{BlockPool, Chain, chain, start};
-use crate::metrics::Metrics;
 use vicuna_model::inference::{BLOCK_TOKENS, Outputs, Piece, Want};
 use vicuna_protocol::inference::failure::Code;
 
@@ -41,6 +40,13 @@ impl Running {
     /// Its prompt is computed, and a token is to follow the last one.
     pub fn is_answered(&self) -> bool {
         self.computed > 0 && self.pending() == 1
+    }
+
+    /// Says how far it is with what it begins with; what is being answered speaks for itself.
+    pub fn tell_progress(&self) {
+        if !self.ended && !self.is_answered() {
+            self.job.tell_progress(self.computed, self.ids.len());
+        }
     }
 
     /// Blocks that it still needs for its tokens and the next one.
@@ -120,18 +126,18 @@ impl Running {
         index: usize,
         outputs: &mut Outputs,
         pool: &mut BlockPool,
-        metrics: &Metrics,
+        counts: &Counts<'_>,
     ) {
         let first = self.computed;
         self.computed += tokens;
         self.name_full_blocks(pool);
         if first < self.prompt_length() {
-            metrics.prompt_tokens.inc_by(tokens as u64);
+            counts.all.prompt_tokens.inc_by(tokens as u64);
         }
         match &mut self.job.task {
             Task::Complete { completion, .. } => {
                 completion.reused(first);
-                self.score_and_continue(first, index, outputs, metrics);
+                self.score_and_continue(first, index, outputs, counts);
             }
             Task::Embed(embedder) => {
                 embedder.add(outputs.hidden(index));
@@ -163,7 +169,7 @@ impl Running {
     }
 
     /// Scores the prompt if that is wanted, and chooses the next token once all are computed.
-    fn score_and_continue(&mut self, first: usize, index: usize, outputs: &mut Outputs, metrics: &Metrics) {
+    fn score_and_continue(&mut self, first: usize, index: usize, outputs: &mut Outputs, counts: &Counts<'_>) {
         let Task::Complete { prompt, completion, .. } = &mut self.job.task else { return };
         let scored = completion.scores_prompt();
         let mut rows = outputs.logits(index);
@@ -172,30 +178,36 @@ impl Running {
                 match prompt.get(row + 1) {
                     Some(next) => completion.score_prompt(logits, *next),
                     None if row + 1 == self.ids.len() => {
-                        if let Some(scores) = completion.take_prompt_scores() {
-                            self.job.replies.send(scores);
-                        }
-                        return self.choose(logits, metrics);
+                        completion.take_prompt_scores().into_iter().for_each(|scores| self.job.replies.send(scores));
+                        return self.choose(logits, counts);
                     }
                     None => {}
                 }
             }
         } else if let Some(logits) = rows.next() {
-            self.choose(logits, metrics);
+            self.choose(logits, counts);
         }
     }
 
     /// Chooses the token that follows from `logits [V]`, tells the gateway, and goes on unless that
     /// was the end.
-    fn choose(&mut self, logits: &mut [f32], metrics: &Metrics) {
-        let Task::Complete { completion, .. } = &mut self.job.task else { return };
+    fn choose(&mut self, logits: &mut [f32], counts: &Counts<'_>) {
+        let Task::Complete { prompt, completion, .. } = &mut self.job.task else { return };
         let chosen = completion.choose(logits);
         let told = chosen.and_then(|chosen| Ok((chosen.token, completion.accept(chosen)?)));
         let (token, delta) = match told {
             Ok(told) => told,
             Err(reason) => return self.fail(reason),
         };
-        metrics.tokens.inc();
+        counts.all.tokens.inc();
+        counts.model.generation_tokens.inc();
+        if !std::mem::replace(&mut self.job.begun, true) {
+            counts.model.prompt_tokens.inc_by(prompt.len() as u64);
+            // One that came with tokens had its first elsewhere.
+            if completion.tokens().len() <= 1 {
+                counts.model.first_token_seconds.observe(self.job.arrived.elapsed().as_secs_f64());
+            }
+        }
         let done = completion.done();
         self.ended = done.is_some();
         self.ids.push(token);

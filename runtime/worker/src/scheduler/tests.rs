@@ -53,7 +53,7 @@ fn bench(slots: usize) -> Bench {
         size: model.config.vocab,
         max_length: engine.max_length(),
     };
-    let (scheduler, _) = Scheduler::new(engine, slots, Metrics::new().unwrap());
+    let (scheduler, _) = Scheduler::new("ns/m", engine, slots, Metrics::new().unwrap());
     let (messages, received) = mpsc::channel(4096);
     Bench { scheduler, vocabulary, replies: Replies::new(messages, CancellationToken::new()), received }
 }
@@ -72,7 +72,7 @@ impl Bench {
         let completion = Completion::new(&generate, prompt, &self.vocabulary).unwrap();
         let priority = generate.priority;
         let task = Task::Complete { prompt: prompt.to_vec(), completion, generate: Box::new(generate) };
-        let job = Job { connection: 1, priority, adapter: None, task, replies: self.replies.clone() };
+        let job = Job::new(1, priority, None, task, self.replies.clone());
         self.scheduler.apply(Command::Submit(Box::new(job)));
     }
 
@@ -354,7 +354,7 @@ fn keys_and_values_of_one_adapter_are_not_taken_for_those_of_another() {
         let generate = Generate { request: name.to_owned(), sampling: Some(greedy(5)), ..Generate::default() };
         let completion = Completion::new(&generate, &prompt(100), &bench.vocabulary).unwrap();
         let task = Task::Complete { prompt: prompt(100), completion, generate: Box::new(generate) };
-        let job = Job { connection: 1, priority: 0, adapter, task, replies: bench.replies.clone() };
+        let job = Job::new(1, 0, adapter, task, bench.replies.clone());
         bench.scheduler.apply(Command::Submit(Box::new(job)));
     };
     ask(&mut bench, "none", None);
@@ -490,8 +490,7 @@ fn texts_are_embedded_beside_running_answers_and_do_not_change_them() {
     let mut bench = bench(2);
     bench.submit("a", &prompt(40), greedy(10), &[]);
     let embedder = Embedder::new("e".into(), vec![prompt(300), prompt(7)], 300, 512).unwrap();
-    let job =
-        Job { connection: 1, priority: 0, adapter: None, task: Task::Embed(embedder), replies: bench.replies.clone() };
+    let job = Job::new(1, 0, None, Task::Embed(embedder), bench.replies.clone());
     bench.scheduler.apply(Command::Submit(Box::new(job)));
     bench.finish();
     let mut messages = Vec::new();
@@ -505,4 +504,49 @@ fn texts_are_embedded_beside_running_answers_and_do_not_change_them() {
     });
     assert_eq!(vectors.unwrap().len(), 2);
     bench.check_nothing_is_held();
+}
+
+#[test]
+fn what_has_no_token_yet_says_how_far_it_is() {
+    let mut bench = bench(1);
+    let length = STEP_TOKENS as u32 + 100;
+    bench.submit("reads", &prompt(length), greedy(2), &[]);
+    bench.submit("waits", &prompt(3), greedy(2), &[]);
+    bench.scheduler.step();
+    let told = |bench: &mut Bench, after: Duration| {
+        let told = bench.scheduler.told;
+        bench.scheduler.tell_progress(told + after);
+        let messages = std::iter::from_fn(|| bench.received.try_recv().ok());
+        let progress = messages.filter_map(|message| match message.body {
+            Some(Body::Progress(progress)) => Some((progress.request, progress.computed, progress.all)),
+            _ => None,
+        });
+        progress.collect::<Vec<_>>()
+    };
+    assert_eq!(told(&mut bench, PROGRESS_EVERY / 2), [], "not so often");
+    let expected = [("reads".to_owned(), STEP_TOKENS as u32, length), ("waits".to_owned(), 0, 0)];
+    assert_eq!(told(&mut bench, PROGRESS_EVERY), expected);
+    bench.scheduler.step();
+    assert_eq!(told(&mut bench, PROGRESS_EVERY), [("waits".to_owned(), 0, 0)], "the first is being answered");
+}
+
+#[test]
+fn requests_are_counted_under_vllm_s_names_too() {
+    let mut bench = bench(2);
+    bench.submit("fresh", &prompt(20), greedy(5), &[]);
+    bench.submit("resumed", &prompt(10), greedy(5), &[7, 8]);
+    bench.finish();
+    let text = String::from_utf8(bench.scheduler.metrics.text().unwrap()).unwrap();
+    let label = "{model_name=\"ns/m\"}";
+    for expected in [
+        format!("vllm:prompt_tokens_total{label} 30"),
+        format!("vllm:generation_tokens_total{label} 8"),
+        format!("vllm:time_to_first_token_seconds_count{label} 1"),
+        format!("vllm:e2e_request_latency_seconds_count{label} 2"),
+        format!("vllm:num_requests_running{label} 0"),
+        format!("vllm:kv_cache_usage_perc{label} 0"),
+        "vllm:request_success_total{finished_reason=\"length\",model_name=\"ns/m\"} 2".to_owned(),
+    ] {
+        assert!(text.contains(&format!("{expected}\n")), "{expected} is not in {text}");
+    }
 }

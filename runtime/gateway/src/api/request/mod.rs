@@ -122,12 +122,11 @@ impl Ask {
         })
     }
 
-    /// Whether a model can do what is asked. Of one that has never had a worker nobody knows: what not
-    /// every model can do has to wait until it has.
+    /// Whether a model can do what is asked. Of one that has never had a worker nobody knows: what is
+    /// asked waits for one, which it wakes, and which refuses what it cannot do.
     pub fn check(&self, offer: Option<&ModelOffer>) -> Result<(), ApiError> {
         let Some(offer) = offer else {
-            let plain = self.tools.is_none() && !self.speaks_of_tools && self.format.is_none();
-            return if plain { Ok(()) } else { Err(ApiError::no_capacity(&self.model)) };
+            return Ok(());
         };
         let cannot = |field: &str, what: &str| {
             let message = format!("The model {} {what}; leave `{field}` out or choose another.", self.model);
@@ -148,11 +147,12 @@ impl Ask {
             _ => None,
         });
         match longest.max() {
-            Some(length) if length >= offer.max_length as usize => {
-                let expected =
-                    format!("shorter than the model's {} tokens, of which some are the answer", offer.max_length);
-                Err(wrong("prompt", &expected))
-            }
+            Some(length) if length >= offer.max_length as usize => Err(ApiError::too_long(format!(
+                "The prompt has {length} tokens, which leaves no room for an answer: this model takes {} tokens, \
+                 prompt and answer together.",
+                offer.max_length
+            ))
+            .about("prompt")),
             _ => Ok(()),
         }
     }

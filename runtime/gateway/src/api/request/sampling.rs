@@ -20,7 +20,8 @@ pub fn sampling(fields: &Fields, limit: &str, default_tokens: u32, least: u32) -
     Ok(Sampling {
         max_tokens,
         temperature: fields.number("temperature", 1.0, 0.0..=2.0)?,
-        top_p: fields.number("top_p", 1.0, f32::MIN_POSITIVE..=1.0)?,
+        // On the wire 0 is "not given"; the client's leaves only the likeliest token, as the least above it does.
+        top_p: fields.number("top_p", 1.0, 0.0..=1.0)?.max(f32::MIN_POSITIVE),
         top_k: top_k(fields)?,
         min_p: fields.number("min_p", 0.0, 0.0..=1.0)?,
         seed: seed(fields)?,
