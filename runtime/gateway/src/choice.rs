@@ -13,6 +13,9 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use vicuna_protocol::inference::{Delta, Done, Generate, ModelOffer, TokenLogprob};
 
+/// Log probabilities of a prompt's tokens and their alternatives that are kept of a choice.
+const MAX_PROMPT_SCORES: usize = 1 << 18;
+
 /// What is asked, shared by the choices of a prompt.
 #[derive(Clone, Debug, Default)]
 pub struct Job {
@@ -114,6 +117,17 @@ pub struct Transcript {
     pub variant: Option<Variant>,
     /// Set once a worker has ended it.
     pub done: Option<Outcome>,
+}
+
+impl Transcript {
+    /// What it takes in memory, about.
+    pub fn bytes(&self) -> usize {
+        const PER_SCORE: usize = 80;
+        let alternatives = |scores: &[TokenLogprob]| scores.first().map_or(0, |score| score.top.len());
+        // The first of a prompt's tokens has none.
+        let of = |scores: &[TokenLogprob]| scores.len() * (1 + alternatives(scores.get(1..).unwrap_or_default()));
+        self.text.len() + 4 * self.tokens.len() + PER_SCORE * (of(&self.logprobs) + of(&self.prompt_scores))
+    }
 }
 
 #[derive(Debug)]
@@ -289,7 +303,16 @@ impl Choice {
     pub fn score_prompt(&self, from: u64, first: usize, scores: Vec<TokenLogprob>) {
         let mut state = self.state.lock();
         let limit = state.server.as_ref().map_or(0, |server| server.max_length as usize);
-        let fits = first <= state.transcript.prompt_scores.len() && first + scores.len() <= limit;
+        let (alternatives, length) = (self.job.generate.prompt_logprobs.unwrap_or(0) as usize, first + scores.len());
+        let fits = first <= state.transcript.prompt_scores.len() && length <= limit;
+        if state.is_with(from) && fits && length * (1 + alternatives) > MAX_PROMPT_SCORES {
+            let message = format!(
+                "The prompt's log probabilities are more than {MAX_PROMPT_SCORES}; ask for fewer alternatives, or \
+                 leave `echo` out."
+            );
+            let error = ApiError::bad_field("logprobs", message);
+            return self.enter(&mut state, Phase::Ended(Outcome::Failed(error)));
+        }
         if state.is_with(from) && fits {
             state.transcript.prompt_scores.truncate(first);
             state.transcript.prompt_scores.extend(scores);
@@ -432,6 +455,11 @@ impl Choice {
             fingerprint: transcript.variant.as_ref().map(|variant| variant.weights_digest.clone()),
             phase: state.phase.clone(),
         }
+    }
+
+    /// What there is of it takes, about, in memory.
+    pub fn bytes(&self) -> usize {
+        self.state.lock().transcript.bytes()
     }
 
     pub fn transcript(&self) -> Transcript {

@@ -62,6 +62,10 @@ pub struct Limits {
     /// Bytes in a request's body.
     #[arg(long, env = "VICUNA_MAX_BODY_BYTES", default_value_t = 1 << 20)]
     pub max_body_bytes: usize,
+    /// MiB that all requests and their answers may take, about; more are refused. Streams kept for
+    /// clients that come back take up to 64 besides.
+    #[arg(long, env = "VICUNA_MAX_REQUEST_MEMORY_MIB", default_value_t = 192, value_parser = count)]
+    pub max_request_memory_mib: usize,
     /// Choices (`n`) of one prompt.
     #[arg(long, env = "VICUNA_MAX_CHOICES", default_value_t = 8)]
     pub max_choices: u32,

@@ -4,6 +4,7 @@ use crate::api::{self, error::ApiError};
 use crate::config::{Config, Limits};
 use crate::keys::{Client, Keys};
 use crate::loads::Loads;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::parked::Parked;
 use crate::report::{Operator, Reporter};
@@ -44,6 +45,7 @@ pub struct Gateway {
     pub registry: Arc<Registry>,
     pub loads: Arc<Loads>,
     pub parked: Parked,
+    pub memory: Arc<Memory>,
     pub metrics: Metrics,
     /// No new requests.
     pub draining: CancellationToken,
@@ -122,6 +124,7 @@ fn gateway(config: &Config) -> Result<Gateway> {
         registry: Registry::new(config.routing.policy(), metrics.clone()),
         loads: Loads::new(metrics.clone()),
         parked: Parked::new(config.limits.return_timeout),
+        memory: Memory::new(config.limits.max_request_memory_mib << 20),
         metrics,
         draining: CancellationToken::new(),
         stopped: CancellationToken::new(),

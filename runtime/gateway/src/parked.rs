@@ -67,12 +67,10 @@ impl State {
 }
 
 fn size(job: &Job, transcript: &Transcript) -> usize {
-    const PER_LOGPROB: usize = 256;
     let generate = &job.generate;
     let messages = generate.messages.iter().map(|message| message.content.len() + message.tool_calls_json.len());
     let prompt = generate.prompt.as_ref().map_or(0, String::len) + 4 * generate.prompt_tokens.len();
-    let scores = transcript.logprobs.len() + transcript.prompt_scores.len();
-    messages.sum::<usize>() + prompt + transcript.text.len() + 4 * transcript.tokens.len() + PER_LOGPROB * scores
+    messages.sum::<usize>() + prompt + transcript.bytes()
 }
 
 #[cfg(test)]

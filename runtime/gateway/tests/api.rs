@@ -124,6 +124,25 @@ async fn a_full_queue_is_429_and_no_worker_in_time_is_503() {
 }
 
 #[tokio::test]
+async fn what_requests_hold_is_bounded_in_bytes() {
+    let gateway = gateway(&["--max-request-memory-mib", "1", "--stream-queue-timeout-seconds", "60"]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let large = "x".repeat(200 << 10);
+    let first = gateway.ask(json!({ "user": large }));
+    let generate = worker.generate().await;
+    let response = gateway.post("/v1/chat/completions", chat(json!({ "user": large }))).await;
+    assert_eq!(response.status(), 429);
+    assert!(response.headers().contains_key("retry-after"));
+    let small = gateway.ask(json!({}));
+    let other = worker.generate().await;
+    worker.done(&other, 0).await;
+    assert_eq!(in_time(small).await.unwrap().0, 200, "there is room for a small one");
+    worker.done(&generate, 0).await;
+    assert_eq!(in_time(first).await.unwrap().0, 200);
+    assert_eq!(gateway.running.gateway.memory.used(), 0);
+}
+
+#[tokio::test]
 async fn a_worker_without_a_fitting_token_is_refused() {
     let gateway = gateway(&[]).await;
     let hello = || vicuna_protocol::inference::WorkerHello {

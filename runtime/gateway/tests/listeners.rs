@@ -4,7 +4,11 @@
 
 mod support;
 
-use serde_json::json;
+use axum::body::Body;
+use axum::http::Request;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use serde_json::{Value, json};
 use std::time::Duration;
 use support::{MODEL, TestGateway, chat, gateway, gateway_reporting, in_time, text, trust};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -107,6 +111,41 @@ async fn a_client_that_does_not_read_is_given_up() {
         panic!("expected a cancel");
     };
     assert_eq!(request, generate.request);
+}
+
+#[tokio::test]
+async fn a_stream_of_http_2_that_is_not_read_is_given_up_and_its_connection_is_not() {
+    let gateway = gateway(&["--write-timeout-seconds", "0.3"]).await;
+    let mut worker = gateway.worker_with("w-1", |hello| hello.models[0].max_length = 1 << 20).await;
+    let client = Client::builder(TokioExecutor::new()).http2_only(true).build_http::<Body>();
+    let ask = |extra: Value| {
+        let request = Request::post(gateway.url("/v1/chat/completions")).body(Body::from(chat(extra).to_string()));
+        client.request(request.unwrap())
+    };
+    let unread = tokio::spawn(ask(json!({ "stream": true })));
+    let generate = worker.generate().await;
+    // More than a client of HTTP/2 takes without reading.
+    let piece = "x".repeat(1 << 18);
+    for position in 0..32 {
+        worker.say(&generate, position, &piece).await;
+    }
+    let unread = in_time(unread).await.unwrap().unwrap();
+    let FromGateway::Cancel(Cancel { request, .. }) = worker.next().await.unwrap() else {
+        panic!("expected a cancel");
+    };
+    assert_eq!(request, generate.request);
+    let (loads, memory) = (gateway.running.gateway.loads.clone(), gateway.running.gateway.memory.clone());
+    in_time(async {
+        while loads.unfinished() > 0 || memory.used() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let other = tokio::spawn(ask(json!({})));
+    let generate = worker.generate().await;
+    worker.done(&generate, 0).await;
+    assert_eq!(in_time(other).await.unwrap().unwrap().status(), 200);
+    drop(unread);
 }
 
 #[tokio::test]

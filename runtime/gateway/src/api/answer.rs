@@ -13,6 +13,7 @@ use crate::drive::drive;
 use crate::gateway::Gateway;
 use crate::keys::Client;
 use crate::loads::Ticket;
+use crate::memory::Held;
 use crate::routing::{Route, hash, prefix_affinity::PREFIX_BYTES};
 use crate::workers::Seat;
 use axum::Json;
@@ -31,13 +32,15 @@ pub struct Caller {
     /// Where a stream broke off that the client wants the rest of.
     pub position: Option<Position>,
     pub session: Option<String>,
+    /// What the request takes of the memory for requests.
+    pub held: Held,
 }
 
 /// What a request is made of, once it is let in.
 pub struct Admitted {
     pub shape: Shape,
     pub ask: Ask,
-    pub client: Client,
+    pub caller: Caller,
     pub ticket: Ticket,
     pub choices: Vec<Arc<Choice>>,
     pub seats: Vec<Seat>,
@@ -56,6 +59,7 @@ pub struct Request {
     pub settled: bool,
     gateway: Arc<Gateway>,
     client: Client,
+    held: Held,
     seats: Vec<Seat>,
     _drivers: JoinSet<()>,
 }
@@ -71,12 +75,12 @@ pub async fn answer(
     }
     match caller.position.clone().filter(|_| ask.stream) {
         Some(position) => {
-            let request = resume::resume(gateway, endpoint, ask, &caller, &position).await?;
+            let request = resume::resume(gateway, endpoint, ask, caller, &position).await?;
             stream::respond(request, position.choices).await
         }
         None => {
             let streamed = ask.stream;
-            let request = admit(gateway, endpoint, ask, &caller)?;
+            let request = admit(gateway, endpoint, ask, caller)?;
             match streamed {
                 true => stream::respond(request, Vec::new()).await,
                 false => respond(request).await,
@@ -85,7 +89,7 @@ pub async fn answer(
     }
 }
 
-fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: &Caller) -> Result<Request, ApiError> {
+fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: Caller) -> Result<Request, ApiError> {
     let model = gateway.model_for(&caller.client, &ask.model)?;
     ask.check(model.offer.as_ref())?;
     check_count(&ask, gateway.limits.max_queue)?;
@@ -96,7 +100,7 @@ fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: &Caller) 
     let news = Arc::new(Notify::new());
     let mut choices = Vec::new();
     for (index, prompt) in ask.prompts.iter().enumerate() {
-        let job = Arc::new(job(gateway, &shape, &ask, prompt, index, caller));
+        let job = Arc::new(job(gateway, &shape, &ask, prompt, index, &caller));
         choices.extend((0..ask.n).map(|index| Arc::new(Choice::new(job.clone(), index, news.clone()))));
     }
     let seats = gateway.registry.admit(choices.clone(), gateway.limits.max_queue).map_err(|_| {
@@ -104,8 +108,7 @@ fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: &Caller) 
         ticket.ended(error.status.as_u16());
         error
     })?;
-    let client = caller.client.clone();
-    Ok(Request::new(gateway, Admitted { shape, ask, client, ticket, choices, seats, news }))
+    Ok(Request::new(gateway, Admitted { shape, ask, caller, ticket, choices, seats, news }))
 }
 
 /// What would not fit into an empty queue never will.
@@ -186,13 +189,14 @@ pub fn now_seconds() -> u64 {
 
 impl Request {
     pub fn new(gateway: &Arc<Gateway>, admitted: Admitted) -> Self {
-        let Admitted { shape, ask, client, ticket, choices, seats, news } = admitted;
+        let Admitted { shape, ask, caller, ticket, choices, seats, news } = admitted;
+        let Caller { client, held, .. } = caller;
         let mut drivers = JoinSet::new();
         for choice in &choices {
             drivers.spawn(drive(gateway.registry.clone(), choice.clone(), gateway.limits.clone()));
         }
         let gateway = gateway.clone();
-        Self { shape, ask, choices, ticket, news, settled: false, gateway, client, seats, _drivers: drivers }
+        Self { shape, ask, choices, ticket, news, settled: false, gateway, client, held, seats, _drivers: drivers }
     }
 
     /// All choices as they stand, with what is beyond `seen`, which is remembered.
@@ -201,13 +205,8 @@ impl Request {
         for (news, seen) in all.iter().zip(seen.iter_mut()) {
             seen.bytes += news.text.len();
             seen.tokens = seen.tokens.max(news.position);
-            if news.worker.is_some() {
-                self.ticket.started();
-            }
-            if news.position > 0 {
-                self.ticket.first_token();
-            }
         }
+        self.account(&all);
         all
     }
 
@@ -215,13 +214,18 @@ impl Request {
     pub fn glance(&mut self) -> Vec<News> {
         let nothing = Seen { bytes: usize::MAX, tokens: usize::MAX };
         let all: Vec<_> = self.choices.iter().map(|choice| choice.news(nothing)).collect();
+        self.account(&all);
+        all
+    }
+
+    fn account(&mut self, all: &[News]) {
         if all.iter().any(|news| news.worker.is_some()) {
             self.ticket.started();
         }
         if all.iter().any(|news| news.position > 0) {
             self.ticket.first_token();
         }
-        all
+        self.held.has_answers(self.choices.iter().map(|choice| choice.bytes()).sum());
     }
 
     pub fn usage(&self, answers: &[News]) -> Usage {

@@ -2,6 +2,7 @@
 
 mod answer;
 mod calls;
+mod delivery;
 mod embeddings;
 pub mod error;
 mod fields;
@@ -17,6 +18,7 @@ mod token_check;
 
 use crate::gateway::Gateway;
 use crate::keys::Client;
+use crate::memory::Held;
 use crate::workers::registry::Model;
 use answer::Caller;
 use axum::body::Bytes;
@@ -57,6 +59,7 @@ async fn chat(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<R
     let client = caller.client.clone();
     let answer = async {
         let ask = Ask::chat(&body, &gateway.limits)?;
+        drop(body);
         answer::answer(&gateway, Endpoint::Chat, ask, caller).await
     };
     Ok(limits::told(&client, answer.await))
@@ -67,6 +70,7 @@ async fn completion(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let client = caller.client.clone();
     let answer = async {
         let ask = Ask::completion(&body, &gateway.limits)?;
+        drop(body);
         answer::answer(&gateway, Endpoint::Completion, ask, caller).await
     };
     Ok(limits::told(&client, answer.await))
@@ -76,6 +80,7 @@ async fn embed(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<
     let (caller, body) = receive(&gateway, request).await?;
     let answer = async {
         let ask = EmbeddingsAsk::parse(&body, &gateway.limits)?;
+        drop(body);
         embeddings::embeddings(&gateway, ask, &caller).await
     };
     Ok(limits::told(&caller.client, answer.await))
@@ -86,10 +91,13 @@ async fn token_check(State(gateway): State<Arc<Gateway>>, request: Request) -> R
     token_check::token_check(&gateway, &body, &caller).await
 }
 
-/// Who asks is settled before the body is read: strangers do not get to send one.
+/// Who asks is settled before the body is read, and whether there is room for it: strangers do not get to
+/// send one.
 async fn receive(gateway: &Gateway, request: Request) -> Result<(Caller, Bytes), ApiError> {
-    let caller = caller(gateway, request.headers())?;
-    Ok((caller, body(gateway, request).await?))
+    let mut caller = caller(gateway, request.headers())?;
+    let body = body(gateway, request).await?;
+    caller.held.has_body(body.len());
+    Ok((caller, body))
 }
 
 fn caller(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, ApiError> {
@@ -101,8 +109,16 @@ fn caller(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, ApiError> {
     Ok(Caller {
         client: client(gateway, headers)?,
         position,
+        held: room(gateway, headers)?,
         session: text("x-session-id").filter(|session| session.len() <= MAX_SESSION).map(str::to_owned),
     })
+}
+
+/// For a body that does not say its length there must be room for the longest.
+fn room(gateway: &Gateway, headers: &HeaderMap) -> Result<Held, ApiError> {
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let limit = gateway.limits.max_body_bytes;
+    gateway.memory.hold(length.unwrap_or(limit).min(limit)).ok_or_else(ApiError::too_many_requests)
 }
 
 fn client(gateway: &Gateway, headers: &HeaderMap) -> Result<Client, ApiError> {

@@ -41,7 +41,7 @@ pub async fn resume(
     gateway: &Arc<Gateway>,
     endpoint: Endpoint,
     ask: Ask,
-    caller: &Caller,
+    caller: Caller,
     position: &Position,
 ) -> Result<Request, ApiError> {
     let model = gateway.model_for(&caller.client, &ask.model)?;
@@ -53,7 +53,7 @@ pub async fn resume(
     gateway.admit(&caller.client)?;
     let stream = match gateway.parked.take(&position.request, Instant::now()) {
         Some(stream) if stream.iter().all(|(job, _, _)| job.model() == model.name) => stream,
-        _ => remembered(gateway, &model.name, &ask, caller, &position.request).await,
+        _ => remembered(gateway, &model.name, &ask, &caller, &position.request).await,
     };
     if stream.len() != wanted {
         return Err(unknown());
@@ -66,8 +66,7 @@ pub async fn resume(
     let restored = |(job, index, transcript)| Arc::new(Choice::restored(job, index, news.clone(), transcript));
     let choices: Vec<_> = stream.into_iter().map(restored).collect();
     let seats = gateway.registry.restore(choices.clone());
-    let client = caller.client.clone();
-    Ok(Request::new(gateway, Admitted { shape, ask, client, ticket, choices, seats, news }))
+    Ok(Request::new(gateway, Admitted { shape, ask, caller, ticket, choices, seats, news }))
 }
 
 /// What workers remember of a request, choice by choice; empty if that is not enough to go on.

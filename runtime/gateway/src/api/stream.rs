@@ -3,20 +3,19 @@
 //! A comment is a line before the next event and has no empty line of its own: after an id, OpenAI's
 //! Python client takes an empty line for the end of an event, and fails on one without data.
 //!
-//! Nothing is written ahead: what a slow client has not read stays in the transcript, which is bounded.
+//! Little is written ahead: what a slow client has not read stays in the transcript, which is bounded.
 
 use super::answer::{Request, echoed, failed, finish_reason, is_ended, name};
 use super::calls::{self, Call};
+use super::delivery::{Delivery, GivenUp, delivery};
 use super::error::ApiError;
 use super::logprobs;
 use super::position::At;
 use super::shape::{Endpoint, Part, call_json};
 use crate::choice::{Choice, News, Outcome, Phase, Seen, Work};
-use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use serde_json::Value;
-use std::convert::Infallible;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,8 +35,9 @@ pub async fn respond(mut request: Request, from: Vec<At>) -> Result<Response, Ap
         return Err(error);
     }
     let id = request.shape.id.clone();
-    let events = events(Writer::new(request, from));
-    let mut response = Response::new(Body::from_stream(events));
+    let (delivery, body) = delivery(request.gateway().limits.write_timeout);
+    tokio::spawn(write(Writer::new(request, from), delivery));
+    let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     // Proxies that buffer would hold the answer back.
@@ -62,25 +62,29 @@ async fn first_news(request: &mut Request) -> Vec<News> {
     }
 }
 
-fn events(mut writer: Writer) -> impl futures::Stream<Item = Result<Bytes, Infallible>> {
-    async_stream::stream! {
-        let (news, stopped) = (writer.request.news.clone(), writer.request.gateway().stopped.clone());
-        loop {
-            let events = writer.write();
-            if !events.is_empty() {
-                yield Ok(Bytes::from(events));
-            }
-            if writer.done {
-                return;
-            }
-            tokio::select! {
-                () = news.notified() => {}
-                () = sleep(COMMENT_INTERVAL) => yield Ok(Bytes::from(writer.comment())),
-                () = stopped.cancelled() => {
-                    yield Ok(Bytes::from(error_event(&ApiError::shutting_down())));
-                    return;
-                }
-            }
+/// Writes until the end, or as long as the client reads.
+async fn write(mut writer: Writer, delivery: Delivery) {
+    let ended = tokio::select! {
+        ended = write_all(&mut writer, &delivery) => ended,
+        () = delivery.abandoned() => Err(GivenUp),
+    };
+    match ended {
+        Ok(()) => delivery.end(),
+        Err(GivenUp) => tracing::debug!(request = writer.request.shape.id, "nobody reads the stream"),
+    }
+}
+
+async fn write_all(writer: &mut Writer, delivery: &Delivery) -> Result<(), GivenUp> {
+    let (news, stopped) = (writer.request.news.clone(), writer.request.gateway().stopped.clone());
+    loop {
+        delivery.hand(&writer.write()).await?;
+        if writer.done {
+            return Ok(());
+        }
+        tokio::select! {
+            () = news.notified() => {}
+            () = sleep(COMMENT_INTERVAL) => delivery.hand(&writer.comment()).await?,
+            () = stopped.cancelled() => return delivery.hand(&error_event(&ApiError::shutting_down())).await,
         }
     }
 }
