@@ -223,7 +223,7 @@ impl Default for ScaleDown {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Drain {
-    /// How long a worker that is let go may finish its requests; what is left then goes on elsewhere.
+    /// How long a worker that is let go may finish its requests, at most a third of its pool's notice where its nodes may go; what is left then goes on elsewhere.
     #[serde(default = "default_drain")]
     pub timeout: Period,
 }

@@ -1,5 +1,5 @@
-//! Completions that must be JSON: which tokens may come next (`llguidance`). The state is a function
-//! of the tokens so far, so that a completion continues elsewhere.
+//! Completions that must be JSON, or match an expression, or follow a grammar: which tokens may come next
+//! (`llguidance`). The state is a function of the tokens so far, so that a completion continues elsewhere.
 
 use crate::detokenize::TokenBytes;
 use llguidance::api::TopLevelGrammar;
@@ -9,8 +9,8 @@ use std::fmt;
 use std::sync::Arc;
 use vicuna_protocol::inference::generate::Format;
 
-/// Bytes of a schema at most.
-const MAX_SCHEMA: usize = 1 << 16;
+/// Bytes of a schema, an expression or a grammar at most.
+const MAX_BYTES: usize = 1 << 16;
 
 /// Makes grammars for one vocabulary.
 #[derive(Clone)]
@@ -39,18 +39,25 @@ impl Grammars {
 
     /// The error is for the client.
     pub fn of(&self, format: &Format) -> Result<Option<Grammar>, String> {
-        let schema = match format {
+        let (what, text) = match format {
             Format::JsonObject(false) => return Ok(None),
-            Format::JsonObject(true) => serde_json::json!({ "type": "object" }),
-            Format::JsonSchema(text) if text.len() > MAX_SCHEMA => {
-                return Err(format!("the JSON schema has {} bytes; at most {MAX_SCHEMA} are allowed", text.len()));
-            }
-            Format::JsonSchema(text) => {
-                serde_json::from_str(text).map_err(|error| format!("the JSON schema is not valid JSON: {error}"))?
-            }
+            Format::JsonObject(true) => ("JSON schema", r#"{ "type": "object" }"#),
+            Format::JsonSchema(text) => ("JSON schema", text.as_str()),
+            Format::Regex(text) => ("regular expression", text.as_str()),
+            Format::Grammar(text) => ("grammar", text.as_str()),
         };
-        let parser = self.factory.create_parser(TopLevelGrammar::from_json_schema(schema));
-        let parser = parser.map_err(|error| format!("the JSON schema cannot be used: {error}"))?;
+        if text.len() > MAX_BYTES {
+            return Err(format!("the {what} has {} bytes; at most {MAX_BYTES} are allowed", text.len()));
+        }
+        let grammar = match format {
+            Format::Regex(_) => TopLevelGrammar::from_regex(text),
+            Format::Grammar(_) => TopLevelGrammar::from_lark(text.to_owned()),
+            _ => TopLevelGrammar::from_json_schema(
+                serde_json::from_str(text).map_err(|error| format!("the JSON schema is not valid JSON: {error}"))?,
+            ),
+        };
+        let parser = self.factory.create_parser(grammar);
+        let parser = parser.map_err(|error| format!("the {what} cannot be used: {error}"))?;
         Ok(Some(Grammar { matcher: Matcher::new(Ok(parser)), end_token: self.end_token }))
     }
 }
@@ -133,11 +140,26 @@ mod tests {
     }
 
     #[test]
+    fn expressions_and_grammars_say_what_may_come() {
+        for format in [Format::Regex("no|7".to_owned()), Format::Grammar("start: \"no\" | \"7\"".to_owned())] {
+            let mut grammar = grammars().of(&format).unwrap().unwrap();
+            let first = allowed(&mut grammar);
+            assert!(first.contains('n') && first.contains('7') && !first.contains('x'), "{first}");
+            let ids = tiny::tokenizer().encode("7", false).unwrap().get_ids().to_vec();
+            grammar.take(ids[0]).unwrap();
+            assert!(grammar.is_complete() || allowed(&mut grammar) == "END");
+        }
+        let refused = |format: Format| grammars().of(&format).unwrap_err();
+        assert!(refused(Format::Regex("(".to_owned())).contains("the regular expression cannot be used"));
+        assert!(refused(Format::Grammar("start: nothing".to_owned())).contains("the grammar cannot be used"));
+    }
+
+    #[test]
     fn a_schema_that_is_none_is_the_clients_mistake() {
         let refused = |text: &str| grammars().of(&Format::JsonSchema(text.to_owned())).unwrap_err();
         assert!(refused("{").contains("not valid JSON"));
         assert!(refused(r#"{"type": "wizard"}"#).contains("cannot be used"));
-        assert!(refused(&" ".repeat(MAX_SCHEMA + 1)).contains("bytes"));
+        assert!(refused(&" ".repeat(MAX_BYTES + 1)).contains("bytes"));
         assert!(grammars().of(&Format::JsonObject(false)).unwrap().is_none());
     }
 }

@@ -226,6 +226,7 @@ impl Offering<'_> {
             tools: false,
             embedding_dimensions: config.hidden as u32,
             json_schema: vocabulary.grammars.is_some(),
+            grammars: vocabulary.grammars.is_some(),
         };
         Ok(Offered { adapter: None, encoder, vocabulary, offer })
     }

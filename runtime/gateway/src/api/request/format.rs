@@ -1,4 +1,4 @@
-//! What an answer must be: any text, a JSON object, or JSON of a schema.
+//! What an answer must be: any text, a JSON object, JSON of a schema, or what vLLM's `guided_…` fields say.
 
 use super::super::error::ApiError;
 use super::super::fields::Fields;
@@ -6,11 +6,17 @@ use super::tools::Tools;
 use serde_json::Value;
 use vicuna_protocol::inference::generate::Format;
 
+const MAX_CHOICES: usize = 1024;
+
+/// Each says by itself what the answer is.
+const GUIDES: [&str; 4] = ["guided_json", "guided_regex", "guided_choice", "guided_grammar"];
+
 pub fn format(fields: &Fields, tools: Option<&Tools>) -> Result<Option<Format>, ApiError> {
-    let asked = match fields.get("guided_json") {
-        Some(schema @ Value::Object(_)) => Some(Format::JsonSchema(schema.to_string())),
-        Some(_) => return Err(fields.wrong("guided_json", "a JSON schema")),
-        None => response_format(fields)?,
+    let mut guides = GUIDES.into_iter().filter(|name| fields.get(name).is_some());
+    let asked = match (guides.next(), guides.next()) {
+        (Some(_), Some(second)) => return Err(fields.wrong(second, "left out where another field guides the answer")),
+        (Some(name), None) => Some(guided(fields, name)?),
+        (None, _) => response_format(fields)?,
     };
     match (asked, tools.and_then(|tools| tools.schema.clone())) {
         (Some(_), Some(_)) => {
@@ -18,6 +24,33 @@ pub fn format(fields: &Fields, tools: Option<&Tools>) -> Result<Option<Format>, 
         }
         (asked, schema) => Ok(asked.or(schema.map(Format::JsonSchema))),
     }
+}
+
+fn guided(fields: &Fields, name: &str) -> Result<Format, ApiError> {
+    match (name, fields.required(name)?) {
+        ("guided_json", schema @ Value::Object(_)) => Ok(Format::JsonSchema(schema.to_string())),
+        ("guided_json", _) => Err(fields.wrong(name, "a JSON schema")),
+        ("guided_choice", Value::Array(choices)) if (1..=MAX_CHOICES).contains(&choices.len()) => {
+            let grammar = choices.iter().map(|choice| choice.as_str().filter(|text| !text.is_empty()).map(literal));
+            let grammar =
+                grammar.collect::<Option<Vec<_>>>().map(|literals| format!("start: {}", literals.join(" | ")));
+            let expected = "texts that are not empty";
+            grammar.map(Format::Grammar).ok_or_else(|| fields.wrong(name, expected))
+        }
+        ("guided_choice", _) => Err(fields.wrong(name, &format!("a list of 1 to {MAX_CHOICES} texts"))),
+        ("guided_regex", Value::String(regex)) => Ok(Format::Regex(regex.clone())),
+        ("guided_grammar", Value::String(grammar)) => Ok(Format::Grammar(grammar.clone())),
+        _ => Err(fields.wrong(name, "a string")),
+    }
+}
+
+/// A text in a grammar of Lark's, in which nothing but letters and digits stands for itself.
+fn literal(text: &str) -> String {
+    let escaped = text.encode_utf16().map(|unit| match char::from_u32(unit.into()) {
+        Some(letter) if letter.is_ascii_alphanumeric() => letter.to_string(),
+        _ => format!("\\u{unit:04x}"),
+    });
+    format!("\"{}\"", escaped.collect::<String>())
 }
 
 fn response_format(fields: &Fields) -> Result<Option<Format>, ApiError> {

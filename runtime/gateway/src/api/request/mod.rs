@@ -138,6 +138,14 @@ impl Ask {
         if self.speaks_of_tools && !offer.tools {
             return cannot("messages", "has no template for tools");
         }
+        let guided = match &self.format {
+            Some(Format::Regex(_)) => Some("guided_regex"),
+            Some(Format::Grammar(_)) => Some("guided_grammar"),
+            _ => None,
+        };
+        if let Some(field) = guided.filter(|_| !offer.grammars) {
+            return cannot(field, "cannot be held to expressions or grammars");
+        }
         if self.format.is_some() && !offer.json_schema {
             let required = self.tools.as_ref().is_some_and(|tools| tools.schema.is_some());
             return cannot(if required { "tool_choice" } else { "response_format" }, "cannot be held to a schema");

@@ -167,7 +167,7 @@ fn a_call_that_must_be_made_is_a_schema() {
 #[test]
 fn a_model_is_asked_only_for_what_it_offers() {
     let plain = ModelOffer { max_length: 8, ..ModelOffer::default() };
-    let able = ModelOffer { tools: true, json_schema: true, ..plain.clone() };
+    let able = ModelOffer { tools: true, json_schema: true, grammars: true, ..plain.clone() };
     let called = json!([{ "id": "c", "type": "function", "function": { "name": "f", "arguments": "{}" } }]);
     let cases = [
         (json!({ "tools": [tool("f")] }), "tools"),
@@ -186,6 +186,26 @@ fn a_model_is_asked_only_for_what_it_offers() {
     let long = completion(json!({ "prompt": [1, 2, 3, 4, 5, 6, 7, 8] })).unwrap();
     let error = long.check(Some(&plain)).unwrap_err();
     assert_eq!((error.param.as_deref(), error.code), (Some("prompt"), "context_length_exceeded"));
+}
+
+#[test]
+fn an_answer_can_be_guided_as_vllm_s_clients_ask() {
+    let format = |extra: Value| chat(extra).unwrap().format.unwrap();
+    assert_eq!(format(json!({ "guided_regex": "a+" })), Format::Regex("a+".into()));
+    assert_eq!(format(json!({ "guided_grammar": "start: \"a\"" })), Format::Grammar("start: \"a\"".into()));
+    let choice = format(json!({ "guided_choice": ["yes", "a \"b\\"] }));
+    assert_eq!(choice, Format::Grammar(r#"start: "yes" | "a\u0020\u0022b\u005c""#.into()));
+    for (wrong, param) in [
+        (json!({ "guided_choice": [] }), "guided_choice"),
+        (json!({ "guided_choice": ["a", ""] }), "guided_choice"),
+        (json!({ "guided_regex": 5 }), "guided_regex"),
+        (json!({ "guided_regex": "a", "guided_choice": ["a"] }), "guided_choice"),
+    ] {
+        assert_eq!(chat(wrong).unwrap_err().param.as_deref(), Some(param));
+    }
+    let only_json = ModelOffer { max_length: 8, json_schema: true, ..ModelOffer::default() };
+    let asked = chat(json!({ "guided_regex": "a" })).unwrap();
+    assert_eq!(asked.check(Some(&only_json)).unwrap_err().param.as_deref(), Some("guided_regex"));
 }
 
 #[test]

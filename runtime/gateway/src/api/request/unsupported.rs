@@ -18,9 +18,6 @@ const UNSUPPORTED: &[Unsupported] = &[
     ("min_tokens", |value| value.as_u64() != Some(0)),
     ("ignore_eos", |value| *value != Value::Bool(false)),
     ("use_beam_search", |value| *value != Value::Bool(false)),
-    ("guided_regex", |_| true),
-    ("guided_choice", |_| true),
-    ("guided_grammar", |_| true),
 ];
 
 fn not_empty(value: &Value) -> bool {
