@@ -359,7 +359,7 @@ impl<'a> Elastic<'a> {
             Body::Stop(stop) => {
                 let Some(rank) = self.ranks.get_mut(pod) else { return };
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
-                let writes = rank.loading && stop.checkpoint;
+                let writes = rank.loading && self.formation.as_ref().is_some_and(|formation| formation.saves);
                 if stop.planned && (rank.trains || writes) && rank.generation == stop.generation {
                     rank.stopping = true;
                     self.save_without_a_step(stop.generation);

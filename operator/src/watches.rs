@@ -53,11 +53,14 @@ impl Watches {
         };
         let met: Arc<RwLock<HashSet<String>>> = Arc::default();
         let meet = {
-            let met = met.clone();
-            move |event: &watcher::Event<Node>| {
-                if let watcher::Event::Apply(node) | watcher::Event::InitApply(node) = event {
-                    met.write().insert(node.name_any());
-                }
+            let (met, mut listed) = (met.clone(), Vec::new());
+            move |event: &watcher::Event<Node>| match event {
+                watcher::Event::Apply(node) => drop(met.write().insert(node.name_any())),
+                // The cache shows a list only when it is whole.
+                watcher::Event::InitApply(node) => listed.push(node.name_any()),
+                watcher::Event::InitDone => met.write().extend(listed.drain(..)),
+                watcher::Event::Init => listed.clear(),
+                watcher::Event::Delete(_) => {}
             }
         };
         Self {
@@ -84,11 +87,13 @@ impl Watches {
     /// `None`: it is gone. A node that pods are on already but that its own watch has not told of yet, because that is
     /// behind or broken, is there, with nothing known of it but its name.
     pub fn node(&self, name: &str) -> Option<Arc<Node>> {
-        let unheard_of = || {
+        // Before the cache is asked: it may learn of the node just then.
+        let unheard_of = !self.met.read().contains(name);
+        let placeholder = || {
             let metadata = ObjectMeta { name: Some(name.to_owned()), ..Default::default() };
-            (!self.met.read().contains(name)).then(|| Arc::new(Node { metadata, ..Default::default() }))
+            unheard_of.then(|| Arc::new(Node { metadata, ..Default::default() }))
         };
-        self.nodes.get(&ObjectRef::new(name)).or_else(unheard_of)
+        self.nodes.get(&ObjectRef::new(name)).or_else(placeholder)
     }
 
     pub fn training(&self, namespace: &str, name: &str) -> Option<Arc<VicunaTraining>> {
@@ -204,7 +209,7 @@ fn watch<K>(
     api: Api<K>,
     config: watcher::Config,
     slim: fn(&mut K),
-    seen: impl Fn(&watcher::Event<K>) + Send + 'static,
+    mut seen: impl FnMut(&watcher::Event<K>) + Send + 'static,
     change: fn(&K) -> Option<Change>,
     changes: broadcast::Sender<Change>,
 ) -> Store<K>

@@ -82,6 +82,8 @@ impl Said {
     fn note(&mut self, body: &Body) {
         let slot = match body {
             Body::Hello(_) | Body::Progress(_) => return,
+            // It is said again for as long as it holds.
+            Body::Blocked(blocked) if blocked.behind => return,
             Body::Evaluated(evaluated) if evaluated.loss.is_none() => return,
             Body::Evaluated(_) => &mut self.evaluated,
             Body::Prepared(_) => {

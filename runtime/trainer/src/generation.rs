@@ -44,6 +44,8 @@ pub struct Control {
     pub save: CancellationToken,
     /// End at once.
     pub abort: CancellationToken,
+    /// The members come together only to write down what they hold.
+    pub saves: bool,
 }
 
 /// Hears what happens in a generation, from several threads.
@@ -272,10 +274,14 @@ impl<'a> Generation<'a> {
 
     fn train(&mut self) -> Result<Outcome, GenerationError> {
         let steps = self.session.data.steps();
-        if self.wait_for_go()? {
-            // Who came together only to write down what they hold never train.
-            let manifest = if self.control.save.is_cancelled() { self.save()? } else { None };
+        let stopped = self.wait_for_go()?;
+        if self.control.saves {
+            // All do, whichever of the two they heard.
+            let manifest = self.save()?;
             return Ok(Outcome::Stopped { step: self.engine.step, manifest });
+        }
+        if stopped {
+            return Ok(Outcome::Stopped { step: self.engine.step, manifest: None });
         }
         // Everyone is here: nobody will ask for what others keep now.
         self.engine.forget_strays(self.mesh.rank());

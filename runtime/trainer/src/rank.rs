@@ -194,6 +194,10 @@ impl Life {
             Heard::Stale(stale) => {
                 tracing::warn!(generation = stale.generation, "this rank's generation is over; starting anew");
                 self.leave();
+                if let Some(current) = &mut self.current {
+                    // Of a record that was lost, the next one may count anew.
+                    current.generation = 0;
+                }
                 self.memory = None;
                 self.link.start_over();
             }
@@ -262,7 +266,7 @@ impl Life {
         if self.current.as_ref().is_some_and(|current| current.generation >= form.generation) {
             return;
         }
-        let generation = form.generation;
+        let (generation, saves) = (form.generation, form.saves);
         let Some(assignment) = assignment(form) else {
             tracing::error!(generation, "the call-up is malformed");
             return;
@@ -274,11 +278,16 @@ impl Life {
         self.link.enter(generation, assignment.start.step());
         self.status.metrics.generation.set(generation as i64);
         tracing::info!(generation, rank = assignment.membership.rank, "called up");
-        self.current = Some(self.start(session, assignment, former));
+        self.current = Some(self.start(session, assignment, Control { saves, ..Control::default() }, former));
     }
 
-    fn start(&mut self, session: Arc<Session>, assignment: Assignment, former: Option<JoinHandle<()>>) -> Current {
-        let control = Control::default();
+    fn start(
+        &mut self,
+        session: Arc<Session>,
+        assignment: Assignment,
+        control: Control,
+        former: Option<JoinHandle<()>>,
+    ) -> Current {
         let step = Arc::new(AtomicU64::new(assignment.start.step()));
         let generation = assignment.membership.generation;
         let observer: Arc<dyn Observer> = Arc::new(Reporter {

@@ -626,9 +626,10 @@ fn ranks_that_come_together_only_to_write_down_what_they_hold_train_no_step() {
     let paused = continued(&session, 1, &Start::Model, vec![None, None], End::Paused(3)).memories;
     assert!(manifests(&fixture, &session).is_empty());
 
-    let controls: Vec<Control> = paused.iter().map(|_| Control::default()).collect();
-    controls.iter().for_each(|control| control.save.cancel());
-    controls.iter().for_each(|control| control.stop.cancel());
+    let controls: Vec<Control> = paused.iter().map(|_| Control { saves: true, ..Control::default() }).collect();
+    // One hears of the end, the other of the beginning.
+    controls[0].stop.cancel();
+    controls[1].go.cancel();
     let observers: Vec<Arc<dyn Observer>> = paused.iter().map(|_| Arc::new(Watch::default()) as _).collect();
     let (start, mut memories) = (from_memory(&session, &paused), paused);
     let outcomes = generation_on_threads(&session, 2, &start, &controls, &observers, &mut memories).unwrap();

@@ -67,11 +67,17 @@ impl Membership {
         let suspend = self.is_suspended();
         let candidates = self.candidates();
         if suspend || candidates.len() < self.fewest() {
-            let enough_since = None;
+            let since = enough_since.unwrap_or(now);
+            let to_be_saved = self.is_to_be_saved(now, &candidates);
+            let enough_since = to_be_saved.then_some(since);
             self.state = State::Held { not_before, enough_since, eager: eager && suspend };
-            if self.is_to_be_saved(now, &candidates) {
-                let due = now >= not_before;
+            if to_be_saved {
+                // Who is about to go is not kept waiting for long by failures of before.
+                let pause_ms = if self.is_suspended() { Millis::MAX } else { self.limits.settle_ms };
+                let due = now >= not_before.min(since.saturating_add(pause_ms));
                 if due {
+                    // Not again at once if nothing comes of it.
+                    self.fruitless += 1;
                     self.plan(now, candidates, true);
                 }
                 return due;
@@ -97,11 +103,16 @@ impl Membership {
         self.target.is_some_and(|target| target.suspend)
     }
 
+    /// The newest generation; a record that somebody deleted had issued every one that left a checkpoint.
+    fn issued(&self) -> u64 {
+        self.record.as_ref().map_or_else(|| self.manifests.generation(), |record| record.generation)
+    }
+
     /// Ranks hold what the store does not have, and are about to go without anyone to hand it to.
     fn is_to_be_saved(&self, now: Millis, candidates: &[PodUid]) -> bool {
         let Some(held) = self.held_state(now, candidates) else { return false };
         let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
-        let stored = self.manifests.newest_valid(self.generation(), history).map_or(0, |manifest| manifest.step);
+        let stored = self.manifests.newest_valid(self.issued(), history).map_or(0, |manifest| manifest.step);
         held.step > stored && (self.is_suspended() || held.members.iter().any(|pod| self.leaves_in_a_hurry(pod)))
     }
 
@@ -150,8 +161,7 @@ impl Membership {
 
     /// Plan: chooses the base and has the record swapped. No rank hears of it before that is done.
     fn plan(&mut self, now: Millis, candidates: Vec<PodUid>, saves: bool) {
-        // A record that somebody deleted had issued every generation that left a checkpoint.
-        let generation = self.record.as_ref().map_or_else(|| self.manifests.generation(), |record| record.generation);
+        let generation = self.issued();
         let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
         let manifest = self.manifests.newest_valid(generation, history).cloned();
         let stored_step = manifest.as_ref().map_or(0, |manifest| manifest.step);
@@ -326,8 +336,7 @@ impl Membership {
             return true;
         }
         if let Some((reason, deadline_ms)) = self.wish(now, &members, progressed) {
-            let planned = self.step_ends_in_time(now, since, deadline_ms);
-            self.collect(now, planned, reason, deadline_ms);
+            self.collect(now, true, reason, deadline_ms);
             return true;
         }
         self.release_surplus(&members);
@@ -350,13 +359,6 @@ impl Membership {
             return Some((format!("{min} to {max} ranks are asked for"), 0));
         }
         (progressed && self.can_grow(now, members)).then(|| ("ranks join".to_owned(), 0))
-    }
-
-    /// Else the step under way is given up, and made again: leavers come along with what they hold.
-    fn step_ends_in_time(&self, now: Millis, since: Millis, deadline_ms: Millis) -> bool {
-        let Some(step_ms) = self.step_ms.filter(|_| deadline_ms > 0) else { return true };
-        let ends = self.last_step_at.max(since).saturating_add(step_ms + step_ms / 4).max(now);
-        ends.saturating_add(self.handover_ms(now, deadline_ms)) <= deadline_ms
     }
 
     /// What a hand-over may need, at most a third of the time that is left.

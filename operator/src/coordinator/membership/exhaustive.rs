@@ -51,6 +51,8 @@ struct Rank {
     stopping: bool,
     leaves: bool,
     saves: bool,
+    /// It was called up for nothing else.
+    only_saves: bool,
     up: VecDeque<Up>,
     down: VecDeque<Body>,
 }
@@ -66,6 +68,7 @@ impl Rank {
             stopping: false,
             leaves: false,
             saves: false,
+            only_saves: false,
             up: VecDeque::new(),
             down: VecDeque::new(),
         }
@@ -262,7 +265,7 @@ impl World {
     fn saves(&self, generation: u64) -> Option<Record> {
         let record = self.ranks.values().filter_map(Rank::record).find(|record| record.generation == generation)?;
         let waits = |rank: &Rank| {
-            matches!(&rank.doing, Doing::Ready(it) if it.generation == generation) && rank.stopping && rank.saves
+            matches!(&rank.doing, Doing::Ready(it) if it.generation == generation) && rank.stopping && rank.only_saves
         };
         let all_wait = record.members.iter().all(|member| self.ranks.get(&member.pod_uid).is_some_and(waits));
         all_wait.then(|| record.clone())
@@ -424,7 +427,7 @@ impl World {
         let all_here = record.members.iter().all(|member| self.ranks.contains_key(&member.pod_uid));
         assert!(memory.is_none() || covered == ALL || !all_here, "invariant: memory holds every block");
         for member in &record.members {
-            let called = wire::Form { generation: record.generation, ..Default::default() };
+            let called = wire::Form { generation: record.generation, saves: formation.saves, ..Default::default() };
             self.send(&member.pod_uid, Body::Form(called));
         }
     }
@@ -449,6 +452,7 @@ impl World {
                 if let Some(record) = stored.filter(|record| newer && record.generation == form.generation) {
                     rank.doing = Doing::Loading(record);
                     (rank.stopping, rank.leaves, rank.saves, rank.left) = (false, false, false, 0);
+                    rank.only_saves = form.saves;
                 }
             }
             Body::Go(go) => match rank.doing.clone() {
@@ -458,7 +462,7 @@ impl World {
             Body::Stop(stop) => {
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
                 let trains = matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation);
-                let writes = stop.checkpoint
+                let writes = rank.only_saves
                     && matches!(&rank.doing, Doing::Ready(record) if record.generation == stop.generation);
                 if stop.planned && (trains || writes) {
                     rank.stopping = true;

@@ -516,7 +516,7 @@ impl Membership {
     fn record_written(&mut self, now: Millis) {
         match std::mem::replace(&mut self.state, State::held(now)) {
             State::Planning(formation) => {
-                self.expect_slower_steps(formation.record.members.len());
+                self.expect_other_steps(formation.record.members.len());
                 self.record = Some(formation.record.clone());
                 self.move_to(now, formation);
             }
@@ -530,12 +530,12 @@ impl Membership {
         }
     }
 
-    /// Fewer ranks share the same work.
-    fn expect_slower_steps(&mut self, members: usize) {
-        let before = self.record.as_ref().map_or(0, |record| record.members.len());
-        if members > 0 && members < before {
-            let longer = |step_ms: Millis| step_ms * before as u64 / members as u64;
-            self.step_ms = self.step_ms.map(longer);
+    /// Fewer ranks share the same work, or more.
+    fn expect_other_steps(&mut self, members: usize) {
+        let before = self.record.as_ref().map_or(0, |record| record.members.len()) as u64;
+        if members > 0 && before > 0 {
+            let scaled = |step_ms: Millis| (step_ms * before / members as u64).min(1_000_000_000);
+            self.step_ms = self.step_ms.map(scaled);
         }
     }
 

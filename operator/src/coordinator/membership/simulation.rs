@@ -34,6 +34,8 @@ struct SimRank {
     /// … with these words.
     leaves: bool,
     saves: bool,
+    /// It was called up for nothing else.
+    only_saves: bool,
     memory: Option<SimMemory>,
     /// The generation that it was in last, and what is in memory is of.
     left: u64,
@@ -48,6 +50,7 @@ impl SimRank {
             stopping: false,
             leaves: false,
             saves: false,
+            only_saves: false,
             memory: None,
             left: 0,
         }
@@ -154,7 +157,7 @@ impl World {
                 self.hear(&pod, body);
                 None
             }
-            Effect::Form(Formation { record, memory, .. }) => {
+            Effect::Form(Formation { record, memory, saves, .. }) => {
                 assert_eq!(self.stored.as_ref(), Some(&record), "the record comes first");
                 self.check_memory(&record, memory.as_ref());
                 for member in &record.members {
@@ -164,6 +167,7 @@ impl World {
                         rank.doing = Doing::Loading(record.clone());
                         rank.stopping = false;
                         (rank.leaves, rank.saves, rank.left) = (false, false, 0);
+                        rank.only_saves = saves;
                     }
                 }
                 None
@@ -243,7 +247,7 @@ impl World {
             }
             Body::Stop(stop) => {
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
-                let writes = stop.checkpoint
+                let writes = rank.only_saves
                     && matches!(&rank.doing, Doing::Ready(record) if record.generation == stop.generation);
                 let trains = matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation);
                 if stop.planned && (trains || writes) {
@@ -534,7 +538,7 @@ impl World {
     /// Members that came together only for it write down what they hold.
     fn save(&mut self) {
         let waits = |rank: &SimRank, record: &Record| {
-            rank.stopping && rank.saves && matches!(&rank.doing, Doing::Ready(theirs) if theirs == record)
+            rank.stopping && rank.only_saves && matches!(&rank.doing, Doing::Ready(theirs) if theirs == record)
         };
         let Some(record) = self.stored.clone() else { return };
         let here = |pod: &PodUid| self.ranks.get(pod).is_some_and(|rank| waits(rank, &record));

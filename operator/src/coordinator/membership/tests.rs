@@ -765,16 +765,6 @@ fn a_suspension_that_comes_between_generations_writes_down_what_is_held() {
 }
 
 #[test]
-fn a_step_that_will_not_end_in_time_is_not_waited_for() {
-    for (step_ms, planned) in [(10_000, true), (40_000, false)] {
-        let mut fixture = Fixture::training(1, 2);
-        fixture.membership.step_ms = Some(step_ms);
-        fixture.notice("a", 30_000);
-        assert_eq!(stops(&fixture.take())[0].1, planned, "steps of {step_ms} ms");
-    }
-}
-
-#[test]
 fn a_planned_stop_ends_in_time_for_a_hand_over() {
     let mut fixture = Fixture::training(1, 2);
     fixture.notice("a", 30_000).after(24_999);
