@@ -361,11 +361,6 @@ impl Membership {
         (progressed && self.can_grow(now, members)).then(|| ("ranks join".to_owned(), 0))
     }
 
-    /// What a hand-over may need, at most a third of the time that is left.
-    fn handover_ms(&self, now: Millis, deadline_ms: Millis) -> Millis {
-        self.limits.handover_ms.min(deadline_ms.saturating_sub(now) / 3)
-    }
-
     fn why_it_leaves(&self, member: &Member) -> String {
         let source = self.departure(&member.pod_uid).map_or("", |departure| &departure.source);
         format!("{} on node {} leaves: {source}", member.pod_name, member.node)
@@ -503,10 +498,8 @@ impl Membership {
         let limit = now.saturating_add(patience + 5 * self.step_ms.unwrap_or(0));
         match deadline_ms {
             0 => limit,
-            // Nothing else is left to do.
-            deadline if saves => deadline.clamp(now, limit),
             // What cannot be finished in time is not waited for, so that the others go on at once.
-            deadline => deadline.saturating_sub(self.handover_ms(now, deadline)).clamp(now, limit),
+            deadline => deadline.clamp(now, limit),
         }
     }
 

@@ -58,8 +58,6 @@ pub struct Limits {
     pub move_ms: Millis,
     /// Reading a base from the store; writing a checkpoint or the result while nothing else goes on.
     pub store_ms: Millis,
-    /// A stop that leavers' peers depend on ends so long before their deadline, so that there is time to do without.
-    pub handover_ms: Millis,
     /// No step for so long, and for three steps, means that a rank whose stream is broken too hangs or is cut off.
     pub silent_ms: Millis,
     /// Joiners are taken in together when they come within this.
@@ -82,7 +80,6 @@ impl Default for Limits {
             first_step_ms: 300_000,
             move_ms: 600_000,
             store_ms: 1_800_000,
-            handover_ms: 5_000,
             silent_ms: 4_000,
             settle_ms: 2_000,
             joining_ms: 20_000,

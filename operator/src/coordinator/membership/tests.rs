@@ -765,15 +765,6 @@ fn a_suspension_that_comes_between_generations_writes_down_what_is_held() {
 }
 
 #[test]
-fn a_planned_stop_ends_in_time_for_a_hand_over() {
-    let mut fixture = Fixture::training(1, 2);
-    fixture.notice("a", 30_000).after(24_999);
-    assert_eq!(stops(&fixture.take()).len(), 2);
-    fixture.after(1);
-    assert!(stops(&fixture.take()).iter().all(|(_, planned, _)| !planned));
-}
-
-#[test]
 fn a_deleted_record_costs_nothing_but_the_steps_since_the_checkpoint() {
     let mut fixture = Fixture::new(1, 1);
     fixture.join("a", 0).prepare("a", vec![manifest(7, 40)]);
