@@ -362,6 +362,7 @@ impl<'a> Elastic<'a> {
                 let writes = rank.loading && self.formation.as_ref().is_some_and(|formation| formation.saves);
                 if stop.planned && (rank.trains || writes) && rank.generation == stop.generation {
                     rank.stopping = true;
+                    rank.saves |= writes;
                     self.save_without_a_step(stop.generation);
                 } else {
                     self.leaves(pod, Vec::new());

@@ -2,6 +2,7 @@
 //! that advanced the model, and what it cost. Kept in the status, so that a new leader goes on with it.
 
 use super::observe::{Observed, PodView};
+use super::time::unix_ms;
 use crate::coordinator::membership::Millis;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -31,7 +32,7 @@ impl Accounts {
     pub fn recall(status: &VicunaTrainingStatus) -> Self {
         let time = status.worker_time.clone().unwrap_or_default();
         let cost = status.cost.clone().unwrap_or_default();
-        let until = time.until.and_then(|until| u64::try_from(until.0.as_millisecond()).ok());
+        let until = time.until.as_ref().and_then(unix_ms);
         Self {
             held_ms: time.held_seconds.saturating_mul(1000),
             advanced_ms: time.advanced_seconds.saturating_mul(1000),

@@ -6,6 +6,7 @@ use super::memory::Memory;
 use super::observe::{self, Observed};
 use super::plan::{self, Plan};
 use super::status::{self, Write};
+use super::time::{millis, unix_ms};
 use crate::config::MANAGER;
 use crate::context::Context;
 use crate::coordinator::job::{self, JobError};
@@ -209,7 +210,7 @@ impl Controller {
             job,
             target: target(training),
             counters: counters(training.status.as_ref()),
-            began_at: training.status.as_ref().and_then(began_at),
+            began_at: training.status.as_ref().and_then(|status| unix_ms(status.start_time.as_ref()?)),
             checkpoint: training.status.as_ref().and_then(checkpoint),
         };
         self.context.leadership.check()?;
@@ -252,8 +253,7 @@ impl Controller {
 
     /// Lets all trainings know what this one has found out.
     fn share(&self, key: &Key, observed: &Observed, plan: &Plan, now: Millis) {
-        let patience = observed.training.spec.placement.stock_out_after.get();
-        let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(Millis::MAX);
+        let patience_ms = millis(observed.training.spec.placement.stock_out_after.get());
         for pool in &observed.pools {
             if plan.stocked_out.contains(&pool.name) {
                 self.known.stock_outs.note(pool, observed.size, patience_ms, now);
@@ -414,27 +414,23 @@ fn counters(status: Option<&VicunaTrainingStatus>) -> Counters {
         notices: before.notices,
         reclaims: before.reclaims,
         lost_steps: before.lost_steps,
-        last_recovery_ms: before.last_recovery.and_then(|period| u64::try_from(period.get().as_millis()).ok()),
+        last_recovery_ms: before.last_recovery.map(|period| millis(period.get())),
     })
 }
 
 /// As [`super::status`] wrote it.
 fn checkpoint(status: &VicunaTrainingStatus) -> Option<CheckpointReport> {
     let last = status.checkpoint.as_ref()?;
-    let ms = |period: Option<Period>| period.map_or(0, |period| period.get().as_millis() as u64);
+    let ms = |period: Option<Period>| period.map_or(0, |period| millis(period.get()));
     Some(CheckpointReport {
         step: last.step,
         uri: last.uri.clone(),
         digest: last.digest.clone(),
-        at_ms: last.time.as_ref().and_then(|time| u64::try_from(time.0.as_millisecond()).ok()).unwrap_or(0),
+        at_ms: last.time.as_ref().and_then(unix_ms).unwrap_or(0),
         stall_ms: ms(last.stall),
         upload_ms: ms(last.upload),
         interval_ms: ms(last.interval),
     })
-}
-
-fn began_at(status: &VicunaTrainingStatus) -> Option<Millis> {
-    status.start_time.as_ref().and_then(|time| u64::try_from(time.0.as_millisecond()).ok())
 }
 
 /// An Event's severity, reason and note; steps and checkpoints have none.

@@ -14,5 +14,6 @@ pub mod plan;
 pub mod status;
 #[cfg(test)]
 pub(crate) mod tests;
+mod time;
 
 pub use controller::run;

@@ -3,6 +3,7 @@
 use super::build;
 use super::known::{Claim, Known};
 use super::memory::Memory;
+use super::time::unix_ms;
 use crate::config::{POOL_LABEL, REPLACES_ANNOTATION};
 use crate::context::Context;
 use crate::coordinator::feed::{belongs_to, has_ended};
@@ -11,7 +12,6 @@ use crate::coordinator::report::Report;
 use crate::spot::capacity::Size;
 use crate::spot::notices::LEAVE_ANNOTATION;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Node, Pod, PodCondition};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -273,8 +273,4 @@ fn trouble(pod: &Pod) -> Option<Trouble> {
         }
         _ => None,
     }
-}
-
-fn unix_ms(time: &Time) -> Option<Millis> {
-    u64::try_from(time.0.as_millisecond()).ok()
 }

@@ -10,13 +10,13 @@ use super::apply::Applied;
 use super::build;
 use super::observe::{Observed, PodView};
 use super::plan::Plan;
+use super::time::period;
 use crate::coordinator::membership::Millis;
 use crate::coordinator::report::{MemoryNeed, Phase, Report};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use std::collections::BTreeMap;
 use std::time::Duration;
-use vicuna_crds::Period;
 use vicuna_crds::training::{
     CheckpointStatus, Disruptions, Membership, MemoryEstimate, Progress, TrainingResult, TrainingState,
     VicunaTrainingStatus, condition,
@@ -228,20 +228,13 @@ fn checkpoint(report: &Report) -> Option<CheckpointStatus> {
     })
 }
 
-fn period(ms: u64) -> Period {
-    Period::from(Duration::from_millis(ms))
-}
-
 fn disruptions(report: &Report, before: Option<&Disruptions>) -> Disruptions {
     let counters = report.disruptions;
     Disruptions {
         notices: counters.notices,
         reclaims: counters.reclaims,
         lost_steps: counters.lost_steps,
-        last_recovery: counters
-            .last_recovery_ms
-            .map(|ms| Period::from(Duration::from_millis(ms)))
-            .or(before.and_then(|before| before.last_recovery)),
+        last_recovery: counters.last_recovery_ms.map(period).or(before.and_then(|before| before.last_recovery)),
     }
 }
 

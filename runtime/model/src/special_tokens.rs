@@ -38,19 +38,26 @@ impl SpecialTokens {
         })
     }
 
+    /// The first and the last of a text as a chat template gets them: empty where there is none.
+    pub fn around(&self) -> [&str; 2] {
+        [&self.bos, &self.eos].map(|token| token.as_deref().unwrap_or_default())
+    }
+
+    fn named(&self) -> [(&'static str, &Option<String>); 3] {
+        [("bos_token", &self.bos), ("eos_token", &self.eos), ("pad_token", &self.pad)]
+    }
+
     /// Their names and texts.
     pub(crate) fn to_map(&self) -> Map<String, Value> {
-        [("bos_token", &self.bos), ("eos_token", &self.eos), ("pad_token", &self.pad)]
-            .into_iter()
-            .filter_map(|(name, token)| Some((name.to_owned(), json!(token.as_ref()?))))
-            .collect()
+        let there = |(name, token): (&str, &Option<String>)| Some((name.to_owned(), json!(token.as_ref()?)));
+        self.named().into_iter().filter_map(there).collect()
     }
 
     /// Puts them in the place of the configuration's in a directory that [`crate::save_tokenizer`] has written.
     pub fn write(&self, directory: &Path) -> Result<(), ModelError> {
         let path = directory.join("tokenizer_config.json");
         let mut settings = read_optional_json(&path)?.unwrap_or_default();
-        for (name, token) in [("bos_token", &self.bos), ("eos_token", &self.eos), ("pad_token", &self.pad)] {
+        for (name, token) in self.named() {
             settings[name] = json!(token);
         }
         write_json(&path, &settings)?;

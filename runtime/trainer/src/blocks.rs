@@ -64,6 +64,11 @@ struct Group {
 }
 
 impl BlockTable {
+    /// Of what is trained: adapters, or without them the whole model.
+    pub fn of(config: &Config, lora: Option<&Lora>) -> Self {
+        lora.map_or_else(|| Self::new(config), |lora| Self::adapters(config, lora))
+    }
+
     pub fn new(config: &Config) -> Self {
         Self::cut(config, BLOCK_ELEMENTS)
     }

@@ -445,15 +445,11 @@ impl<'a> Generation<'a> {
         let runtime = self.session.runtime.clone();
         let cancel = self.control.abort.child_token();
         let given_up = cancel.clone();
-        let write = move || {
+        let thread = std::thread::spawn(move || {
             let trouble = |error: &StoreError| observer.held_up(error);
             part.map_or(Ok(()), |part| part.write(&runtime, &given_up, &trouble))?;
             let published = publisher.publish(snapshot, &given_up, &trouble)?;
             observer.checkpointed(&published);
-            Ok::<_, CheckpointError>(published)
-        };
-        let thread = std::thread::spawn(move || {
-            let published = write()?;
             Ok(published.manifest)
         });
         self.upload = Some(Uploading { step: self.engine.step, upload: Upload { thread, cancel } });

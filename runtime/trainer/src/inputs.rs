@@ -16,8 +16,7 @@ const SHORT: usize = 12;
 /// The checkpoint `base` must have been written with these inputs.
 pub fn check_manifest(session: &Session, base: &ManifestRef, manifest: &Manifest) -> Result<(), GenerationError> {
     let uri = session.store.uri_of(&base.key);
-    let changed = changed(&session.job, &session.inputs, &manifest.inputs, &format!("the checkpoint {uri} has"));
-    changed.map_or(Ok(()), |trouble| Err(GenerationError::Inputs(trouble)))
+    compare(&session.job, &session.inputs, &manifest.inputs, &format!("the checkpoint {uri} has"))
 }
 
 /// All ranks must have the same. One that has something else says so and ends; those that hold the training's state, or
@@ -36,8 +35,7 @@ pub fn agree(session: &Session, start: &Start, peers: Peers<'_>) -> Result<(), G
         Start::Memory { .. } => &all[start.scribe()],
         Start::Model | Start::Manifest(_) => most(&all),
     };
-    let changed = changed(&session.job, &session.inputs, right, "the training's other workers have");
-    changed.map_or(Ok(()), |trouble| Err(GenerationError::Inputs(trouble)))
+    compare(&session.job, &session.inputs, right, "the training's other workers have")
 }
 
 fn decode(rank: usize, payload: &[u8]) -> Result<Inputs, CollectiveError> {
@@ -54,21 +52,22 @@ fn most(all: &[Inputs]) -> &Inputs {
     first_of_most.unwrap_or(&all[0])
 }
 
-/// What was read otherwise, in words; what one of the two does not know is not compared.
-fn changed(job: &TrainingJob, found: &Inputs, expected: &Inputs, whose: &str) -> Option<Trouble> {
+/// Says in words what was read otherwise; what one of the two does not know is not compared.
+fn compare(job: &TrainingJob, found: &Inputs, expected: &Inputs, whose: &str) -> Result<(), GenerationError> {
     let sets: Vec<&str> = job.dataset.iter().map(|set| set.from.as_str()).collect();
     let parts = [
         (Cause::Data, "the prepared data", sets.join(", "), &found.data, &expected.data),
         (Cause::Model, "the frozen base model", job.model.from.clone(), &found.base, &expected.base),
     ];
-    parts.into_iter().find_map(|(cause, what, from, found, expected)| {
+    let changed = parts.into_iter().find_map(|(cause, what, from, found, expected)| {
         let (found, expected) = found.as_ref().zip(expected.as_ref()).filter(|(found, expected)| found != expected)?;
         let [found, expected] = [found, expected].map(|digest| digest.chars().take(SHORT).collect::<String>());
         let message = format!(
             "{what} changed since the training began: this worker read {found} from {from}, and {whose} {expected}; put there what was there before, or start a new training with another checkpoint.to"
         );
         Some(Trouble { cause, message })
-    })
+    });
+    changed.map_or(Ok(()), |trouble| Err(GenerationError::Inputs(trouble)))
 }
 
 #[cfg(test)]

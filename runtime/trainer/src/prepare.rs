@@ -23,7 +23,6 @@ use vicuna_checkpoint::{Inputs, ManifestRef, Store, StoreError, fetch};
 use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
 use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
 use vicuna_model::gguf::Gguf;
-use vicuna_model::lora::Lora;
 use vicuna_model::{Config, ModelError, Pretrained, Stretch};
 use vicuna_protocol::coordinator::Cause;
 use vicuna_protocol::gigabytes;
@@ -190,7 +189,7 @@ pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<N
     let config = stretched(job, config)?;
     let lora = adapters::lora(&job.recipe.method);
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
-    let table = table(&config, lora.as_ref());
+    let table = BlockTable::of(&config, lora.as_ref());
     let workload = workload(job, &config, &table, device, data_size(job).await);
     Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need(ranks)).collect()))
 }
@@ -283,13 +282,6 @@ fn workload<'a>(
     Workload { config, table, recipe: &job.recipe, gpu: device.is_cuda(), data }
 }
 
-fn table(config: &Config, lora: Option<&Lora>) -> BlockTable {
-    match lora {
-        None => BlockTable::new(config),
-        Some(lora) => BlockTable::adapters(config, lora),
-    }
-}
-
 fn assemble(
     job: TrainingJob,
     store: Store,
@@ -306,7 +298,7 @@ fn assemble(
     let template = template(&job, &model)?;
     let prepared = data(&job, files, &model, &template)?;
     let data = ordered(&job, prepared.examples, &prepared.mixtures)?;
-    let table = table(&model.config, lora.as_ref());
+    let table = BlockTable::of(&model.config, lora.as_ref());
     let inputs = Inputs { data: Some(prepared.digest), base: lora.as_ref().map(|_| base_digest(&model)).transpose()? };
     tracing::info!(data = inputs.data, base = inputs.base, "read");
     let freeze = |lora| {
@@ -356,8 +348,7 @@ fn template(job: &TrainingJob, model: &Pretrained) -> Result<Template, Trouble> 
     if let Some(name) = &job.model.template {
         return Template::named(name).map_err(failed);
     }
-    let tokens = [&model.special_tokens.bos, &model.special_tokens.eos];
-    let [bos, eos] = tokens.map(|token| token.as_deref().unwrap_or_default());
+    let [bos, eos] = model.special_tokens.around();
     match &model.chat_template {
         Some(source) => Template::from_jinja(source, bos, eos).map_err(failed),
         None => Err(Trouble::new(

@@ -255,8 +255,7 @@ fn template(model: &Pretrained, own: Option<&str>, name: Option<&str>) -> Result
     let source = own.ok_or_else(|| {
         anyhow!("the model has no chat template of its own; name one (vicuna_v1.1 or chatml) in the template field")
     })?;
-    let [bos, eos] =
-        [&model.special_tokens.bos, &model.special_tokens.eos].map(|token| token.as_deref().unwrap_or_default());
+    let [bos, eos] = model.special_tokens.around();
     Ok(Template::from_jinja(source, bos, eos)?)
 }
 

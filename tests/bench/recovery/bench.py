@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PATIENCE_S = 180
+sys.path.append(str(HERE.parents[1] / "tools"))
+from trainers import Log, Ranks, free_port  # noqa: E402
+
 SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  vocab_size=295, tie_word_embeddings=True),
@@ -54,54 +55,14 @@ def descendants(pid):
     return [below for child in map(int, listed) for below in (child, *descendants(child))]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Log:
-    """JSON lines of a file that others write to."""
-
-    def __init__(self, path):
-        path.touch()
-        self.file, self.rest = open(path), ""
-
-    def until(self, wanted, what):
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            self.rest += self.file.readline()
-            if not self.rest.endswith("\n"):
-                time.sleep(0.005)
-                continue
-            line, self.rest = json.loads(self.rest), ""
-            if wanted(line):
-                return line
-        sys.exit(f"waited {PATIENCE_S} s for {what}: see {self.file.name}")
-
-
 class Ours:
     def __init__(self, binaries, work, source):
-        self.binaries, self.work, self.ranks, self.born = binaries, work, [], 0
-        (work / "token").write_text("bench\n")
-        (work / "job.json").write_text(json.dumps(job(work, source)))
-        self.events = work / "events.jsonl"
-        command = [binaries / "examples/coordinator", "--job", work / "job.json", "--ca", work / "ca.crt"]
-        self.coordinator = spawn(command, open(self.events, "w"))
-        self.log = Log(self.events)
-        self.port = self.log.until(lambda line: "port" in line, "the coordinator")["port"]
-        self.start(), self.start()
+        recipe = {"globalBatch": GLOBAL_BATCH, "microBatch": MICRO_BATCH, "length": {"steps": 10**6}, "maxLength": LENGTH}
+        self.ranks = Ranks(work, binaries / "examples/coordinator", binaries / "vicuna-trainer", spawn, source, recipe,
+                           every_s=60)
+        self.log = self.ranks.log
+        self.ranks.start(), self.ranks.start()
         self.wait_for_two()
-
-    def start(self):
-        name, log = f"rank-{self.born}", open(self.work / f"rank-{self.born}.log", "w")
-        command = [
-            self.binaries / "vicuna-trainer", f"--coordinator=https://127.0.0.1:{self.port}", f"--ca={self.work}/ca.crt",
-            f"--token-file={self.work}/token", f"--scratch={self.work}/{name}", f"--listen=127.0.0.1:{free_port()}",
-            f"--metrics=127.0.0.1:{free_port()}", f"--pod-name={name}", f"--pod-uid={name}", f"--node-name={name}",
-            "--pod-ip=127.0.0.1"]
-        self.ranks.append(spawn(command, log))
-        self.born += 1
 
     def wait_for_two(self):
         formed = self.log.until(lambda line: line.get("formed") == 2, "two ranks")
@@ -109,11 +70,11 @@ class Ours:
         time.sleep(1)
 
     def measure(self):
-        victim = self.ranks.pop(0)
+        victim = self.ranks.running.pop(0)
         killed_at = time.time()
         kill(victim)
         recovered = self.log.until(lambda line: "recoveredAfterMs" in line and line["at"] > killed_at, "a recovery")
-        self.start()
+        self.ranks.start()
         self.wait_for_two()
         return recovered["at"] - killed_at
 
@@ -173,23 +134,6 @@ class Peer:
         return step["at"] - killed_at
 
 
-def job(work, source):
-    recipe = {
-        "method": "Full", "globalBatch": GLOBAL_BATCH, "microBatch": MICRO_BATCH, "length": {"steps": 10**6},
-        "learningRate": 1e-4, "schedule": "Constant", "warmupRatio": 0.0, "weightDecay": 0.0, "gradientClip": 1.0,
-        "maxLength": LENGTH, "seed": 1}
-    return {
-        "namespace": "bench", "name": "bench", "uid": "bench", "model": {"from": f"file://{source}"},
-        "dataset": [{"from": f"file://{work}/data.json", "weight": 1.0}], "recipe": recipe,
-        "checkpoint": {"to": f"file://{work}/bucket", "intervalSeconds": 60, "keep": 2}}
-
-
-def conversations():
-    turns = lambda number: [{"from": "human", "value": f"Tell me about {number}."},
-                            {"from": "gpt", "value": f"{number} comes after {number - 1}. " * 12}]
-    return [{"id": str(number), "conversations": turns(number)} for number in range(1, 65)]
-
-
 def report(name, seconds):
     median = statistics.median(seconds)
     print(f"{name}: median {median:.2f} s of {len(seconds)} kills ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
@@ -205,7 +149,6 @@ def main():
     folders = [options.work / name for name in ("ours", "peer")]
     for folder in folders:
         folder.mkdir(parents=True)
-    (folders[0] / "data.json").write_text(json.dumps(conversations()))
     source = os.environ["BENCH_MODEL"]
     try:
         print(f"{options.model}, two ranks with a thread each, {GLOBAL_BATCH} sequences a step; from kill -9 to the next step")

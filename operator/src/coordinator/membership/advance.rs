@@ -1,7 +1,7 @@
 //! What follows from what is known: one function for each state of design.md's table.
 
 use super::base::HeldState;
-use super::{Body, Effect, Formation, Happening, Membership, Millis, PodUid, Stages, State};
+use super::{Body, Effect, Formation, Happening, Membership, Millis, Move, PodUid, Stages, State};
 use crate::coordinator::manifest::{Base, extend_history};
 use crate::coordinator::record::{Member, Record};
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +20,7 @@ impl Membership {
             let moved = match self.state.clone() {
                 State::Adopting { since, first_hello, answered } => self.adopting(now, since, first_hello, &answered),
                 State::Held { not_before, enough_since, eager } => self.held(now, not_before, enough_since, eager),
-                State::Moving { .. } => self.moving(now),
+                State::Moving(moving) => self.moving(now, &moving),
                 State::Steady { since, progressed } => self.steady(now, since, progressed),
                 State::Collecting { planned, limit, answered, .. } => self.collecting(now, planned, limit, &answered),
                 State::Stopped => self.suspended(now),
@@ -73,7 +73,7 @@ impl Membership {
             self.state = State::Held { not_before, enough_since, eager: eager && suspend };
             if to_be_saved {
                 // Who is about to go is not kept waiting for long by failures of before.
-                let pause_ms = if self.is_suspended() { Millis::MAX } else { self.limits.settle_ms };
+                let pause_ms = if suspend { Millis::MAX } else { self.limits.settle_ms };
                 let due = now >= not_before.min(since.saturating_add(pause_ms));
                 if due {
                     // Not again at once if nothing comes of it.
@@ -239,20 +239,20 @@ impl Membership {
         let limit = now + if record.in_memory { self.limits.move_ms } else { self.limits.store_ms };
         let saves = formation.saves;
         self.effects.push(Effect::Form(formation));
-        self.state = State::Moving { ready: BTreeMap::new(), leavers, holders, saves, limit };
+        self.state = State::Moving(Move { ready: BTreeMap::new(), leavers, holders, saves, limit });
     }
 
-    fn moving(&mut self, now: Millis) -> bool {
-        let State::Moving { ready, leavers, holders, saves, limit } = self.state.clone() else { return false };
+    fn moving(&mut self, now: Millis, moving: &Move) -> bool {
+        let Move { ready, holders, saves, limit, .. } = moving;
         let members = self.members().to_vec();
-        if let Some(reason) = self.obstacle(now, &members, &leavers, saves) {
+        if let Some(reason) = self.obstacle(now, &members, moving) {
             self.fruitless += 1;
             self.collect(now, false, reason, 0);
             return true;
         }
         if members.iter().all(|member| ready.contains_key(&member.pod_uid)) {
             let digests: BTreeSet<&String> = ready.values().collect();
-            if digests.len() <= 1 && saves {
+            if digests.len() <= 1 && *saves {
                 let deadline_ms = self.earliest_deadline(&members);
                 self.collect(now, true, "what ranks hold is written down".to_owned(), deadline_ms);
                 return true;
@@ -261,14 +261,14 @@ impl Membership {
                 return self.go(now);
             }
             self.fruitless += 1;
-            self.keep_out_who_differs(&ready, &holders);
+            self.keep_out_who_differs(ready, holders);
             self.happened(Happening::StateMismatch { generation: self.generation() });
             self.collect(now, false, "ranks loaded different states".to_owned(), 0);
             return true;
         }
         let waits =
             members.iter().any(|member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.blocked.is_some()));
-        let overdue = !waits && now >= limit;
+        let overdue = !waits && now >= *limit;
         if overdue {
             self.fruitless += 1;
             self.collect(now, false, "a rank does not get ready".to_owned(), 0);
@@ -276,11 +276,11 @@ impl Membership {
         overdue
     }
 
-    /// What keeps a generation from starting. That `leavers` leave is not: they came along because only
+    /// What keeps a generation from starting. That those leave who were known to is not: they came along because only
     /// they hold something, and hand it over once it has started. Nor is anyone's leaving where all that is wanted is
     /// to write down what is held.
-    fn obstacle(&mut self, now: Millis, members: &[Member], leavers: &BTreeSet<PodUid>, saves: bool) -> Option<String> {
-        if self.is_suspended() && !saves {
+    fn obstacle(&mut self, now: Millis, members: &[Member], moving: &Move) -> Option<String> {
+        if self.is_suspended() && !moving.saves {
             return Some("the training is suspended".to_owned());
         }
         if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
@@ -294,9 +294,8 @@ impl Membership {
         if members.iter().any(absent) {
             return Some("a rank is out of reach".to_owned());
         }
-        let leaves =
-            |member: &&Member| !saves && self.leaves_in_a_hurry(&member.pod_uid) && !leavers.contains(&member.pod_uid);
-        let leaver = members.iter().find(leaves)?;
+        let leaves = |pod: &PodUid| self.leaves_in_a_hurry(pod) && !moving.leavers.contains(pod);
+        let leaver = members.iter().find(|member| !moving.saves && leaves(&member.pod_uid))?;
         self.interrupt(now);
         Some(self.why_it_leaves(leaver))
     }
@@ -379,10 +378,13 @@ impl Membership {
     /// Whether newcomers make the generation larger, or take the place of one that is to leave.
     fn can_grow(&self, now: Millis, members: &[Member]) -> bool {
         let room = members.len() < self.max() || self.anyone_leaves(members);
+        if !room {
+            return false;
+        }
         let candidates = self.candidates();
         let newcomers = candidates.iter().filter(|pod| !self.is_member(pod) && self.departure(pod).is_none());
         let newest = newcomers.filter_map(|pod| self.ranks.get(pod)).map(|rank| rank.prepared_at).max();
-        room && newest.is_some_and(|newest| self.is_settled(now, newest))
+        newest.is_some_and(|newest| self.is_settled(now, newest))
     }
 
     fn anyone_leaves(&self, members: &[Member]) -> bool {
@@ -470,10 +472,11 @@ impl Membership {
         let answered = BTreeSet::new();
         self.send_stop(planned, &reason, deadline_ms, &answered);
         self.happened(Happening::Stopping { generation, planned, reason: reason.clone() });
-        let limit = if planned { self.planned_limit(now, deadline_ms) } else { now + self.limits.collect_ms };
-        if planned && self.needs_checkpoint(&self.candidates()) {
+        let saves = planned && self.needs_checkpoint(&self.candidates());
+        if saves {
             self.warn_of_a_late_checkpoint(now, deadline_ms);
         }
+        let limit = if planned { self.planned_limit(now, deadline_ms, saves) } else { now + self.limits.collect_ms };
         self.state = State::Collecting { planned, limit, deadline: deadline_ms, reason, answered };
     }
 
@@ -492,8 +495,7 @@ impl Membership {
         self.is_suspended() || staying.len() < self.fewest()
     }
 
-    fn planned_limit(&self, now: Millis, deadline_ms: Millis) -> Millis {
-        let saves = self.needs_checkpoint(&self.candidates());
+    fn planned_limit(&self, now: Millis, deadline_ms: Millis, saves: bool) -> Millis {
         let patience = if saves { self.limits.store_ms } else { self.limits.planned_ms };
         let limit = now.saturating_add(patience + 5 * self.step_ms.unwrap_or(0));
         match deadline_ms {

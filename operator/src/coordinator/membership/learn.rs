@@ -14,6 +14,10 @@ use vicuna_protocol::coordinator::rank_message::Body as Said;
 
 impl Membership {
     pub(super) fn learn(&mut self, now: Millis, event: Event) {
+        let of_memory = matches!(
+            event,
+            Event::Joined(_) | Event::Disconnected(_) | Event::Pods(_) | Event::Said(_, Said::Estimated(_))
+        );
         match event {
             Event::Joined(hello) => self.joined(now, hello),
             Event::Disconnected(pod) => {
@@ -28,6 +32,9 @@ impl Membership {
             Event::Tick => {}
             Event::RecordWritten => self.record_written(now),
             Event::RecordConflict(record) => self.record_conflict(now, record),
+        }
+        if of_memory {
+            self.memory = self.memory_needs();
         }
     }
 
@@ -73,7 +80,7 @@ impl Membership {
     /// The generation was recorded, and the rank that it counts on never heard of it: the leader went in that moment, or
     /// the stream broke. It still has what it held, and nobody has gone on without it.
     fn is_uncalled(&self, hello: &wire::Hello) -> bool {
-        let waited_for = matches!(self.state, State::Adopting { .. } | State::Moving { .. } | State::Collecting { .. });
+        let waited_for = matches!(self.state, State::Adopting { .. } | State::Moving(_) | State::Collecting { .. });
         waited_for && hello.generation > 0 && hello.generation + 1 == self.generation()
     }
 
@@ -250,8 +257,8 @@ impl Membership {
             return;
         }
         self.unblock(pod);
-        if let State::Moving { ready, .. } = &mut self.state {
-            ready.insert(pod.to_owned(), said.state_digest);
+        if let State::Moving(moving) = &mut self.state {
+            moving.ready.insert(pod.to_owned(), said.state_digest);
         }
     }
 
@@ -262,7 +269,7 @@ impl Membership {
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.step = rank.step.max(Some(said.step));
         }
-        if matches!(self.state, State::Moving { .. }) || said.step <= self.step {
+        if matches!(self.state, State::Moving(_)) || said.step <= self.step {
             return;
         }
         self.stepped(now, step_report(said));
@@ -437,7 +444,7 @@ impl Membership {
         if self.manifests.exclude(&manifest) {
             self.happened(Happening::ManifestUnusable { key: manifest.key, message: bounded(said.message) });
         }
-        if matches!(self.state, State::Moving { .. }) {
+        if matches!(self.state, State::Moving(_)) {
             self.collect(now, false, "the base cannot be loaded".to_owned(), 0);
         }
     }

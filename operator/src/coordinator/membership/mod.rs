@@ -156,6 +156,20 @@ pub struct Formation {
     pub between_interruptions_ms: Millis,
 }
 
+/// A generation whose members get ready.
+#[derive(Clone, Debug, PartialEq)]
+struct Move {
+    /// Digests of what members came to.
+    ready: BTreeMap<PodUid, String>,
+    /// Members that were known to leave when it was formed.
+    leavers: BTreeSet<PodUid>,
+    /// Members that had state before: what they come to is right.
+    holders: BTreeSet<PodUid>,
+    /// As [`Formation::saves`].
+    saves: bool,
+    limit: Millis,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 enum State {
     Adopting {
@@ -166,21 +180,13 @@ enum State {
     Held {
         /// Earliest time for the next generation.
         not_before: Millis,
-        /// Since when there have been enough ranks.
+        /// Since when there have been enough ranks, or what too few of them hold is to be written down.
         enough_since: Option<Millis>,
         /// Survivors of a generation do not wait for others.
         eager: bool,
     },
     Planning(Formation),
-    Moving {
-        ready: BTreeMap<PodUid, String>,
-        /// Members that were known to leave when it was formed.
-        leavers: BTreeSet<PodUid>,
-        /// Members that had state before: what they come to is right.
-        holders: BTreeSet<PodUid>,
-        saves: bool,
-        limit: Millis,
-    },
+    Moving(Move),
     Steady {
         since: Millis,
         /// A step was made.
@@ -247,6 +253,8 @@ pub struct Membership {
     /// When the training began, and ranks that went without being reclaimed or sent home while we led.
     began_at: Millis,
     losses: u64,
+    /// What a rank needs, by number of ranks, as connected ranks say: kept, since every message asks for it.
+    memory: Vec<MemoryNeed>,
     failures: BTreeMap<PodUid, RankFailure>,
     joined: u64,
     effects: Vec<Effect>,
@@ -280,6 +288,7 @@ impl Membership {
             counters,
             began_at: now,
             losses: 0,
+            memory: Vec::new(),
             failures: BTreeMap::new(),
             joined: 0,
             effects: Vec::new(),
@@ -325,7 +334,7 @@ impl Membership {
     fn is_active(&self) -> bool {
         matches!(
             self.state,
-            State::Adopting { .. } | State::Moving { .. } | State::Steady { .. } | State::Collecting { .. }
+            State::Adopting { .. } | State::Moving(_) | State::Steady { .. } | State::Collecting { .. }
         )
     }
 
@@ -390,7 +399,7 @@ impl Membership {
             ranks: self.ranks.iter().map(|(pod, rank)| (pod.clone(), self.view(pod, rank, class))).collect(),
             progress: self.progress.clone(),
             evaluation: self.evaluation,
-            memory: self.memory_needs(),
+            memory: self.memory.clone(),
             checkpoint: self.checkpoint.clone(),
             disruptions: self.counters,
             finish: match &self.state {
@@ -406,7 +415,7 @@ impl Membership {
 
     /// Fewer than these do not train: the spec says so, or that their memory does not suffice.
     fn fewest(&self) -> usize {
-        let fit = MemoryNeed::fewest_that_fit(&self.memory_needs()) as usize;
+        let fit = MemoryNeed::fewest_that_fit(&self.memory) as usize;
         self.target.map_or(1, |target| target.min.max(1)).max(fit)
     }
 
@@ -446,10 +455,10 @@ impl Membership {
                 format!("{} of at least {min} ranks are ready to train", self.candidates().len())
             }
             State::Planning(formation) => format!("records generation {}", formation.record.generation),
-            State::Moving { ready, saves: true, .. } => {
+            State::Moving(Move { ready, saves: true, .. }) => {
                 format!("ranks gather to write down what they hold: {} of {} ready", ready.len(), self.members().len())
             }
-            State::Moving { ready, .. } => {
+            State::Moving(Move { ready, .. }) => {
                 format!(
                     "ranks load the base of generation {}: {} of {} ready",
                     self.generation(),
@@ -485,7 +494,7 @@ impl State {
             Self::Adopting { .. } => Phase::Adopting,
             Self::Held { .. } => Phase::Held,
             Self::Planning(_) => Phase::Planning,
-            Self::Moving { .. } => Phase::Moving,
+            Self::Moving(_) => Phase::Moving,
             Self::Steady { .. } => Phase::Steady,
             Self::Collecting { .. } => Phase::Collecting,
             Self::Stopped => Phase::Stopped,

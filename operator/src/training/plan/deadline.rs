@@ -3,7 +3,7 @@
 use super::{Action, Plan};
 use crate::coordinator::membership::Millis;
 use crate::training::observe::Observed;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use crate::training::time::{millis, unix_ms};
 use std::time::Duration;
 use vicuna_crds::training::condition;
 
@@ -44,14 +44,6 @@ pub fn expire(observed: &Observed, now: Millis, plan: &mut Plan) {
         plan.actions.push(Action::DeleteTraining);
         plan.reason = "ttlAfterFinished has passed".to_owned();
     }
-}
-
-fn unix_ms(time: &Time) -> Option<Millis> {
-    u64::try_from(time.0.as_millisecond()).ok()
-}
-
-fn millis(duration: Duration) -> Millis {
-    u64::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
 }
 
 #[cfg(test)]

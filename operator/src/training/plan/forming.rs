@@ -12,6 +12,7 @@ use crate::spot::stock_outs::nodes_of;
 use crate::training::known::{Claim, ClaimState, Seniority};
 use crate::training::memory::GivenBack;
 use crate::training::observe::{Observed, Trouble};
+use crate::training::time::millis;
 use kube::ResourceExt;
 use std::time::Duration;
 
@@ -99,7 +100,7 @@ fn is_my_turn(observed: &Observed, me: &Seniority) -> bool {
 
 fn timeout_ms(observed: &Observed) -> Millis {
     let timeout = observed.training.spec.placement.forming_timeout.get();
-    u64::try_from(timeout.as_millis()).unwrap_or(Millis::MAX).max(1)
+    millis(timeout).max(1)
 }
 
 fn give_back(observed: &Observed, now: Millis, as_the_oldest: bool, plan: &mut Plan) {

@@ -7,6 +7,7 @@ use super::{Action, Plan, delete, has_node, is_member, is_standby, stays};
 use crate::coordinator::membership::Millis;
 use crate::coordinator::report::Phase;
 use crate::training::observe::{Observed, PodView};
+use crate::training::time::millis;
 use std::time::Duration;
 
 /// Replacements under way at a time.
@@ -148,10 +149,6 @@ fn others<'a>(observed: &'a Observed, pod: &PodView) -> Vec<&'a PodView> {
 
 fn staying(observed: &Observed) -> Vec<&PodView> {
     observed.pods.iter().filter(|pod| stays(observed, pod) && !is_standby(observed, pod)).collect()
-}
-
-fn millis(duration: Duration) -> Millis {
-    u64::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
 }
 
 #[cfg(test)]

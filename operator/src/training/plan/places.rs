@@ -6,6 +6,7 @@ use super::leave::unschedulable_since;
 use super::{Action, MAX_CREATED, Plan, delete, has_node, is_standby, stays};
 use crate::coordinator::membership::Millis;
 use crate::training::observe::{Observed, PodView};
+use crate::training::time::millis;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use vicuna_crds::Capacity;
@@ -54,8 +55,7 @@ fn wanted(observed: &Observed, staying: &[&PodView]) -> usize {
 
 /// Takes pods back from pools that have no node for them, if another pool has room.
 fn move_on(observed: &Observed, now: Millis, plan: &mut Plan) -> BTreeSet<String> {
-    let patience = observed.training.spec.placement.stock_out_after.get();
-    let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+    let patience_ms = millis(observed.training.spec.placement.stock_out_after.get());
     let staying: Vec<&PodView> =
         observed.pods.iter().filter(|pod| stays(observed, pod) && !is_standby(observed, pod)).collect();
     let mut stuck = Vec::new();

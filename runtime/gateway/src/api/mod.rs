@@ -16,6 +16,7 @@ mod shape;
 mod stream;
 mod token_check;
 
+use crate::config::Limits;
 use crate::gateway::Gateway;
 use crate::keys::Client;
 use crate::memory::Held;
@@ -55,23 +56,25 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
 }
 
 async fn chat(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
-    let (caller, body) = receive(&gateway, request).await?;
-    let client = caller.client.clone();
-    let answer = async {
-        let ask = Ask::chat(&body, &gateway.limits)?;
-        drop(body);
-        answer::answer(&gateway, Endpoint::Chat, ask, caller).await
-    };
-    Ok(limits::told(&client, answer.await))
+    generate(&gateway, Endpoint::Chat, Ask::chat, request).await
 }
 
 async fn completion(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
-    let (caller, body) = receive(&gateway, request).await?;
+    generate(&gateway, Endpoint::Completion, Ask::completion, request).await
+}
+
+async fn generate(
+    gateway: &Arc<Gateway>,
+    endpoint: Endpoint,
+    parse: fn(&[u8], &Limits) -> Result<Ask, ApiError>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let (caller, body) = receive(gateway, request).await?;
     let client = caller.client.clone();
     let answer = async {
-        let ask = Ask::completion(&body, &gateway.limits)?;
+        let ask = parse(&body, &gateway.limits)?;
         drop(body);
-        answer::answer(&gateway, Endpoint::Completion, ask, caller).await
+        answer::answer(gateway, endpoint, ask, caller).await
     };
     Ok(limits::told(&client, answer.await))
 }

@@ -155,13 +155,17 @@ mod tests {
     use crate::lora::adapter::tests::saved;
     use crate::tiny::tiny;
 
+    fn base() -> (tempfile::TempDir, crate::Pretrained) {
+        let (base, model) = (tempfile::tempdir().unwrap(), tiny(3));
+        save(base.path(), &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref()).unwrap();
+        (base, model)
+    }
+
     #[test]
     fn a_merged_directory_is_the_base_with_what_the_adapter_adds() {
         let lora = Lora::new(4, 16.0, 0.1, &["all-linear"]).unwrap();
         let (adapter, _) = saved(&lora);
-        let base = tempfile::tempdir().unwrap();
-        let model = tiny(3);
-        save(base.path(), &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref()).unwrap();
+        let (base, model) = base();
         let out = tempfile::tempdir().unwrap();
         merge(base.path(), adapter.path(), out.path()).unwrap();
 
@@ -178,9 +182,7 @@ mod tests {
     fn neither_base_nor_adapter_nor_anything_else_is_written_over() {
         let lora = Lora::new(4, 16.0, 0.1, &["q_proj"]).unwrap();
         let (adapter, _) = saved(&lora);
-        let base = tempfile::tempdir().unwrap();
-        let model = tiny(3);
-        save(base.path(), &model.config, &model.tensors, &model.tokenizer, None).unwrap();
+        let (base, _) = base();
         let other = tempfile::tempdir().unwrap();
         std::fs::write(other.path().join("notes"), "mine").unwrap();
         let around = base.path().join("..").join(base.path().file_name().unwrap());
@@ -203,9 +205,7 @@ mod tests {
     fn a_base_in_half_precision_stays_in_it() {
         let lora = Lora::new(4, 16.0, 0.1, &["q_proj"]).unwrap();
         let (adapter, _) = saved(&lora);
-        let base = tempfile::tempdir().unwrap();
-        let model = tiny(3);
-        save(base.path(), &model.config, &model.tensors, &model.tokenizer, None).unwrap();
+        let (base, model) = base();
         let halves: Vec<_> =
             model.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.to_kind(Kind::BFloat16))).collect();
         Tensor::write_safetensors(&halves, base.path().join("model.safetensors")).unwrap();

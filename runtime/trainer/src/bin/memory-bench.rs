@@ -227,10 +227,7 @@ fn run_rank(options: &Options, rank: usize, folder: &Path) -> Result<()> {
         .map_err(|error| anyhow!("{error}"))?;
     let (host, on_device) = peaks.end();
     let lora = adapters::lora(&session.job.recipe.method)?;
-    let table = match &lora {
-        None => BlockTable::new(&session.config),
-        Some(lora) => BlockTable::adapters(&session.config, lora),
-    };
+    let table = BlockTable::of(&session.config, lora.as_ref());
     let workload = Workload {
         config: &session.config,
         table: &table,

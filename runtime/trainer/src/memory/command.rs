@@ -95,9 +95,9 @@ fn table(arguments: &Arguments, config: &Config) -> Result<String> {
         config.parameter_count(),
         blocks.elements()
     )?;
-    for ranks in arguments.ranks.clone() {
-        let need = workload.need(ranks);
-        writeln!(text, "{}{}", line(&need), verdict(&need, limits(arguments)))?;
+    let needs: Vec<Need> = arguments.ranks.clone().map(|ranks| workload.need(ranks)).collect();
+    for need in &needs {
+        writeln!(text, "{}{}", line(need), verdict(need, limits(arguments)))?;
     }
     let layer = workload.run_bytes_a_token() * workload.tokens();
     writeln!(text, "a layer of a micro-batch that is kept instead of computed again: {} more", gigabytes(layer))?;
@@ -105,7 +105,6 @@ fn table(arguments: &Arguments, config: &Config) -> Result<String> {
         let has = config.max_position;
         writeln!(text, "the model is made for {has} tokens: longer sequences need recipe.ropeScaling")?;
     }
-    let needs: Vec<Need> = arguments.ranks.clone().map(|ranks| workload.need(ranks)).collect();
     if !needs.iter().all(|need| need.fits(limits(arguments))) {
         writeln!(text, "{}", remedies(arguments, config, data)?)?;
     }
@@ -193,8 +192,7 @@ fn changes(arguments: &Arguments) -> Vec<(String, Arguments)> {
 }
 
 fn blocks(config: &Config, recipe: &Recipe) -> Result<BlockTable> {
-    let lora = adapters::lora(&recipe.method)?;
-    Ok(lora.map_or_else(|| BlockTable::new(config), |lora| BlockTable::adapters(config, &lora)))
+    Ok(BlockTable::of(config, adapters::lora(&recipe.method)?.as_ref()))
 }
 
 /// About as many as the sequences that are made of them.

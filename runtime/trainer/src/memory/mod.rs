@@ -298,7 +298,7 @@ mod tests {
 
     fn need(config: &Config, method: Method, ranks: u32) -> Need {
         let lora = crate::adapters::lora(&method).unwrap();
-        let table = lora.map_or_else(|| BlockTable::new(config), |lora| BlockTable::adapters(config, &lora));
+        let table = BlockTable::of(config, lora.as_ref());
         let recipe = recipe(method, Precision::Bf16);
         Workload { config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(ranks)
     }
@@ -318,7 +318,7 @@ mod tests {
         let lora = || Lora { rank: 8, alpha: 16.0, dropout: 0.0, targets: vec!["all-linear".to_owned()] };
         let grows = |method: Method| {
             let settings = crate::adapters::lora(&method).unwrap();
-            let table = settings.map_or_else(|| BlockTable::new(&config), |lora| BlockTable::adapters(&config, &lora));
+            let table = BlockTable::of(&config, settings.as_ref());
             let device = |recompute| {
                 let recipe = Recipe { recompute, ..recipe(method.clone(), Precision::Bf16) };
                 Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(2).device
