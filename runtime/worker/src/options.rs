@@ -64,6 +64,9 @@ pub struct Options {
     /// What the node is.
     #[arg(long, env = "VICUNA_CAPACITY", value_enum, default_value = "External")]
     pub capacity: Capacity,
+    /// The pool that the operator made it for; shown beside the node.
+    #[arg(long, env = "VICUNA_POOL", default_value = "")]
+    pub pool: String,
     /// Folder for the model's files.
     #[arg(long, env = "VICUNA_SCRATCH", default_value = "/scratch")]
     pub scratch: PathBuf,

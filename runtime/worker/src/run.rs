@@ -147,6 +147,7 @@ impl Worker {
                 instance: format!("{:016x}", rand::random::<u64>()),
                 node: options.node_name.clone(),
                 capacity: options.capacity.name().to_owned(),
+                pool: options.pool.clone(),
                 slots: options.slots * schedulers.len() as u32,
                 models: offers,
             },

@@ -6,7 +6,9 @@ mod trust;
 
 use clap::Parser;
 use futures::StreamExt;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -24,7 +26,7 @@ use vicuna_protocol::inference::{
 use vicuna_protocol::tls;
 
 /// Nothing here takes longer, unless it hangs.
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 pub const MODEL: &str = "team/chat";
 
 pub use trust::Trust;
@@ -87,6 +89,13 @@ impl TestGateway {
         reqwest::get(url).await.unwrap().text().await.unwrap()
     }
 
+    /// As somebody with an API key.
+    pub async fn ask_as(&self, key: &str, method: reqwest::Method, path: &str, body: Value) -> reqwest::Response {
+        let request = reqwest::Client::new().request(method, self.url(path));
+        let request = request.header("authorization", format!("Bearer {key}")).body(body.to_string());
+        in_time(request.send()).await.unwrap()
+    }
+
     pub fn post(&self, path: &str, body: Value) -> impl Future<Output = reqwest::Response> + use<> {
         let request = reqwest::Client::new().post(self.url(path));
         let request = request.header("content-type", "application/json").body(body.to_string());
@@ -141,7 +150,7 @@ impl TestGateway {
                 ..ModelOffer::default()
             }],
             slots: 4,
-            instance: String::new(),
+            ..WorkerHello::default()
         };
         change(&mut hello);
         let token = self.trust.token("vicuna-gateway", "team", name);
@@ -170,18 +179,19 @@ impl TestGateway {
         outbound.send(message(FromWorker::Hello(hello))).await.unwrap();
         let request = token.sign(Request::new(ReceiverStream::new(messages)))?;
         let inbound = in_time(WorkersClient::new(channel).attach(request)).await?.into_inner();
-        let heartbeat = outbound.clone();
+        let load = Arc::new(Mutex::new(Load { slots: 4, ..Load::default() }));
+        let (heartbeat, reported) = (outbound.clone(), load.clone());
         let heartbeat = tokio::spawn(async move {
             let mut ticks = tokio::time::interval(Duration::from_millis(50));
             loop {
                 ticks.tick().await;
-                let load = Load { slots: 4, ..Load::default() };
+                let load = *reported.lock();
                 if heartbeat.send(message(FromWorker::Load(load))).await.is_err() {
                     return;
                 }
             }
         });
-        Ok(Worker { inbound, outbound, heartbeat: AbortOnDropHandle::new(heartbeat) })
+        Ok(Worker { inbound, outbound, load, heartbeat: AbortOnDropHandle::new(heartbeat) })
     }
 }
 
@@ -208,6 +218,8 @@ async fn answer(response: reqwest::Response) -> (u16, Value) {
 pub struct Worker {
     inbound: Streaming<GatewayMessage>,
     outbound: mpsc::Sender<WorkerMessage>,
+    /// What it says of its load.
+    pub load: Arc<Mutex<Load>>,
     heartbeat: AbortOnDropHandle<()>,
 }
 
@@ -304,6 +316,7 @@ impl Worker {
 /// Server-sent events as they come.
 pub struct Stream {
     pub status: u16,
+    pub headers: reqwest::header::HeaderMap,
     pub worker: Option<String>,
     body: futures::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
     /// Everything so far.
@@ -311,10 +324,11 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn new(response: reqwest::Response) -> Self {
+    pub fn new(response: reqwest::Response) -> Self {
         let worker = response.headers().get("x-vicuna-worker");
         Self {
             status: response.status().as_u16(),
+            headers: response.headers().clone(),
             worker: worker.map(|worker| worker.to_str().unwrap().to_owned()),
             body: response.bytes_stream().boxed(),
             raw: String::new(),
