@@ -13,7 +13,7 @@ pub struct Config {
     /// Name of this replica, in logs and reports.
     #[arg(long, env = "POD_NAME", default_value = "vicuna-gateway")]
     pub name: String,
-    /// OpenAI's API and the chat page.
+    /// OpenAI's API and the pages.
     #[arg(long, env = "VICUNA_LISTEN", default_value = "0.0.0.0:8080")]
     pub listen: SocketAddr,
     /// Where workers attach (gRPC over TLS).
@@ -49,6 +49,12 @@ pub struct Config {
     /// Which worker a request goes to.
     #[arg(long, env = "VICUNA_ROUTING", value_enum, default_value = "least-loaded")]
     pub routing: PolicyName,
+    /// Folder for the arena's votes, which must outlive this process; without it they are in memory.
+    #[arg(long, env = "VICUNA_ARENA_VOTES_FOLDER")]
+    pub arena_votes_folder: Option<PathBuf>,
+    /// MiB of votes in this replica's file; more are refused.
+    #[arg(long, env = "VICUNA_ARENA_VOTES_MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub arena_votes_mib: u64,
     #[command(flatten)]
     pub limits: Limits,
 }

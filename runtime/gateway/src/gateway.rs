@@ -1,6 +1,8 @@
 //! The gateway's parts put together, its listeners, and its end.
 
+use crate::api::live::MAX_READERS;
 use crate::api::{self, error::ApiError};
+use crate::arena::{Arena, ticket::Seal, votes::Votes};
 use crate::config::{Config, Limits};
 use crate::keys::{Client, Keys};
 use crate::loads::Loads;
@@ -21,6 +23,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +43,7 @@ const MAX_MESSAGE_BYTES: usize = 32 << 20;
 
 /// What the handlers share.
 pub struct Gateway {
+    pub name: String,
     pub limits: Limits,
     pub keys: Arc<Keys>,
     pub registry: Arc<Registry>,
@@ -47,6 +51,9 @@ pub struct Gateway {
     pub parked: Parked,
     pub memory: Arc<Memory>,
     pub metrics: Metrics,
+    pub arena: Arc<Arena>,
+    /// Places of those who watch.
+    pub watchers: Arc<Semaphore>,
     /// No new requests.
     pub draining: CancellationToken,
     /// The streams that are left end now.
@@ -119,6 +126,9 @@ pub async fn start(config: &Config) -> Result<Running> {
 fn gateway(config: &Config) -> Result<Gateway> {
     let metrics = Metrics::new()?;
     Ok(Gateway {
+        name: config.name.clone(),
+        arena: Arc::new(arena(config)?),
+        watchers: Arc::new(Semaphore::new(MAX_READERS)),
         limits: config.limits.clone(),
         keys: Keys::load(config.api_keys_file.as_deref())?,
         registry: Registry::new(config.routing.policy(), metrics.clone()),
@@ -129,6 +139,14 @@ fn gateway(config: &Config) -> Result<Gateway> {
         draining: CancellationToken::new(),
         stopped: CancellationToken::new(),
     })
+}
+
+fn arena(config: &Config) -> Result<Arena> {
+    let votes = match &config.arena_votes_folder {
+        Some(folder) => Votes::in_folder(folder, &config.name, config.arena_votes_mib << 20)?,
+        None => Votes::in_memory(),
+    };
+    Ok(Arena { seal: Seal::new(&config.tls_key), votes })
 }
 
 impl Running {

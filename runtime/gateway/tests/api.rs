@@ -94,7 +94,7 @@ async fn models_are_those_that_workers_offer() {
     assert_eq!(gateway.get("/v1/models/team/other").await.0, 404);
     let page = reqwest::get(gateway.url("/")).await.unwrap();
     assert!(page.headers().contains_key("content-security-policy"));
-    assert!(page.text().await.unwrap().contains("/ui/chat.js"));
+    assert!(page.text().await.unwrap().contains("/ui/app.js"));
 }
 
 #[tokio::test]

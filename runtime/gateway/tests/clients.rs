@@ -1,4 +1,4 @@
-//! OpenAI's own clients, unchanged, which `tests/tools/openai.sh` installs.
+//! OpenAI's own clients, and Gradio's chat interface, unchanged, which `tests/tools/{openai,gradio}.sh` install.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -81,6 +81,15 @@ async fn openai_s_javascript_client_works_unchanged() {
     }
 }
 
+#[tokio::test]
+async fn gradio_s_chat_interface_works_unchanged() {
+    let (gradio, openai) = (installed("gradio-"), installed("openai-python-"));
+    if let Some((gradio, openai)) = gradio.zip(openai) {
+        let path = format!("{}:{}", gradio.display(), openai.display());
+        drive(Command::new("python3").env("PYTHONPATH", path), "gradio_chat.py", None).await;
+    }
+}
+
 /// The newest folder of the cache with a name that begins like this; says so where there is none.
 fn installed(prefix: &str) -> Option<PathBuf> {
     let cache = std::env::var_os("VICUNA_CACHE").map(PathBuf::from);
@@ -89,7 +98,7 @@ fn installed(prefix: &str) -> Option<PathBuf> {
     let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix));
     let newest = folders.filter(named).max();
     if newest.is_none() {
-        eprintln!("skipped: OpenAI's client is not installed, run tests/tools/openai.sh");
+        eprintln!("skipped: no {prefix}*, run tests/tools/openai.sh and tests/tools/gradio.sh");
     }
     newest
 }
@@ -105,7 +114,7 @@ async fn drive(program: &mut Command, script: &str, folder: Option<&Path>) {
         program.args([&script, &gateway.url("/v1"), MODEL]).args(folder).kill_on_drop(true).spawn().unwrap();
     serve(&mut first).await;
     // Long enough for the client to hear that it waits.
-    tokio::time::sleep(std::time::Duration::from_millis(5500)).await;
+    tokio::time::sleep(std::time::Duration::from_millis(2500)).await;
     drop(first);
     let mut second = able_worker(&gateway, "w-2").await;
     let status = tokio::select! {

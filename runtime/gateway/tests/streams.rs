@@ -383,7 +383,7 @@ async fn a_stream_waits_for_a_model_that_has_no_worker_and_hears_of_it() {
     let (status, body) = in_time(gateway.ask(json!({}))).await.unwrap();
     assert_eq!((status, &body["error"]["code"]), (503, &json!("no_capacity")));
     let mut stream = in_time(gateway.stream(json!({}))).await.unwrap();
-    while !stream.raw.contains(": waiting for a worker\n") {
+    while !stream.raw.contains(": waiting for a worker") {
         stream.more().await;
     }
     let mut worker = gateway.worker("w-2").await;

@@ -11,7 +11,8 @@ use crate::fixture::{Fixture, NAMESPACE, SOON, serving};
 
 const NAME: &str = "page";
 
-/// Chooses a model, sends, sees the stream end, stops another one; no error in the console, no request elsewhere.
+/// Chooses a model, sends, sees the stream end, stops another one, sees where the worker runs; no error in the console,
+/// no request elsewhere.
 pub fn the_chat_page_answers_in_a_browser(fixture: &Fixture) -> Result<()> {
     fixture.apply(&serving(NAME, "s3://vicuna/models/tiny"))?;
     fixture.objects.wait("vicunaserving", NAME, SOON, |vs| Objects::condition(vs, "Ready", "True"))?;
@@ -20,6 +21,7 @@ pub fn the_chat_page_answers_in_a_browser(fixture: &Fixture) -> Result<()> {
     let screenshot = repository().join("target/chat-page.png");
     let output = Command::new("python3")
         .env("PYTHONPATH", playwright()?)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
         .arg(repository().join("tests/browser/chat.py"))
         .args([&format!("http://{}/", fixture.gateway), &model])
         .arg(&screenshot)

@@ -32,6 +32,8 @@ pub struct Caller {
     /// Where a stream broke off that the client wants the rest of.
     pub position: Option<Position>,
     pub session: Option<String>,
+    /// What the model is called in the answer, where its name is a secret.
+    pub alias: Option<&'static str>,
     /// What the request takes of the memory for requests.
     pub held: Held,
 }
@@ -95,8 +97,8 @@ fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: Caller) -
     check_count(&ask, gateway.limits.max_queue)?;
     gateway.admit(&caller.client)?;
     let mut ticket = gateway.loads.take(&model.name);
-    let id = resume::owned_id(endpoint, &caller.client);
-    let shape = Shape { endpoint, id, created: now_seconds(), model: model.name };
+    let id = resume::owned_id(endpoint, &caller);
+    let shape = Shape { endpoint, id, created: now_seconds(), model: model.name, alias: caller.alias };
     let news = Arc::new(Notify::new());
     let mut choices = Vec::new();
     for (index, prompt) in ask.prompts.iter().enumerate() {
@@ -278,7 +280,7 @@ async fn respond(mut request: Request) -> Result<Response, ApiError> {
         let answers = request.glance();
         if let Some(error) = answers.iter().find_map(failed) {
             request.settle(error.status.as_u16());
-            return Err(error);
+            return Err(request.shape.told(error));
         }
         if answers.iter().all(is_ended) {
             return Ok(whole(&mut request));
@@ -301,7 +303,7 @@ fn whole(request: &mut Request) -> Response {
     let fingerprint = answers.iter().find_map(|news| news.fingerprint.clone());
     let body = request.shape.whole(wholes, request.usage(&answers), fingerprint.as_deref());
     let mut response = Json(body).into_response();
-    name(&mut response, &request.shape.id, &answers);
+    name(&mut response, &request.shape, &answers);
     request.settle(200);
     response
 }
@@ -373,9 +375,9 @@ pub fn failed(news: &News) -> Option<ApiError> {
 }
 
 /// Says what the request is called here and which worker answers, for people who look.
-pub fn name(response: &mut Response, request: &str, answers: &[News]) {
-    let worker = answers.first().and_then(|news| news.worker.as_deref());
-    for (name, value) in [("x-request-id", Some(request)), ("x-vicuna-worker", worker)] {
+pub fn name(response: &mut Response, shape: &Shape, answers: &[News]) {
+    let worker = answers.first().and_then(|news| shape.shown(news.worker.as_deref()));
+    for (name, value) in [("x-request-id", Some(shape.id.as_str())), ("x-vicuna-worker", worker)] {
         if let Some(Ok(value)) = value.map(HeaderValue::from_str) {
             response.headers_mut().insert(name, value);
         }

@@ -61,6 +61,17 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "model_not_found", message).about("model")
     }
 
+    /// The same without its words, which may name a model that is a secret. Those about a request that
+    /// nobody could answer stay.
+    pub fn veiled(self, alias: &str) -> Self {
+        let stays = ["invalid_value", "request_too_large", "invalid_api_key", "shutting_down", "rate_limit_exceeded"];
+        if stays.contains(&self.code) {
+            return self;
+        }
+        let message = format!("Model {alias} cannot answer ({}); try again, or begin with another pair.", self.code);
+        Self { message, param: None, ..self }
+    }
+
     pub fn no_such_path(path: &str) -> Self {
         let message = format!(
             "There is nothing at {path}; this server has /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models."
@@ -144,6 +155,26 @@ impl ApiError {
     pub fn worker_failed(message: &str) -> Self {
         let message = format!("The workers could not generate an answer: {message}");
         Self::new(StatusCode::BAD_GATEWAY, "worker_failed", message)
+    }
+
+    /// The arena needs two models that answer, and that this key may use.
+    pub fn no_pair(ready: usize) -> Self {
+        let message = format!("The arena needs two models with a ready worker; there are {ready} that you may use.");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_pair", message).retry(10)
+    }
+
+    pub fn unknown_battle() -> Self {
+        let message = "This pair is not known here (any more); begin with another one.";
+        Self::new(StatusCode::NOT_FOUND, "unknown_battle", message)
+    }
+
+    pub fn voted_already() -> Self {
+        Self::new(StatusCode::CONFLICT, "voted_already", "This pair has its vote; begin with another one.")
+    }
+
+    pub fn votes_not_stored(reason: &str) -> Self {
+        let message = format!("The vote is not stored: {reason}.");
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, "votes_not_stored", message)
     }
 
     pub fn about(mut self, param: impl Into<String>) -> Self {

@@ -1,12 +1,14 @@
-//! OpenAI's API over HTTP, and the chat page.
+//! OpenAI's API over HTTP, the arena, what there is to watch, and the pages.
 
 mod answer;
+mod arena;
 mod calls;
 mod delivery;
 mod embeddings;
 pub mod error;
 mod fields;
 mod limits;
+pub mod live;
 mod logprobs;
 mod page;
 mod position;
@@ -49,6 +51,8 @@ pub fn router(gateway: Arc<Gateway>) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/api/v1/token_check", post(token_check))
+        .route("/api/v1/live", get(live::live))
+        .merge(arena::router())
         .merge(page::router())
         .fallback(async |request: Request| ApiError::no_such_path(request.uri().path()))
         .method_not_allowed_fallback(async || ApiError::wrong_method())
@@ -114,6 +118,7 @@ fn caller(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, ApiError> {
         position,
         held: room(gateway, headers)?,
         session: text("x-session-id").filter(|session| session.len() <= MAX_SESSION).map(str::to_owned),
+        alias: None,
     })
 }
 

@@ -1,4 +1,4 @@
-//! The chat page: small files inside the binary. It needs no key; what it asks for does.
+//! The pages: small files inside the binary. They need no key; what they ask for does.
 
 use crate::gateway::Gateway;
 use axum::Router;
@@ -15,13 +15,16 @@ const HTML: &str = "text/html; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 const STYLE: &str = "text/css; charset=utf-8";
 
+/// One page for all paths: its script shows what the path says.
+const PAGE: &str = include_str!("../../ui/dist/index.html");
+
 const FILES: &[(&str, &str, &str)] = &[
-    ("/", HTML, include_str!("../../ui/index.html")),
-    ("/ui/chat.js", SCRIPT, include_str!("../../ui/chat.js")),
-    ("/ui/pane.js", SCRIPT, include_str!("../../ui/pane.js")),
-    ("/ui/stream.js", SCRIPT, include_str!("../../ui/stream.js")),
-    ("/ui/markdown.js", SCRIPT, include_str!("../../ui/markdown.js")),
-    ("/ui/style.css", STYLE, include_str!("../../ui/style.css")),
+    ("/", HTML, PAGE),
+    ("/compare", HTML, PAGE),
+    ("/arena", HTML, PAGE),
+    ("/live", HTML, PAGE),
+    ("/ui/app.js", SCRIPT, include_str!("../../ui/dist/app.js")),
+    ("/ui/style.css", STYLE, include_str!("../../ui/dist/style.css")),
 ];
 
 pub fn router() -> Router<Arc<Gateway>> {

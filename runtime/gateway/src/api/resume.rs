@@ -15,11 +15,16 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use vicuna_protocol::inference::{Generate, TranscriptChoice};
 
+/// Ids of answers whose model is a secret begin so: by another path, with a guessed model, they cannot be
+/// gone on with, which would tell that the guess was right.
+const SECRET: &str = "arena-";
+
 /// A new request's id. It ends in a mark of the key that it belongs to: with another one nobody gets
 /// the rest of it, at no gateway.
-pub fn owned_id(endpoint: Endpoint, client: &Client) -> String {
+pub fn owned_id(endpoint: Endpoint, caller: &Caller) -> String {
     let id = endpoint.new_id();
-    match client.name() {
+    let id = if caller.alias.is_some() { format!("{SECRET}{id}") } else { id };
+    match caller.client.name() {
         "" => id,
         name => format!("{id}-{}", mark(&id, name)),
     }
@@ -47,7 +52,9 @@ pub async fn resume(
     let model = gateway.model_for(&caller.client, &ask.model)?;
     let unknown = || ApiError::unknown_stream(&position.request);
     let wanted = ask.prompts.len() * ask.n as usize;
-    if !owns(&caller.client, &position.request) || position.choices.len() != wanted {
+    let is_secret = position.request.starts_with(SECRET);
+    let fits = position.choices.len() == wanted && is_secret == caller.alias.is_some();
+    if !owns(&caller.client, &position.request) || !fits {
         return Err(unknown());
     }
     gateway.admit(&caller.client)?;
@@ -61,7 +68,8 @@ pub async fn resume(
     let ticket = gateway.loads.take(&model.name);
     gateway.metrics.returns.inc();
     tracing::info!(request = position.request, "a client comes back for its stream");
-    let shape = Shape { endpoint, id: position.request.clone(), created: now_seconds(), model: model.name };
+    let (id, alias) = (position.request.clone(), caller.alias);
+    let shape = Shape { endpoint, id, created: now_seconds(), model: model.name, alias };
     let news = Arc::new(Notify::new());
     let restored = |(job, index, transcript)| Arc::new(Choice::restored(job, index, news.clone(), transcript));
     let choices: Vec<_> = stream.into_iter().map(restored).collect();

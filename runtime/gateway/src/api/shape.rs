@@ -1,6 +1,7 @@
 //! The JSON that goes back, of both endpoints, whole and in chunks.
 
 use super::calls::Call;
+use super::error::ApiError;
 use crate::choice::{Choice, News, Outcome, Phase};
 use crate::routing::hash;
 use serde::Serialize;
@@ -46,6 +47,8 @@ pub struct Shape {
     /// Unix time in seconds.
     pub created: u64,
     pub model: String,
+    /// What it is called instead, where its name is a secret: then nothing else tells which one it is.
+    pub alias: Option<&'static str>,
 }
 
 /// Tokens of a request: each prompt once, all choices' completions.
@@ -141,11 +144,29 @@ struct Delta<'a> {
 }
 
 impl Shape {
+    /// What the client calls the model.
+    fn called(&self) -> &str {
+        self.alias.unwrap_or(&self.model)
+    }
+
+    /// What would tell which model it is, where that is no secret.
+    pub fn shown<'a>(&self, telling: Option<&'a str>) -> Option<&'a str> {
+        telling.filter(|_| self.alias.is_none())
+    }
+
+    /// An error, without the model's name where that is a secret.
+    pub fn told(&self, error: ApiError) -> ApiError {
+        match self.alias {
+            Some(alias) => error.veiled(alias),
+            None => error,
+        }
+    }
+
     pub fn whole(&self, choices: Vec<Whole>, usage: Usage, fingerprint: Option<&str>) -> Value {
         let choices: Vec<_> = choices.into_iter().enumerate().map(|(index, whole)| self.choice(index, whole)).collect();
         json!({
-            "id": self.id, "object": self.endpoint.whole(), "created": self.created, "model": self.model,
-            "system_fingerprint": fingerprint, "choices": choices, "usage": usage.json(),
+            "id": self.id, "object": self.endpoint.whole(), "created": self.created, "model": self.called(),
+            "system_fingerprint": self.shown(fingerprint), "choices": choices, "usage": usage.json(),
             "vicuna": { "resumes": usage.resumes },
         })
     }
@@ -180,8 +201,8 @@ impl Shape {
             id: &self.id,
             object: self.endpoint.chunk(),
             created: self.created,
-            model: &self.model,
-            system_fingerprint: fingerprint,
+            model: self.called(),
+            system_fingerprint: self.shown(fingerprint),
             choices: [choice],
         };
         // Nothing in it can fail: no map has keys that are not text.
@@ -190,7 +211,7 @@ impl Shape {
 
     pub fn usage(&self, usage: Usage) -> Value {
         json!({
-            "id": self.id, "object": self.endpoint.chunk(), "created": self.created, "model": self.model,
+            "id": self.id, "object": self.endpoint.chunk(), "created": self.created, "model": self.called(),
             "choices": [], "usage": usage.json(), "vicuna": { "resumes": usage.resumes },
         })
     }

@@ -24,17 +24,18 @@ use tokio::time::{Instant, sleep, sleep_until};
 /// How long a stream waits for its first token before it says 200: an error until then has its own
 /// status, and the header can name the worker.
 const HEADER_PATIENCE: Duration = Duration::from_secs(1);
-/// Between comments that keep the connection alive.
+/// Between comments that keep the connection alive; the first is sooner, for people who wait.
 const COMMENT_INTERVAL: Duration = Duration::from_secs(5);
+const FIRST_COMMENT: Duration = Duration::from_secs(1);
 
 /// `from`: what the client has already; empty for a new stream.
 pub async fn respond(mut request: Request, from: Vec<At>) -> Result<Response, ApiError> {
     let answers = first_news(&mut request).await;
     if let Some(error) = answers.iter().find_map(failed) {
         request.settle(error.status.as_u16());
-        return Err(error);
+        return Err(request.shape.told(error));
     }
-    let id = request.shape.id.clone();
+    let shape = request.shape.clone();
     let (delivery, body) = delivery(request.gateway().limits.write_timeout);
     tokio::spawn(write(Writer::new(request, from), delivery));
     let mut response = Response::new(body);
@@ -43,7 +44,7 @@ pub async fn respond(mut request: Request, from: Vec<At>) -> Result<Response, Ap
     // Proxies that buffer would hold the answer back.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    name(&mut response, &id, &answers);
+    name(&mut response, &shape, &answers);
     Ok(response)
 }
 
@@ -76,6 +77,7 @@ async fn write(mut writer: Writer, delivery: Delivery) {
 
 async fn write_all(writer: &mut Writer, delivery: &Delivery) -> Result<(), GivenUp> {
     let (news, stopped) = (writer.request.news.clone(), writer.request.gateway().stopped.clone());
+    let mut pause = FIRST_COMMENT;
     loop {
         delivery.hand(&writer.write()).await?;
         if writer.done {
@@ -83,7 +85,10 @@ async fn write_all(writer: &mut Writer, delivery: &Delivery) -> Result<(), Given
         }
         tokio::select! {
             () = news.notified() => {}
-            () = sleep(COMMENT_INTERVAL) => delivery.hand(&writer.comment()).await?,
+            () = sleep(pause) => {
+                pause = COMMENT_INTERVAL;
+                delivery.hand(&writer.comment()).await?;
+            }
             () = stopped.cancelled() => return delivery.hand(&error_event(&ApiError::shutting_down())).await,
         }
     }
@@ -138,7 +143,7 @@ impl Writer {
             self.write_choice(index, news, &mut events);
         }
         if let Some(error) = answers.iter().find_map(failed) {
-            events.push_str(&error_event(&error));
+            events.push_str(&error_event(&self.request.shape.told(error.clone())));
             self.request.settle(error.status.as_u16());
             self.done = true;
         } else if answers.iter().all(is_ended) {
@@ -171,8 +176,8 @@ impl Writer {
         }
         if news.resumes > self.told[index].resumes {
             self.told[index].resumes = news.resumes;
-            let worker = news.worker.as_deref().unwrap_or_default();
-            events.push_str(&comment(&format!("resumed on {worker}")));
+            let on = self.request.shape.shown(news.worker.as_deref()).map(|worker| format!(" on {worker}"));
+            events.push_str(&comment(&format!("resumed{}", on.unwrap_or_default())));
         }
     }
 
@@ -256,8 +261,10 @@ impl Writer {
         if self.request.ask.include_usage {
             self.event(&self.request.shape.usage(usage).to_string(), events);
         }
-        let workers: Vec<_> = answers.iter().filter_map(|news| news.worker.as_deref()).collect();
-        let served = format!("served by {}; resumes {}", workers.join(" "), usage.resumes);
+        let workers = answers.iter().filter_map(|news| self.request.shape.shown(news.worker.as_deref()));
+        let workers: Vec<_> = workers.collect();
+        let by = if workers.is_empty() { String::new() } else { format!(" by {}", workers.join(" ")) };
+        let served = format!("served{by}; resumes {}", usage.resumes);
         events.push_str(&comment(&served));
         events.push_str("data: [DONE]\n\n");
         self.request.settle(200);
@@ -265,7 +272,9 @@ impl Writer {
     }
 
     fn comment(&self) -> String {
-        comment(&doing(&self.request.choices))
+        let model = self.request.gateway().registry.model(&self.request.shape.model);
+        let loaded = model.is_some_and(|model| !model.workers.is_empty());
+        comment(&doing(&self.request.choices, loaded))
     }
 }
 
@@ -298,9 +307,11 @@ fn error_event(error: &ApiError) -> String {
 }
 
 /// What is done for a client that gets no text; of several choices the one that is least far counts.
-fn doing(choices: &[Arc<Choice>]) -> String {
+/// `loaded`: some worker has the model.
+fn doing(choices: &[Arc<Choice>], loaded: bool) -> String {
     if choices.iter().any(|choice| choice.is_queued()) {
-        return "waiting for a worker".to_owned();
+        let why = if loaded { "" } else { "; none has loaded the model" };
+        return format!("waiting for a worker{why}");
     }
     let reading = choices.iter().filter_map(|choice| match choice.work() {
         Some(Work::Reading { computed, all }) => Some((all - computed, all)),
@@ -326,13 +337,14 @@ mod tests {
     fn a_client_hears_how_far_its_prompt_is_read() {
         let choices = [0, 1].map(|index| Arc::new(Choice::new(Arc::default(), index, Arc::default())));
         choices[0].begin(server(1));
-        assert_eq!(doing(&choices), "waiting for a worker");
+        assert_eq!(doing(&choices, true), "waiting for a worker");
+        assert_eq!(doing(&choices, false), "waiting for a worker; none has loaded the model");
         choices[1].begin(server(1));
-        assert_eq!(doing(&choices), "generating");
+        assert_eq!(doing(&choices, true), "generating");
         choices[0].works(1, Work::Reading { computed: 512, all: 4096 });
         choices[1].works(1, Work::Reading { computed: 1024, all: 4096 });
-        assert_eq!(doing(&choices), "reading the prompt, 512 of 4096 tokens");
+        assert_eq!(doing(&choices, true), "reading the prompt, 512 of 4096 tokens");
         choices[0].append(1, delta(0, &[1], "a")).unwrap();
-        assert_eq!(doing(&choices), "reading the prompt, 1024 of 4096 tokens");
+        assert_eq!(doing(&choices, true), "reading the prompt, 1024 of 4096 tokens");
     }
 }

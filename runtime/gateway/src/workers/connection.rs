@@ -1,6 +1,8 @@
 //! One attached worker and what it has to do.
 
+use super::happenings::now_ms;
 use super::inquiry::Answer;
+use super::view::Place;
 use crate::choice::{Choice, Loss, Variant};
 use crate::routing::ejection::Health;
 use crate::routing::{self, Candidate};
@@ -29,10 +31,13 @@ pub struct Connection {
     pub instance: String,
     pub namespace: String,
     pub offers: Vec<ModelOffer>,
+    pub place: Place,
+    /// Unix time in milliseconds.
+    pub attached_ms: u64,
     /// Cancelled once it is out of the registry, whoever put it out.
     pub gone: CancellationToken,
     name_hash: u64,
-    slots: u32,
+    pub slots: u32,
     outbound: Outbound,
     active: Mutex<Active>,
 }
@@ -94,6 +99,8 @@ impl Connection {
             instance: hello.instance,
             namespace: namespace.to_owned(),
             offers: hello.models,
+            place: Place { node: hello.node, pool: hello.pool, capacity: hello.capacity },
+            attached_ms: now_ms(),
             gone: CancellationToken::new(),
             slots: hello.slots,
             outbound,
@@ -135,19 +142,25 @@ impl Connection {
         same
     }
 
-    /// Takes everything off a worker that is gone.
-    pub fn abandon(&self) {
+    /// Takes everything off a worker that is gone; tells how many answers were on it.
+    pub fn abandon(&self) -> u32 {
         self.gone.cancel();
-        let (choices, inquiries) = {
+        let (count, choices, inquiries) = {
             let mut active = self.active.lock();
-            active.count = 0;
-            (std::mem::take(&mut active.choices), std::mem::take(&mut active.inquiries))
+            let count = std::mem::take(&mut active.count);
+            (count, std::mem::take(&mut active.choices), std::mem::take(&mut active.inquiries))
         };
         // Those who asked see that nobody will answer.
         drop(inquiries);
         for choice in choices.values().flat_map(BTreeMap::values) {
             choice.lose(self.id, Loss::Gone);
         }
+        count
+    }
+
+    /// What is offered, by name.
+    pub fn models(&self) -> Vec<String> {
+        self.offers.iter().map(|offer| offer.name.clone()).collect()
     }
 
     pub fn send(&self, body: Body) -> bool {
@@ -190,12 +203,20 @@ impl Connection {
         active.heard = Instant::now();
     }
 
+    /// Its last report, and whether it drains.
+    pub fn reported(&self) -> (Load, bool) {
+        let active = self.active.lock();
+        (active.load, active.draining)
+    }
+
     pub fn is_silent(&self, timeout: Duration) -> bool {
         self.active.lock().heard.elapsed() > timeout
     }
 
-    pub fn drain(&self) {
-        self.active.lock().draining = true;
+    /// Nothing new for it; tells whether that is new, and how many answers are on it.
+    pub fn drain(&self) -> Option<u32> {
+        let mut active = self.active.lock();
+        (!std::mem::replace(&mut active.draining, true)).then_some(active.count)
     }
 
     pub fn is_draining(&self) -> bool {

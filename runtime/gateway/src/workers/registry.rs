@@ -5,7 +5,9 @@
 //! answers on it, so that tokens do not contend. Order of locks: registry, connection, choice.
 
 use super::connection::{Connection, Outbound, compare_speeds};
+use super::happenings::{Happenings, What};
 use super::queue::{FairQueue, Taken};
+use super::view::{Snapshot, WorkerView};
 use crate::api::error::ApiError;
 use crate::choice::{Choice, Server, Variant};
 use crate::metrics::Metrics;
@@ -69,11 +71,21 @@ pub struct Registry {
     metrics: Metrics,
     /// Notified when a worker attaches.
     arrivals: Notify,
+    pub happenings: Happenings,
+    /// Taken before the state's lock.
+    snapshot: Mutex<Option<Arc<Snapshot>>>,
 }
 
 impl Registry {
     pub fn new(policy: Box<dyn Policy>, metrics: Metrics) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), policy, metrics, arrivals: Notify::new() })
+        Arc::new(Self {
+            state: Mutex::default(),
+            policy,
+            metrics,
+            arrivals: Notify::new(),
+            happenings: Happenings::default(),
+            snapshot: Mutex::default(),
+        })
     }
 
     /// Whether the process that says hello is here already, by a connection that lives: the gateway has
@@ -108,6 +120,7 @@ impl Registry {
         let connection = Arc::new(Connection::new(state.next_id, namespace, hello, outbound));
         state.connections.insert(connection.id, connection.clone());
         self.metrics.workers.set(state.connections.len() as i64);
+        self.happenings.tell(What::Attached, &connection.worker, connection.models(), 0);
         for offer in &connection.offers {
             remember(&mut state.models, &offer.name, Some(offer));
             self.dispatch(&mut state, &offer.name);
@@ -148,11 +161,33 @@ impl Registry {
         self.dispatch_all(&mut self.state.lock(), connection);
     }
 
+    /// A worker is about to leave and takes nothing new.
+    pub fn drain(&self, connection: &Connection) {
+        if let Some(streams) = connection.drain() {
+            self.happenings.tell(What::Draining, &connection.worker, connection.models(), streams);
+        }
+    }
+
+    /// How all stand, not longer ago than `age`.
+    pub fn snapshot(&self, age: Duration) -> Arc<Snapshot> {
+        let mut last = self.snapshot.lock();
+        if let Some(snapshot) = last.as_ref().filter(|snapshot| snapshot.taken.elapsed() < age) {
+            return snapshot.clone();
+        }
+        let models = self.models().into_iter().map(|model| (model.name, model.workers.len())).collect();
+        let connections: Vec<_> = self.state.lock().connections.values().cloned().collect();
+        let workers = connections.iter().map(|connection| WorkerView::of(connection)).collect();
+        let snapshot = Arc::new(Snapshot { taken: Instant::now(), models, workers });
+        *last = Some(snapshot.clone());
+        snapshot
+    }
+
     /// A worker has failed at something; after a few in a row it is left out for a while.
     pub fn failed(&self, id: u64) {
         let connection = self.state.lock().connections.get(&id).cloned();
         if let Some(connection) = connection.filter(|connection| connection.failed()) {
             self.metrics.ejections.inc();
+            self.happenings.tell(What::LeftOut, &connection.worker, connection.models(), 0);
             tracing::warn!(worker = &*connection.worker, "worker fails again and again; left out for a while");
         }
     }
@@ -253,7 +288,8 @@ impl Registry {
         // The choices that it loses come back by their drivers.
         if let Some(connection) = state.connections.remove(&id) {
             self.metrics.workers.set(state.connections.len() as i64);
-            connection.abandon();
+            let streams = connection.abandon();
+            self.happenings.tell(What::Gone, &connection.worker, connection.models(), streams);
         }
     }
 
@@ -307,6 +343,7 @@ impl Registry {
         connection.put(choice);
         if !generate.generated.is_empty() {
             self.metrics.resumes.with_label_values(&[model]).inc();
+            self.happenings.tell(What::Resumed, &connection.worker, vec![model.to_owned()], 1);
         }
         if !connection.send(Body::Generate(generate)) {
             tracing::warn!(worker = &*connection.worker, "worker does not read; taken as gone");

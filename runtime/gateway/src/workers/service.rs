@@ -130,7 +130,7 @@ impl WorkerService {
             }
             Body::Draining(draining) => {
                 tracing::info!(worker = &*connection.worker, draining.deadline_ms, "worker drains");
-                connection.drain();
+                self.registry.drain(connection);
             }
             Body::Hello(_) => {
                 return Err(Status::invalid_argument("a worker says hello once"));
@@ -206,7 +206,7 @@ fn accept(caller: &Caller, mut hello: WorkerHello) -> Result<WorkerHello, Status
         && hello.models.iter().all(|offer| named(&offer.name) && offer.max_length > 0)
         && (1..=MAX_SLOTS).contains(&hello.slots)
         && named(&hello.worker)
-        && hello.instance.len() <= MAX_NAME;
+        && [&hello.instance, &hello.node, &hello.pool, &hello.capacity].iter().all(|text| text.len() <= MAX_NAME);
     match sound {
         true => Ok(hello),
         false => Err(Status::invalid_argument(format!(

@@ -46,7 +46,7 @@ text, gap, last = "", 0.0, time.monotonic()
 for chunk in chat("move", stream=True):
     gap, last = max(gap, time.monotonic() - last), time.monotonic()
     text += chunk.choices[0].delta.content or "" if chunk.choices else ""
-assert text == SAID and gap > 5, (text, gap)
+assert text == SAID and gap > 2, (text, gap)
 
 called = chat(tools=TOOLS).choices[0]
 assert called.finish_reason == "tool_calls" and called.message.tool_calls[0].function.name == "weather"
