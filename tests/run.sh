@@ -35,7 +35,7 @@ suite() {
 # What the golden tests compare with, and the clients that drive the gateway; without them they would say that they are
 # skipped.
 golden_suite() {
-    tests/tools/transformers.sh && tests/tools/peft.sh && tests/tools/openai.sh &&
+    tests/tools/transformers.sh && tests/tools/chat_templates.sh && tests/tools/peft.sh && tests/tools/openai.sh &&
         cargo test --release --locked --workspace --exclude vicuna-tests --test '*' --no-fail-fast
 }
 

@@ -4,6 +4,7 @@ pub mod connection;
 pub mod inquiry;
 mod queue;
 pub mod registry;
+pub mod relay;
 pub mod service;
 pub mod trust;
 
