@@ -35,8 +35,8 @@ suite() {
 # What the golden tests compare with, the clients that drive the gateway, and what its pages are made with and looked at;
 # without them they would say that they are skipped.
 golden_suite() {
-    tests/tools/transformers.sh && tests/tools/peft.sh && tests/tools/openai.sh && tests/tools/gradio.sh &&
-        tests/tools/browser.sh && tests/tools/ui.sh &&
+    tests/tools/transformers.sh && tests/tools/chat_templates.sh && tests/tools/peft.sh && tests/tools/openai.sh &&
+        tests/tools/gradio.sh && tests/tools/browser.sh && tests/tools/ui.sh &&
         cargo test --release --locked --workspace --exclude vicuna-tests --test '*' --no-fail-fast
 }
 

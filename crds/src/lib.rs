@@ -19,7 +19,7 @@ pub use interval::Interval;
 pub use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 pub use period::Period;
 pub use pool::{Capacity, Pool};
-pub use serving::{VicunaServing, VicunaServingSpec, VicunaServingStatus};
+pub use serving::{VicunaServing, VicunaServingSpec, VicunaServingStatus, WeightsCache};
 pub use source::{SecretReference, Template};
 pub use training::{VicunaTraining, VicunaTrainingSpec, VicunaTrainingStatus};
 

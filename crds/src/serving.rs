@@ -8,6 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Types of the conditions in a status.
 pub mod condition {
@@ -250,6 +251,44 @@ pub struct Worker {
     #[serde(default = "default_slots")]
     #[schemars(range(min = 1, max = 1024))]
     pub slots: u32,
+    /// Where workers of a node share what they have fetched from buckets; each fetches for itself if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<WeightsCache>,
+}
+
+/// A volume with weights, verified at each use, of which what was used longest ago goes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.claimName) != has(self.csi)").message("Set exactly one of claimName and csi."))]
+pub struct WeightsCache {
+    /// A PersistentVolumeClaim of the serving's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub claim_name: Option<String>,
+    /// A volume of a CSI driver, which may give all pods of a node the same folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub csi: Option<CacheDriver>,
+    /// MiB that the cache may take of it.
+    #[serde(default = "default_cache_mib")]
+    #[schemars(range(min = 1, max = 1_073_741_824))]
+    pub size_mib: u64,
+}
+
+/// An inline volume of a CSI driver.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CacheDriver {
+    /// Name of the driver, as `kubectl get csidrivers` has it.
+    #[schemars(length(min = 1, max = 63))]
+    pub driver: String,
+    /// What the driver wants to know.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub volume_attributes: BTreeMap<String, String>,
+}
+
+fn default_cache_mib() -> u64 {
+    100 * 1024
 }
 
 fn default_slots() -> u32 {
@@ -258,7 +297,7 @@ fn default_slots() -> u32 {
 
 impl Default for Worker {
     fn default() -> Self {
-        Self { resources: None, slots: default_slots() }
+        Self { resources: None, slots: default_slots(), cache: None }
     }
 }
 

@@ -6,12 +6,15 @@
 //!
 //! - [`store`]: one API over S3 and local folders, with errors that a user can act on;
 //! - [`manifest`]: writing, listing and verified loading of checkpoints;
-//! - [`retention`]: mark and sweep.
+//! - [`retention`]: mark and sweep;
+//! - [`cache`]: weights on a node's disk, verified and bounded, for all pods that share the folder.
 
+pub mod cache;
 pub mod manifest;
 pub mod retention;
 pub mod store;
 
+pub use cache::Cache;
 pub use manifest::{BlockEntry, Cursor, Inputs, Manifest, ManifestError, ManifestRef};
 pub use store::{Store, StoreError, fetch, sizes, upload_dir};
 

@@ -9,6 +9,11 @@
 //!
 //! What a user writes never becomes a control token, whatever it looks like.
 
+mod python_json;
+mod tools;
+
+pub use tools::Said;
+
 use crate::conversation::{Role, Turn};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -237,6 +242,7 @@ impl Template {
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_filter("tojson", python_json::tojson);
         environment.add_function("raise_exception", |message: String| {
             Err::<String, _>(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
         });
@@ -428,13 +434,17 @@ impl Encoder {
             .iter()
             .map(|turn| minijinja::context! { role => turn.role.name(), content => turn.content })
             .collect();
+        let given = turns.iter().map(|turn| turn.content.len()).sum();
+        self.render_with(minijinja::context! { messages, add_generation_prompt }, given)
+    }
+
+    /// `given`: bytes of what is written down.
+    fn render_with(&self, context: minijinja::Value, given: usize) -> Result<String, TemplateError> {
         let context = minijinja::context! {
-            messages,
-            add_generation_prompt,
             bos_token => self.template.bos_token,
             eos_token => self.template.eos_token,
+            ..context
         };
-        let given: usize = turns.iter().map(|turn| turn.content.len()).sum();
         let mut written = Written { text: Vec::new(), limit: WRITTEN_LIMIT_BYTES + WRITTEN_LIMIT_TIMES * given };
         let template = self.environment.get_template("chat");
         let rendered = template.and_then(|template| template.render_captured_to(context, &mut written).map(drop));

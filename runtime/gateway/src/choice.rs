@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use vicuna_protocol::inference::{Delta, Done, Generate, ModelOffer, TokenLogprob};
+use vicuna_protocol::tools::Dialect;
 
 /// Log probabilities of a prompt's tokens and their alternatives that are kept of a choice.
 const MAX_PROMPT_SCORES: usize = 1 << 18;
@@ -45,6 +46,8 @@ pub struct Variant {
     pub weights_digest: Arc<str>,
     pub template: String,
     pub quantization: String,
+    /// How calls of tools are written; a function of the template.
+    pub dialect: Option<Dialect>,
 }
 
 impl From<&ModelOffer> for Variant {
@@ -53,6 +56,7 @@ impl From<&ModelOffer> for Variant {
             weights_digest: offer.weights_digest.as_str().into(),
             template: offer.template.clone(),
             quantization: offer.quantization.clone(),
+            dialect: Dialect::named(&offer.tool_dialect),
         }
     }
 }
@@ -115,6 +119,8 @@ pub struct Transcript {
     pub prompt_scores: Vec<TokenLogprob>,
     /// What its tokens are of; none as long as there are none.
     pub variant: Option<Variant>,
+    /// Zero as long as no worker has said.
+    pub prompt_tokens: u32,
     /// Set once a worker has ended it.
     pub done: Option<Outcome>,
 }
@@ -183,10 +189,14 @@ pub struct News {
     pub logprobs: Vec<TokenLogprob>,
     /// Tokens of the completion so far.
     pub position: usize,
+    /// Zero as long as no worker has said.
+    pub prompt_tokens: u32,
     pub resumes: u32,
     pub worker: Option<Arc<str>>,
     /// The weights that the answer is of.
     pub fingerprint: Option<Arc<str>>,
+    /// How calls of tools are written in it.
+    pub dialect: Option<Dialect>,
     pub phase: Phase,
 }
 
@@ -340,6 +350,7 @@ impl Choice {
         }
         let speed = state.speed();
         state.transcript.text.push_str(&done.text);
+        state.transcript.prompt_tokens = done.prompt_tokens;
         let outcome = Outcome::Done {
             finish_reason: done.finish_reason,
             prompt_tokens: done.prompt_tokens,
@@ -450,9 +461,11 @@ impl Choice {
             text: transcript.text.get(seen.bytes..).unwrap_or_default().to_owned(),
             logprobs: transcript.logprobs.get(seen.tokens..).unwrap_or_default().to_vec(),
             position: transcript.tokens.len(),
+            prompt_tokens: transcript.prompt_tokens,
             resumes: state.resumes,
             worker: state.server.as_ref().map(|server| server.name.clone()),
             fingerprint: transcript.variant.as_ref().map(|variant| variant.weights_digest.clone()),
+            dialect: transcript.variant.as_ref().and_then(|variant| variant.dialect),
             phase: state.phase.clone(),
         }
     }
@@ -493,6 +506,7 @@ impl State {
         self.transcript.tokens.extend(delta.tokens);
         self.transcript.text.push_str(&delta.text);
         self.transcript.logprobs.extend(delta.logprobs);
+        self.transcript.prompt_tokens = self.transcript.prompt_tokens.max(delta.prompt_tokens);
         self.first_token.get_or_insert((now, self.transcript.tokens.len()));
         self.moved = now;
     }
@@ -528,7 +542,12 @@ pub(crate) mod tests {
         Server {
             id,
             name: format!("w{id}").into(),
-            variant: Variant { weights_digest: "d".into(), template: "t".into(), quantization: "q".into() },
+            variant: Variant {
+                weights_digest: "d".into(),
+                template: "t".into(),
+                quantization: "q".into(),
+                dialect: None,
+            },
             max_length: 8,
         }
     }

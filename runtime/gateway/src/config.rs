@@ -46,6 +46,10 @@ pub struct Config {
     /// Token for the operator, audience vicuna-coordinator; read anew at every connection.
     #[arg(long, env = "VICUNA_OPERATOR_TOKEN_FILE")]
     pub operator_token_file: Option<PathBuf>,
+    /// Host and port at which all gateways, this one among them, are reached by workers: `HOST:PORT`, where every
+    /// address of the host is a gateway. Workers from outside that reach one of them only are passed on to the others.
+    #[arg(long, env = "VICUNA_PEERS", value_parser = address)]
+    pub peers: Option<Address>,
     /// Which worker a request goes to.
     #[arg(long, env = "VICUNA_ROUTING", value_enum, default_value = "least-loaded")]
     pub routing: PolicyName,
@@ -112,6 +116,21 @@ pub struct Limits {
     /// How long streams may go on after SIGTERM.
     #[arg(long = "drain-seconds", env = "VICUNA_DRAIN_SECONDS", default_value = "25", value_parser = seconds)]
     pub drain_timeout: Duration,
+}
+
+/// A host by its name, and a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    pub host: String,
+    pub port: u16,
+}
+
+fn address(text: &str) -> Result<Address, String> {
+    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    match parts {
+        Some((host, port)) if !host.is_empty() && port > 0 => Ok(Address { host: host.to_owned(), port }),
+        _ => Err(format!("{text:?}: give HOST:PORT, as in vicuna-gateway-workers.vicuna-system.svc:9443")),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

@@ -1,7 +1,7 @@
 //! The gateway's parts put together, its listeners, and its end.
 
 use crate::api::live::MAX_READERS;
-use crate::api::{self, error::ApiError};
+use crate::api::{self, error::ApiError, takeover::Takeovers};
 use crate::arena::{Arena, ticket::Seal, votes::Votes};
 use crate::config::{Config, Limits};
 use crate::keys::{Client, Keys};
@@ -14,6 +14,7 @@ use crate::serve::certificates::Certificates;
 use crate::serve::{self, Terms};
 use crate::workers::Registry;
 use crate::workers::registry::Model;
+use crate::workers::relay::Peers;
 use crate::workers::service::WorkerService;
 use crate::workers::trust::Trust;
 use anyhow::{Context, Result};
@@ -49,6 +50,7 @@ pub struct Gateway {
     pub registry: Arc<Registry>,
     pub loads: Arc<Loads>,
     pub parked: Parked,
+    pub takeovers: Arc<Takeovers>,
     pub memory: Arc<Memory>,
     pub metrics: Metrics,
     pub arena: Arc<Arena>,
@@ -134,6 +136,7 @@ fn gateway(config: &Config) -> Result<Gateway> {
         registry: Registry::new(config.routing.policy(), metrics.clone()),
         loads: Loads::new(metrics.clone()),
         parked: Parked::new(config.limits.return_timeout),
+        takeovers: Arc::default(),
         memory: Memory::new(config.limits.max_request_memory_mib << 20),
         metrics,
         draining: CancellationToken::new(),
@@ -203,7 +206,14 @@ fn terms(
 }
 
 fn workers_router(config: &Config, gateway: &Arc<Gateway>) -> Router {
+    let peers = config.peers.as_ref().map(|peers| Peers {
+        host: peers.host.clone(),
+        port: peers.port,
+        ca_file: config.trust_dir.join("ca.crt"),
+        name: config.name.clone(),
+    });
     let service = WorkerService {
+        peers,
         gateway: config.name.clone(),
         registry: gateway.registry.clone(),
         trust: Trust::new(&config.trust_dir),

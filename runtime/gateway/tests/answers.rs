@@ -5,15 +5,14 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{MODEL, TestGateway, Worker, gateway, in_time, scored, text};
+use support::{MODEL, Stream, TestGateway, Worker, gateway, in_time, scored, text};
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
-use vicuna_protocol::inference::generate::Format;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
 use vicuna_protocol::inference::{Embedding, Embeddings, Failure, PromptScores, TokenCount, TokenLogprob, failure};
 
 async fn able_worker(gateway: &TestGateway) -> Worker {
     let able = |hello: &mut vicuna_protocol::inference::WorkerHello| {
-        hello.models[0].tools = true;
+        hello.models[0].tool_dialect = "hermes".into();
         hello.models[0].json_schema = true;
         hello.models[0].embedding_dimensions = 2;
     };
@@ -162,14 +161,95 @@ async fn calls_of_tools_are_told_apart_from_text() {
     assert!(events.iter().any(|event| event["choices"][0]["finish_reason"] == "tool_calls"));
 }
 
+/// Indexes, names and arguments of the deltas of calls, as they came.
+fn deltas(stream: &Stream) -> Vec<(u64, String, String)> {
+    let events = stream.events();
+    let deltas = events.iter().filter_map(|event| event["choices"][0]["delta"]["tool_calls"].as_array());
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let parts = deltas.flatten().map(|delta| {
+        let function = &delta["function"];
+        (delta["index"].as_u64().unwrap(), text(&function["name"]), text(&function["arguments"]))
+    });
+    parts.collect()
+}
+
+#[tokio::test]
+async fn arguments_come_as_they_are_written_also_from_another_worker_and_to_a_client_that_comes_back() {
+    let gateway = gateway(&[]).await;
+    let mut first = able_worker(&gateway).await;
+    let stream = gateway.stream(json!({ "tools": tools() }));
+    let generate = first.generate().await;
+    first.say(&generate, 0, "<tool_call>{\"name\": \"weather\", \"arguments\": {\"in\": ").await;
+    let mut stream = stream.await.unwrap();
+    while deltas(&stream).is_empty() {
+        stream.more().await;
+    }
+    let begun = stream.last_event_id();
+    drop(first);
+    let mut second = gateway.worker_with("w-2", |hello| hello.models[0].tool_dialect = "hermes".into()).await;
+    let generate = second.generate().await;
+    assert_eq!(generate.generated, [100]);
+    second.say(&generate, 1, "\"Rome\"}").await;
+    second.say(&generate, 2, "}</tool_call>").await;
+    while deltas(&stream).len() < 2 {
+        stream.more().await;
+    }
+    let expected = [(0, "weather".to_owned(), "{\"in\": ".to_owned()), (0, String::new(), "\"Rome\"}".to_owned())];
+    assert_eq!(deltas(&stream), expected);
+    drop(stream);
+    assert!(matches!(second.next().await.unwrap(), FromGateway::Cancel(_)));
+
+    let stream = gateway.stream_with(&[("last-event-id", begun)], json!({ "tools": tools() }));
+    let generate = second.generate().await;
+    second.done(&generate, 3).await;
+    let mut stream = stream.await.unwrap();
+    stream.read_to_end().await;
+    assert_eq!(deltas(&stream), expected[1..]);
+    assert!(stream.events().iter().any(|event| event["choices"][0]["finish_reason"] == "tool_calls"));
+}
+
+#[tokio::test]
+async fn one_call_at_a_time_is_one_call() {
+    let gateway = gateway(&[]).await;
+    let mut worker = able_worker(&gateway).await;
+    let answer = gateway.ask(json!({ "tools": tools(), "parallel_tool_calls": false }));
+    let generate = worker.generate().await;
+    assert!(generate.tool_use.as_ref().unwrap().single);
+    let call = "<tool_call>{\"name\": \"weather\", \"arguments\": {}}</tool_call>";
+    worker.say(&generate, 0, &format!("{call}\n{call}")).await;
+    worker.done(&generate, 1).await;
+    let (_, body) = in_time(answer).await.unwrap();
+    assert_eq!(body["choices"][0]["message"]["tool_calls"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn each_model_s_way_of_calling_is_read() {
+    let cases = [
+        ("llama", r#"{"name": "weather", "parameters": {"in": "Rome"}}"#),
+        ("mistral-list", r#"[TOOL_CALLS] [{"name": "weather", "arguments": {"in": "Rome"}}]"#),
+        ("mistral-arguments", r#"[TOOL_CALLS]weather[ARGS]{"in": "Rome"}"#),
+    ];
+    for (dialect, said) in cases {
+        let gateway = gateway(&[]).await;
+        let mut worker = gateway.worker_with("w-1", |hello| hello.models[0].tool_dialect = dialect.into()).await;
+        let answer = gateway.ask(json!({ "tools": tools() }));
+        let generate = worker.generate().await;
+        worker.say(&generate, 0, said).await;
+        worker.done(&generate, 1).await;
+        let (_, body) = in_time(answer).await.unwrap();
+        let function = &body["choices"][0]["message"]["tool_calls"][0]["function"];
+        assert_eq!(*function, json!({ "name": "weather", "arguments": "{\"in\": \"Rome\"}" }), "{dialect}");
+    }
+}
+
 #[tokio::test]
 async fn a_call_that_must_be_made_is_held_to_its_schema() {
     let gateway = gateway(&[]).await;
     let mut worker = able_worker(&gateway).await;
     let answer = gateway.ask(json!({ "tools": tools(), "tool_choice": "required" }));
     let generate = worker.generate().await;
-    assert!(matches!(&generate.format, Some(Format::JsonSchema(schema)) if schema.contains("weather")));
-    worker.say(&generate, 0, r#"{"name": "weather", "arguments": {"in": "Rome"}}"#).await;
+    assert!(generate.tool_use.as_ref().unwrap().required && generate.format.is_none());
+    worker.say(&generate, 0, r#"<tool_call>{"name": "weather", "arguments": {"in": "Rome"}}</tool_call>"#).await;
     worker.done(&generate, 1).await;
     let (_, body) = in_time(answer).await.unwrap();
     let choice = &body["choices"][0];
@@ -206,7 +286,7 @@ async fn a_question_goes_to_another_worker_when_the_first_dies() {
     let answer = ask(&gateway, "/v1/embeddings", json!({ "model": MODEL, "input": "a" }));
     assert!(matches!(first.next().await.unwrap(), FromGateway::Embed(_)));
     drop(first);
-    let mut second = gateway.worker("w-2").await;
+    let mut second = gateway.worker_with("w-2", |hello| hello.models[0].embedding_dimensions = 2).await;
     let FromGateway::Embed(embed) = second.next().await.unwrap() else {
         panic!("expected the question");
     };

@@ -18,7 +18,7 @@ const TEAM: &str = "3fc923743166bae134970eb2789df5145d8b8041e050acf18067986818f4
 
 async fn able_worker(gateway: &TestGateway, name: &str) -> Worker {
     let able = |hello: &mut vicuna_protocol::inference::WorkerHello| {
-        hello.models[0].tools = true;
+        hello.models[0].tool_dialect = "hermes".into();
         hello.models[0].json_schema = true;
         hello.models[0].embedding_dimensions = 2;
     };
@@ -57,8 +57,13 @@ async fn answer(worker: &Worker, generate: &Generate) {
     }
     let have = generate.generated.len();
     if !generate.tools_json.is_empty() {
-        worker.say(generate, 0, r#"<tool_call>{"name": "weather", "arguments": {"in": "Rome"}}</tool_call>"#).await;
-        return worker.done(generate, 1).await;
+        let call = r#"<tool_call>{"name": "weather", "arguments": {"in": "Rome"}}</tool_call>"#;
+        let count = if generate.messages[0].content == "twice" { 2 } else { 1 };
+        let said = vec![call; count].join("\n");
+        let (begun, rest) = said.split_at(said.find("Rome").unwrap());
+        worker.say(generate, 0, begun).await;
+        worker.say(generate, 1, rest).await;
+        return worker.done(generate, 2).await;
     }
     match generate.logprobs {
         Some(_) => worker.speak_scored(generate, have..WORDS).await,

@@ -7,6 +7,8 @@ mod support;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use support::{MODEL, chat, gateway, in_time};
+use vicuna_protocol::inference::worker_message::Body as FromWorker;
+use vicuna_protocol::inference::{Failure, failure};
 
 /// SHA-256 of sk-team, sk-rival and sk-urgent.
 const TEAM: &str = "3fc923743166bae134970eb2789df5145d8b8041e050acf18067986818f41d13";
@@ -160,4 +162,58 @@ async fn answers_and_refusals_tell_what_is_left_in_openai_s_headers() {
     worker.done(&generate, 0).await;
     let (_, _, headers) = in_time(free).await.unwrap();
     assert!(headers.keys().all(|name| !name.as_str().starts_with("x-ratelimit")), "{headers:?}");
+}
+
+async fn tokens_left(gateway: &support::TestGateway) -> u32 {
+    let ask = reqwest::Client::new().post(gateway.url("/v1/chat/completions")).bearer_auth("sk-team");
+    let refused = in_time(ask.body(chat(json!({ "temperature": 9 })).to_string()).send()).await.unwrap();
+    refused.headers()["x-ratelimit-remaining-tokens"].to_str().unwrap().parse().unwrap()
+}
+
+/// Of an event that is longer than what comes at once, the end may be missing.
+async fn read_until(stream: &mut support::Stream, expected: &str) {
+    while !stream.raw.contains(expected) {
+        stream.more().await;
+    }
+}
+
+/// A hundred tokens come back a second, so that some seconds do not matter beside what is charged.
+#[tokio::test]
+async fn tokens_are_charged_once_whether_a_request_is_cancelled_come_back_for_or_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = keys_file(&folder, json!([{ "name": "team", "sha256": TEAM, "tokensPerMinute": 6000 }]));
+    let gateway = gateway(&["--api-keys-file", &file]).await;
+    let mut worker = gateway.worker_with("w-1", |hello| hello.models[0].max_length = 100_000).await;
+    let key = ("authorization", "Bearer sk-team".to_owned());
+    assert_eq!(tokens_left(&gateway).await, 6000);
+
+    let stream = gateway.stream_with(std::slice::from_ref(&key), json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..2000).await;
+    let mut stream = stream.await.unwrap();
+    read_until(&mut stream, "w1999 ").await;
+    let id = stream.last_event_id();
+    drop(stream);
+    worker.next().await.unwrap();
+    let cancelled = tokens_left(&gateway).await;
+    assert!((3993..5000).contains(&cancelled), "{cancelled}");
+
+    let stream = gateway.stream_with(&[key.clone(), ("last-event-id", id)], json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 2000..4000).await;
+    worker.done(&generate, 4000).await;
+    stream.await.unwrap().read_to_end().await;
+    let ended = tokens_left(&gateway).await;
+    assert!((1993..3000).contains(&ended), "only the rest was charged: {ended}");
+
+    let stream = gateway.stream_with(&[key], json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..1500).await;
+    let mut stream = stream.await.unwrap();
+    read_until(&mut stream, "w1499 ").await;
+    let code = failure::Code::Invalid.into();
+    worker.send(FromWorker::Failure(Failure { request: generate.request, code, ..Failure::default() })).await;
+    stream.read_to_end().await;
+    let failed = tokens_left(&gateway).await;
+    assert!(failed + 500 < ended, "{failed} of {ended}");
 }

@@ -170,7 +170,7 @@ async fn what_comes_before_the_text_is_not_told_again() {
 #[tokio::test]
 async fn no_position_lies_between_a_text_and_the_call_behind_it() {
     let gateway = gateway(&[]).await;
-    let mut worker = gateway.worker_with("w-1", |hello| hello.models[0].tools = true).await;
+    let mut worker = gateway.worker_with("w-1", |hello| hello.models[0].tool_dialect = "hermes".into()).await;
     let tools = json!([{ "type": "function", "function": { "name": "weather" } }]);
     let said = "I look. <tool_call>{\"name\":\"weather\",\"arguments\":{}}</tool_call>";
     let stream = gateway.stream(json!({ "tools": tools.clone() }));
@@ -200,4 +200,28 @@ async fn no_position_lies_between_a_text_and_the_call_behind_it() {
             assert!(stream.raw.contains("\"tool_calls\""), "{}", stream.raw);
         }
     }
+}
+
+#[tokio::test]
+async fn a_client_takes_its_stream_over_from_a_connection_that_still_lives() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let old = gateway.stream(json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..3).await;
+    let mut old = old.await.unwrap();
+    old.until(&text(0..3)).await;
+    let id = old.last_event_id();
+
+    let new = gateway.stream_with(&[("last-event-id", id)], json!({}));
+    old.read_to_end().await;
+    assert!(old.raw.contains("\"taken_over\""), "{}", old.raw);
+    worker.speak(&generate, 3..5).await;
+    let mut new = new.await.unwrap();
+    worker.done(&generate, 5).await;
+    new.read_to_end().await;
+    assert_eq!((new.text(), old.text()), (text(3..5), text(0..3)), "the worker was not even asked again");
+    let metrics = gateway.metrics().await;
+    assert!(metrics.contains("vicuna_gateway_returns_total 1"), "{metrics}");
+    assert!(metrics.contains("vicuna_gateway_requests_total{code=\"200\",model=\"team/chat\"} 1"), "it is one request");
 }

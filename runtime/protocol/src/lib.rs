@@ -1,10 +1,11 @@
 //! What the parts say to each other: the coordinator and inference services, the training job,
-//! bearer tokens and TLS. No torch, no Kubernetes client.
+//! bearer tokens, TLS, and how models call tools. No torch, no Kubernetes client.
 
 pub mod auth;
 pub mod holding;
 pub mod job;
 pub mod tls;
+pub mod tools;
 
 /// Ranks and gateways to the operator's leader (`proto/coordinator.proto`).
 pub mod coordinator {

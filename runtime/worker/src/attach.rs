@@ -4,10 +4,12 @@
 use crate::completion::{Completion, Vocabulary};
 use crate::embedding::Embedder;
 use crate::health::{Health, explain};
+use crate::models::{Absent, Models};
 use crate::prompt::{prompt_ids, text_ids};
 use crate::scheduler::{Command, Connection, Handle, Job, Occupancy, Refusal, Replies, Task};
 use crate::transcripts::within_a_message;
 use anyhow::{Context, Result, anyhow, bail};
+use parking_lot::Mutex;
 use rand::Rng;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -22,12 +24,13 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Status, Streaming};
 use vicuna_data::template::Encoder;
 use vicuna_protocol::auth::TokenFile;
+use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body;
 use vicuna_protocol::inference::workers_client::WorkersClient;
 use vicuna_protocol::inference::{
-    Cancel, CountTokens, Draining, Embed, EmbedInput, GatewayMessage, Generate, Load, TokenCount, Transcript,
-    WorkerHello,
+    Cancel, CountTokens, Draining, Embed, EmbedInput, GatewayMessage, Generate, Load, ModelOffers, TokenCount,
+    Transcript, WorkerHello,
 };
 
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
@@ -55,11 +58,9 @@ pub struct Gateways {
 /// What every connection shares.
 pub struct Shared {
     pub gateways: Gateways,
+    /// Without what is offered, which changes.
     pub hello: WorkerHello,
-    /// By public name.
-    pub models: HashMap<String, Lane>,
-    /// Each once, however many names it has.
-    pub schedulers: Vec<Handle>,
+    pub models: Arc<Models>,
     pub health: Arc<Health>,
     /// Tokens generated since the start.
     pub tokens: prometheus::IntCounter,
@@ -76,16 +77,41 @@ pub struct Lane {
     pub encoder: Encoder,
     pub vocabulary: Vocabulary,
     pub scheduler: Handle,
+    used: Mutex<Instant>,
+}
+
+impl Lane {
+    pub fn new(adapter: Option<usize>, encoder: Encoder, vocabulary: Vocabulary, scheduler: Handle) -> Self {
+        Self { adapter, encoder, vocabulary, scheduler, used: Mutex::new(Instant::now()) }
+    }
+
+    /// When something was last asked of it.
+    pub fn used(&self) -> Instant {
+        *self.used.lock()
+    }
 }
 
 impl Shared {
-    fn lane(&self, model: &str) -> Result<&Lane, String> {
-        self.models.get(model).ok_or_else(|| format!("this worker does not serve {model:?}"))
+    /// One that is not loaded is, from now on, wanted; its request goes back to its gateway.
+    fn lane(&self, model: &str) -> Result<Arc<Lane>, Refusal> {
+        let lane = self.models.lane(model).map_err(|absent| match absent {
+            Absent::Unknown => Refusal::from(format!("this worker does not serve {model:?}")),
+            Absent::OnRequest => {
+                self.models.want(model);
+                Refusal { code: Code::Overloaded, ..format!("{model:?} is not loaded").into() }
+            }
+        })?;
+        *lane.used.lock() = Instant::now();
+        Ok(lane)
+    }
+
+    fn hello(&self) -> WorkerHello {
+        WorkerHello { models: self.models.offers(), ..self.hello.clone() }
     }
 
     /// To the schedulers of all models.
     async fn tell_all(&self, command: impl Fn() -> Command) {
-        for scheduler in &self.schedulers {
+        for scheduler in self.models.schedulers() {
             scheduler.send(command()).await;
         }
     }
@@ -191,7 +217,7 @@ async fn attach(shared: &Shared, address: SocketAddr) -> Result<()> {
     let (outgoing, messages) = mpsc::channel(OUTGOING);
     let broken = CancellationToken::new();
     let replies = Replies::new(outgoing, broken.clone());
-    replies.send(Body::Hello(shared.hello.clone()));
+    replies.send(Body::Hello(shared.hello()));
     let request = gateways.token.sign(Request::new(ReceiverStream::new(messages)))?;
     let call = WorkersClient::new(channel);
     let answer = tokio::time::timeout(ATTACH_TIMEOUT, { call }.attach(request)).await;
@@ -239,6 +265,7 @@ impl<'a> Stream<'a> {
 
     async fn exchange(&mut self, incoming: &mut Streaming<GatewayMessage>, broken: CancellationToken) -> Result<()> {
         let mut draining = self.shared.draining.clone();
+        let mut offers = self.shared.models.changes();
         let mut clock = tokio::time::interval(LOAD_EVERY);
         self.tell_draining(*draining.borrow_and_update());
         loop {
@@ -248,6 +275,10 @@ impl<'a> Stream<'a> {
                     None => return Ok(()),
                 },
                 _ = clock.tick() => self.send_load(),
+                Ok(()) = offers.changed() => {
+                    let models = self.shared.models.offers();
+                    self.replies.send(Body::Offers(ModelOffers { models }));
+                }
                 Ok(()) = draining.changed() => self.tell_draining(*draining.borrow_and_update()),
                 () = broken.cancelled() => bail!("the gateway did not read {OUTGOING} messages"),
                 () = self.shared.closing.cancelled() => return Ok(()),
@@ -263,6 +294,7 @@ impl<'a> Stream<'a> {
             Some(FromGateway::Embed(embed)) => self.embed(embed).await,
             Some(FromGateway::TranscriptOf(of)) => self.tell_transcript(of.request).await,
             Some(FromGateway::CountTokens(count)) => self.count_tokens(&count),
+            Some(FromGateway::LoadModel(load)) => self.shared.models.want(&load.model),
             None => tracing::debug!("the gateway sent a message of a newer version"),
         }
     }
@@ -282,15 +314,15 @@ impl<'a> Stream<'a> {
         }
     }
 
-    fn prepare(&self, generate: Generate) -> Result<(&Handle, Job), Refusal> {
+    fn prepare(&self, generate: Generate) -> Result<(Handle, Job), Refusal> {
         let lane = self.shared.lane(&generate.model)?;
-        let prompt = prompt_ids(&lane.encoder, &generate)?;
+        let prompt = prompt_ids(&lane.encoder, lane.vocabulary.dialect, &generate)?;
         let too_long = prompt.len() >= lane.vocabulary.max_length;
-        let completion =
-            Completion::new(&generate, &prompt, &lane.vocabulary).map_err(|message| Refusal { message, too_long })?;
+        let completion = Completion::new(&generate, &prompt, &lane.vocabulary)
+            .map_err(|message| Refusal { too_long, ..message.into() })?;
         let priority = generate.priority;
         let task = Task::Complete { prompt, completion, generate: Box::new(generate) };
-        Ok((&lane.scheduler, self.job(lane, priority, task)))
+        Ok((lane.scheduler.clone(), self.job(&lane, priority, task)))
     }
 
     async fn embed(&self, embed: Embed) {
@@ -301,7 +333,7 @@ impl<'a> Stream<'a> {
         }
     }
 
-    fn prepare_embedding(&self, embed: Embed) -> Result<(&Handle, Job), Refusal> {
+    fn prepare_embedding(&self, embed: Embed) -> Result<(Handle, Job), Refusal> {
         let lane = self.shared.lane(&embed.model)?;
         let ids = |input: EmbedInput| match input.tokens.is_empty() {
             true => text_ids(&lane.encoder, &[], Some(&input.text)),
@@ -310,7 +342,7 @@ impl<'a> Stream<'a> {
         let inputs = embed.inputs.into_iter().map(ids).collect::<Result<Vec<_>, _>>()?;
         let (size, max_length) = (lane.vocabulary.size, lane.vocabulary.max_length);
         let embedder = Embedder::new(embed.request, inputs, size, max_length)?;
-        Ok((&lane.scheduler, self.job(lane, 0, Task::Embed(embedder))))
+        Ok((lane.scheduler.clone(), self.job(&lane, 0, Task::Embed(embedder))))
     }
 
     fn job(&self, lane: &Lane, priority: i32, task: Task) -> Job {
@@ -326,7 +358,7 @@ impl<'a> Stream<'a> {
     /// One answer from all models' schedulers, which may be amid a step.
     async fn tell_transcript(&self, request: String) {
         let mut answers = Vec::new();
-        for scheduler in &self.shared.schedulers {
+        for scheduler in self.shared.models.schedulers() {
             let (answer, answered) = oneshot::channel();
             scheduler.send(Command::TranscriptOf { request: request.clone(), answer }).await;
             answers.push(answered);
@@ -349,7 +381,7 @@ impl<'a> Stream<'a> {
                 let request = count.request.clone();
                 self.replies.send(Body::TokenCount(TokenCount { request, tokens, max_length }));
             }
-            Err(message) => self.replies.send(Refusal::from(message).body(&count.request, 0)),
+            Err(refusal) => self.replies.send(refusal.body(&count.request, 0)),
         }
     }
 
@@ -360,7 +392,7 @@ impl<'a> Stream<'a> {
     }
 
     fn send_load(&mut self) {
-        let now = occupancy(&self.shared.schedulers);
+        let now = occupancy(&self.shared.models.schedulers());
         self.replies.send(Body::Load(Load {
             running: now.running as u32,
             waiting: now.waiting as u32,

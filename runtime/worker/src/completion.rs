@@ -8,8 +8,12 @@ use crate::sampling::{History, Sampler};
 use crate::stop::StopStrings;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use vicuna_protocol::inference::generate::Format;
 use vicuna_protocol::inference::worker_message::Body;
-use vicuna_protocol::inference::{Delta, Done, Generate, PromptScores, Sampling, TokenLogprob, TranscriptChoice};
+use vicuna_protocol::inference::{
+    Delta, Done, Generate, PromptScores, Sampling, TokenLogprob, ToolUse, TranscriptChoice,
+};
+use vicuna_protocol::tools::{Dialect, Tool, Wanted};
 
 /// OpenAI allows 4; a few more do no harm.
 const MAX_STOP_STRINGS: usize = 16;
@@ -29,6 +33,8 @@ pub struct Vocabulary {
     pub max_length: usize,
     /// `None`: this vocabulary cannot be held to a grammar.
     pub grammars: Option<Grammars>,
+    /// How calls of tools are written; `None`: the template has no tools.
+    pub dialect: Option<Dialect>,
 }
 
 #[derive(Debug)]
@@ -52,6 +58,8 @@ pub struct Completion {
     alternatives: Option<u32>,
     logprobs: Vec<TokenLogprob>,
     prompt_scores: Option<Scores>,
+    /// The gateway has heard of a token from here.
+    told: bool,
     finished: Option<Finish>,
 }
 
@@ -121,6 +129,7 @@ impl Completion {
             alternatives: generate.logprobs,
             logprobs: Vec::new(),
             prompt_scores: scores(generate, prompt, &vocabulary.bytes),
+            told: false,
             finished: None,
         };
         for id in &generate.generated {
@@ -153,6 +162,11 @@ impl Completion {
     /// reused after a preemption was computed for it.
     pub fn reused(&mut self, tokens: usize) {
         self.cached_tokens.get_or_insert(tokens.min(self.prompt_tokens));
+    }
+
+    /// Tokens of the prompt that did not have to be computed.
+    pub fn cached_tokens(&self) -> usize {
+        self.cached_tokens.unwrap_or(0)
     }
 
     /// The prompt will be computed again.
@@ -205,6 +219,7 @@ impl Completion {
         let Some(text) = self.take(chosen.token)? else {
             return Ok(None);
         };
+        let prompt_tokens = if std::mem::replace(&mut self.told, true) { 0 } else { self.prompt_tokens as u32 };
         self.logprobs.extend(chosen.logprob.clone());
         Ok(Some(Body::Delta(Delta {
             request: self.request.clone(),
@@ -213,6 +228,7 @@ impl Completion {
             tokens: vec![chosen.token],
             text,
             logprobs: chosen.logprob.into_iter().collect(),
+            prompt_tokens,
         })))
     }
 
@@ -228,7 +244,7 @@ impl Completion {
             prompt_tokens: self.prompt_tokens as u32,
             completion_tokens: self.tokens.len() as u32,
             text,
-            cached_tokens: self.cached_tokens.unwrap_or(0) as u32,
+            cached_tokens: self.cached_tokens() as u32,
         }))
     }
 
@@ -295,11 +311,32 @@ fn end_tokens(vocabulary: &Vocabulary, sampling: &Sampling) -> Arc<[u32]> {
 }
 
 fn grammar(generate: &Generate, vocabulary: &Vocabulary) -> Result<Option<Grammar>, String> {
-    match (&generate.format, &vocabulary.grammars) {
-        (None, _) => Ok(None),
-        (Some(format), Some(grammars)) => grammars.of(format),
-        (Some(_), None) => Err("this model cannot hold a completion to a format".to_owned()),
+    let calls = calls_grammar(generate, vocabulary.dialect)?;
+    match (&calls, &generate.format, &vocabulary.grammars) {
+        (None, None, _) => Ok(None),
+        (Some(calls), _, Some(grammars)) => grammars.of_calls(calls).map(Some),
+        (None, Some(format), Some(grammars)) => grammars.of(format),
+        (_, _, None) => Err("this model cannot hold a completion to a format".to_owned()),
     }
+}
+
+/// Of answers that are calls, or must not be anything that only looks like one. What is guided by an expression or a
+/// grammar of the client's own is that alone.
+fn calls_grammar(generate: &Generate, dialect: Option<Dialect>) -> Result<Option<String>, String> {
+    let not_json = |error| format!("the JSON schema is not valid JSON: {error}");
+    let answer = match &generate.format {
+        None | Some(Format::JsonObject(false)) => None,
+        Some(Format::JsonObject(true)) => Some(serde_json::json!({ "type": "object" })),
+        Some(Format::JsonSchema(schema)) => Some(serde_json::from_str(schema).map_err(not_json)?),
+        Some(Format::Regex(_) | Format::Grammar(_)) => return Ok(None),
+    };
+    let Some(dialect) = dialect.filter(|_| !generate.tools_json.is_empty()) else {
+        return Ok(None);
+    };
+    let tools = serde_json::from_str(&generate.tools_json).map_err(|error| format!("tools is not JSON: {error}"))?;
+    let ToolUse { required, function, single } = generate.tool_use.clone().unwrap_or_default();
+    let wanted = Wanted { required, function: (!function.is_empty()).then_some(function), single, answer };
+    Ok(dialect.grammar(&Tool::list(&tools), &wanted))
 }
 
 fn scores(generate: &Generate, prompt: &[u32], bytes: &TokenBytes) -> Option<Scores> {
@@ -342,20 +379,20 @@ fn room_for_completion(prompt_tokens: usize, max_length: usize) -> Result<usize,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vicuna_protocol::inference::generate::Format;
 
     fn vocabulary() -> Vocabulary {
         Vocabulary {
-            bytes: Arc::new(TokenBytes::of(&vicuna_model::tiny::tokenizer())),
+            bytes: Arc::new(TokenBytes::of(&vicuna_model::tiny::tokenizer(), &[])),
             end_tokens: [2].into(),
             size: vicuna_model::tiny::config().vocab,
             max_length: 20,
             grammars: Grammars::new(
-                &TokenBytes::of(&vicuna_model::tiny::tokenizer()),
+                &TokenBytes::of(&vicuna_model::tiny::tokenizer(), &[]),
                 vicuna_model::tiny::config().vocab,
                 2,
             )
             .ok(),
+            dialect: None,
         }
     }
 
@@ -531,6 +568,31 @@ mod tests {
             let end = resumed.choose(&mut vec![0.0; vocabulary().size]).unwrap();
             assert_eq!(end.token, 2);
         }
+    }
+
+    #[test]
+    fn a_call_that_must_be_made_goes_on_where_it_was() {
+        let tools = serde_json::json!([{ "type": "function", "function": { "name": "f" } }]).to_string();
+        let with_tools = |generated: &[u32]| {
+            let tool_use = Some(ToolUse { required: true, single: true, ..ToolUse::default() });
+            let generated = generated.to_vec();
+            let generate = Generate { tools_json: tools.clone(), tool_use, generated, ..Generate::default() };
+            let vocabulary = Vocabulary { dialect: Some(Dialect::Llama), max_length: 100, ..vocabulary() };
+            Completion::new(&generate, &[5], &vocabulary).unwrap()
+        };
+        let generated = ids(r#"{"name": "f", "parameters": {"#);
+        let mut resumed = with_tools(&generated);
+        let mut logits = vec![0.0; vocabulary().size];
+        logits[ids("}")[0] as usize] = 9.0;
+        for _ in 0..2 {
+            let chosen = resumed.choose(&mut logits.clone()).unwrap();
+            resumed.accept(chosen).unwrap();
+        }
+        assert!(resumed.done().is_some(), "nothing can follow the call");
+        assert_eq!(resumed.text, r#"{"name": "f", "parameters": {}}"#);
+        let mut elsewhere = with_tools(&[]);
+        let chosen = elsewhere.choose(&mut logits).unwrap();
+        assert_eq!(chosen.token, ids("{")[0], "an answer begins with a call and with nothing else");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use tokenizers::Tokenizer;
 
-/// The bytes of every token of a vocabulary; control tokens have none.
+/// The bytes of every token of a vocabulary; control tokens have none, but for marks that are read as text.
 #[derive(Debug)]
 pub struct TokenBytes {
     bytes: Vec<Box<[u8]>>,
@@ -15,13 +15,14 @@ pub struct TokenBytes {
 
 impl TokenBytes {
     /// Reads byte-level BPE (GPT-2, SmolLM2, Llama 3) and SentencePiece-like vocabularies (LLaMA 2).
-    pub fn of(tokenizer: &Tokenizer) -> Self {
+    /// `marks`: control tokens that are text here.
+    pub fn of(tokenizer: &Tokenizer, marks: &[&str]) -> Self {
         let byte_level = decoder_is_byte_level(tokenizer);
         let added = tokenizer.get_added_tokens_decoder();
         let alphabet = byte_alphabet();
         let piece = |id: u32| -> Box<[u8]> {
             match (added.get(&id), tokenizer.id_to_token(id)) {
-                (Some(token), _) if token.special => Box::default(),
+                (Some(token), _) if token.special && !marks.contains(&token.content.as_str()) => Box::default(),
                 (Some(token), _) => token.content.as_bytes().into(),
                 (None, Some(token)) if byte_level => byte_level_bytes(&alphabet, &token).into(),
                 (None, Some(token)) => sentence_piece_bytes(&token).into(),
@@ -129,7 +130,7 @@ mod tests {
     use super::*;
 
     fn all(ids: &[u32], tokenizer: &Tokenizer) -> String {
-        let mut detokenizer = Detokenizer::new(Arc::new(TokenBytes::of(tokenizer)));
+        let mut detokenizer = Detokenizer::new(Arc::new(TokenBytes::of(tokenizer, &[])));
         let mut text: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
         text.push_str(&detokenizer.finish());
         text
@@ -148,7 +149,7 @@ mod tests {
     #[test]
     fn an_incomplete_character_is_held_back() {
         let tokenizer = vicuna_model::tiny::tokenizer();
-        let mut detokenizer = Detokenizer::new(Arc::new(TokenBytes::of(&tokenizer)));
+        let mut detokenizer = Detokenizer::new(Arc::new(TokenBytes::of(&tokenizer, &[])));
         let ids = tokenizer.encode("🐫", false).unwrap();
         let texts: Vec<String> = ids.get_ids().iter().map(|id| detokenizer.push(*id)).collect();
         assert_eq!(texts, ["", "", "", "🐫"]);

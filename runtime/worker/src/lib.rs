@@ -16,6 +16,8 @@ mod http;
 mod logprobs;
 mod metrics;
 mod model;
+mod models;
+mod on_request;
 mod options;
 mod prompt;
 mod run;

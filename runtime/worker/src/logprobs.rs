@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn probabilities_add_up_and_the_likeliest_come_first() {
-        let bytes = TokenBytes::of(&vicuna_model::tiny::tokenizer());
+        let bytes = TokenBytes::of(&vicuna_model::tiny::tokenizer(), &[]);
         let logits: Vec<f32> = (0..50).map(|id| ((id * 37) % 50) as f32 / 10.0).collect();
         let all = scored(&logits, 7, 50, &bytes);
         let total: f64 = all.top.iter().map(|entry| f64::from(entry.logprob).exp()).sum();

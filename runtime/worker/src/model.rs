@@ -12,11 +12,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Device;
+use vicuna_checkpoint::Cache;
+use vicuna_checkpoint::cache::{Entry, Progress};
 use vicuna_data::template::{Encoder, Template};
 use vicuna_model::inference::{Engine, EngineOptions};
 use vicuna_model::lora::{self, Adapter};
 use vicuna_model::{Config, Pretrained};
 use vicuna_protocol::inference::ModelOffer;
+use vicuna_protocol::tools::Dialect;
 
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const SLOWEST_RETRY: Duration = Duration::from_secs(10);
@@ -39,12 +42,12 @@ pub struct Offered {
 
 /// Which model, and where its files go.
 #[derive(Clone, Debug)]
-struct Source {
-    name: String,
-    uri: String,
-    folder: PathBuf,
+pub struct Source {
+    pub name: String,
+    pub uri: String,
+    pub folder: PathBuf,
     /// Names and URIs of what is offered beside it.
-    adapters: Vec<(String, String)>,
+    pub adapters: Vec<(String, String)>,
 }
 
 impl Source {
@@ -91,7 +94,8 @@ async fn obtain_one(source: &Source, options: &Options, device: Device, health: 
     let started = Instant::now();
     let mut pause = FIRST_RETRY;
     loop {
-        let error = match attempt(source, options, device, health).await {
+        let tell = |progress| health.loading(progress);
+        let error = match attempt(source, options, device, &tell).await {
             Ok(served) => return Ok(served),
             Err(error) => error,
         };
@@ -114,15 +118,20 @@ fn report(source: &Source, health: &Health, error: &anyhow::Error) {
     health.model_unavailable(&reason);
 }
 
-async fn attempt(source: &Source, options: &Options, device: Device, health: &Health) -> Result<Served> {
-    let model = fetch(&source.name, &source.uri, &source.folder, health).await?;
-    let base = base(source, &model, health).await?;
+/// Who hears how far loading is.
+pub type Tell<'a> = &'a (dyn Fn(String) + Send + Sync);
+
+/// Fetches and loads a model, once.
+pub async fn attempt(source: &Source, options: &Options, device: Device, tell: Tell<'_>) -> Result<Served> {
+    let mut fetching = Fetching::new(options, tell);
+    let model = fetching.fetch(&source.name, &source.uri, &source.folder).await?;
+    let base = base(source, &model, &mut fetching).await?;
     let mut adapters = Vec::new();
     for (index, (name, uri)) in source.adapters.iter().enumerate() {
-        let fetched = fetch(name, uri, &source.adapter_folder(index), health).await;
+        let fetched = fetching.fetch(name, uri, &source.adapter_folder(index)).await;
         adapters.push((name.clone(), fetched.with_context(|| format!("the adapter {name} at {uri}"))?));
     }
-    health.loading(format!("the model {} is being loaded", source.name));
+    tell(format!("the model {} is being loaded", source.name));
     let (name, settings) = (source.name.clone(), options.clone());
     let files = Files { model, base, adapters };
     let loading = tokio::task::spawn_blocking(move || load(&name, &files, &settings, device));
@@ -131,24 +140,73 @@ async fn attempt(source: &Source, options: &Options, device: Device, health: &He
         for folder in source.folders() {
             forget(&folder).await;
         }
+        fetching.discard();
     }
     loaded.with_context(|| format!("the model {} cannot be used", source.uri))
 }
 
-async fn fetch(name: &str, uri: &str, folder: &Path, health: &Health) -> Result<PathBuf> {
-    let told = |done, total| health.loading(format!("fetched {done} of {total} bytes of {name}"));
-    Ok(vicuna_checkpoint::fetch(uri, folder, told).await?)
+/// Gets what a model is made of, by way of the node's cache where there is one.
+struct Fetching<'a> {
+    cache: Option<Cache>,
+    tell: Tell<'a>,
+    /// In use until all is loaded.
+    entries: Vec<Entry>,
+}
+
+impl<'a> Fetching<'a> {
+    fn new(options: &Options, tell: Tell<'a>) -> Self {
+        let cache = options.cache.as_ref().map(|folder| Cache::new(folder.clone(), options.cache_mib << 20));
+        Self { cache, tell, entries: Vec::new() }
+    }
+
+    /// `folder`: where it goes without a cache.
+    async fn fetch(&mut self, name: &str, uri: &str, folder: &Path) -> Result<PathBuf> {
+        if let Some(path) = self.cached(name, uri).await? {
+            return Ok(path);
+        }
+        let told = |done, all| (self.tell)(format!("fetched {done} of {all} bytes of {name}"));
+        Ok(vicuna_checkpoint::fetch(uri, folder, told).await?)
+    }
+
+    /// What lies on a disk is not put on another; none, too, where the cache has no room.
+    async fn cached(&mut self, name: &str, uri: &str) -> Result<Option<PathBuf>> {
+        let Some(cache) = self.cache.as_ref().filter(|_| !uri.starts_with("file:")) else {
+            return Ok(None);
+        };
+        let tell = self.tell;
+        let told = |progress| {
+            tell(match progress {
+                Progress::Waits => format!("waits for another worker of this node that fetches {name}"),
+                Progress::Fetched(done, all) => format!("fetched {done} of {all} bytes of {name}"),
+                Progress::Compared(done, all) => {
+                    format!("compared {done} of {all} bytes of {name} in the node's cache")
+                }
+            });
+        };
+        let entry = cache.get(uri, told).await?;
+        if entry.is_none() {
+            tracing::warn!(uri, "the node's cache has no room for it; it goes into the scratch folder");
+        }
+        let path = entry.as_ref().map(|entry| entry.path.clone());
+        self.entries.extend(entry);
+        Ok(path)
+    }
+
+    /// What was fetched cannot be loaded, and may be at fault.
+    fn discard(self) {
+        self.entries.into_iter().for_each(Entry::discard);
+    }
 }
 
 /// The base model of what was fetched, if that is an adapter.
-async fn base(source: &Source, path: &Path, health: &Health) -> Result<Option<PathBuf>> {
+async fn base(source: &Source, path: &Path, fetching: &mut Fetching<'_>) -> Result<Option<PathBuf>> {
     if !lora::is_adapter(path) {
         return Ok(None);
     }
     let unusable = || format!("the adapter {} cannot be used", source.uri);
     let uri = Adapter::load(path).with_context(unusable)?.base;
     let name = format!("the base model of {}", source.name);
-    let fetched = fetch(&name, &uri, &source.base_folder(), health).await;
+    let fetched = fetching.fetch(&name, &uri, &source.base_folder()).await;
     let fetched = fetched.with_context(|| format!("the base model {uri:?} of the adapter {}", source.uri))?;
     Ok(Some(fetched))
 }
@@ -171,12 +229,7 @@ pub fn load(name: &str, files: &Files, options: &Options, device: Device) -> Res
     };
     let adapters = files.adapters.iter().map(adapter).collect::<Result<Vec<_>>>()?;
     let engine = Engine::adapted(&model, &adapters, &engine_options(options, &model, device))?;
-    let offering = Offering {
-        model: &model,
-        engine: &engine,
-        bytes: Arc::new(TokenBytes::of(&model.tokenizer)),
-        template: options.template.as_deref(),
-    };
+    let offering = Offering { model: &model, engine: &engine, template: options.template.as_deref() };
     let digest = vicuna_model::weights_digest(&model.tensors)?;
     let mut models = vec![offering.of(name, &digest, model.chat_template.as_deref())?];
     for (index, (adapter, (name, _))) in adapters.iter().zip(&files.adapters).enumerate() {
@@ -199,7 +252,6 @@ fn adapter((name, path): &(String, PathBuf)) -> Result<Adapter> {
 struct Offering<'a> {
     model: &'a Pretrained,
     engine: &'a Engine,
-    bytes: Arc<TokenBytes>,
     /// A template that takes the place of theirs.
     template: Option<&'a str>,
 }
@@ -210,9 +262,13 @@ impl Offering<'_> {
         let (config, engine) = (&self.model.config, self.engine);
         let encoder = template(self.model, own, self.template)?.bind(&self.model.tokenizer)?;
         let end_tokens = end_tokens(config, &encoder);
+        let dialect = dialect(&encoder);
+        let marks = dialect.map_or(&[][..], Dialect::marks);
+        let bytes = Arc::new(TokenBytes::of(&self.model.tokenizer, marks));
         let vocabulary = Vocabulary {
-            grammars: grammars(&self.bytes, config.vocab, &end_tokens),
-            bytes: self.bytes.clone(),
+            grammars: grammars(&bytes, config.vocab, &end_tokens),
+            bytes,
+            dialect,
             end_tokens,
             size: config.vocab,
             max_length: engine.max_length(),
@@ -223,7 +279,9 @@ impl Offering<'_> {
             template: encoder.template().name().to_owned(),
             quantization: engine.precision().to_owned(),
             max_length: engine.max_length() as u32,
-            tools: false,
+            tool_dialect: dialect.map_or("", Dialect::name).to_owned(),
+            on_request: false,
+            progress: String::new(),
             embedding_dimensions: config.hidden as u32,
             json_schema: vocabulary.grammars.is_some(),
             grammars: vocabulary.grammars.is_some(),
@@ -257,6 +315,16 @@ fn template(model: &Pretrained, own: Option<&str>, name: Option<&str>) -> Result
     })?;
     let [bos, eos] = model.special_tokens.around();
     Ok(Template::from_jinja(source, bos, eos)?)
+}
+
+/// How the model calls tools, if its template does write them down.
+fn dialect(encoder: &Encoder) -> Option<Dialect> {
+    let dialect = Dialect::of(encoder.template().jinja())?;
+    let taken = encoder.takes_tools();
+    if !taken {
+        tracing::warn!(template = encoder.template().name(), "the template speaks of tools, but does not take them");
+    }
+    taken.then_some(dialect)
 }
 
 /// The model's own end tokens and those of the template.

@@ -14,11 +14,18 @@ const MOST_THREADS: usize = 16;
 #[command(version)]
 pub struct Options {
     /// Public name of the model, "namespace/name".
-    #[arg(long, env = "VICUNA_MODEL_NAME")]
-    pub model_name: String,
+    #[arg(long, env = "VICUNA_MODEL_NAME", required_unless_present = "on_request", requires = "model_uri")]
+    pub model_name: Option<String>,
     /// Hugging Face directory or GGUF file: s3://…, file://…
-    #[arg(long, env = "VICUNA_MODEL_URI")]
-    pub model_uri: String,
+    #[arg(long, env = "VICUNA_MODEL_URI", requires = "model_name")]
+    pub model_uri: Option<String>,
+    /// A model that is loaded once a gateway has requests for it, NAME=URI, and makes room for others when none runs;
+    /// may be given several times, or separated by commas in the variable.
+    #[arg(long, env = "VICUNA_ON_REQUEST", value_delimiter = ',', value_parser = named_uri)]
+    pub on_request: Vec<(String, String)>,
+    /// MiB that models on request may take together: their files, and --kv-memory-mib for each.
+    #[arg(long, env = "VICUNA_ON_REQUEST_MEMORY_MIB", default_value_t = 16 * 1024)]
+    pub on_request_memory_mib: u32,
     /// Another model, NAME=URI; may be given several times, or separated by commas in the variable.
     /// Template, types and limits are the same for all.
     #[arg(long, env = "VICUNA_ALSO_SERVE", value_delimiter = ',', value_parser = named_uri)]
@@ -70,6 +77,13 @@ pub struct Options {
     /// Folder for the model's files.
     #[arg(long, env = "VICUNA_SCRATCH", default_value = "/scratch")]
     pub scratch: PathBuf,
+    /// Folder in which workers of this node share what they have fetched from buckets; each keeps its own in the
+    /// scratch folder if absent.
+    #[arg(long = "cache", env = "VICUNA_WEIGHTS_CACHE")]
+    pub cache: Option<PathBuf>,
+    /// MiB that the shared folder may take; what was used longest ago goes.
+    #[arg(long, env = "VICUNA_WEIGHTS_CACHE_MIB", default_value_t = 100 * 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
+    pub cache_mib: u64,
     /// Where /metrics, /healthz and /readyz are served.
     #[arg(long, env = "VICUNA_METRICS", default_value = "0.0.0.0:9090")]
     pub metrics: SocketAddr,
@@ -133,7 +147,7 @@ impl Options {
 
     /// Name and URI of every model, adapters apart.
     pub fn models(&self) -> Vec<(String, String)> {
-        let mut models = vec![(self.model_name.clone(), self.model_uri.clone())];
+        let mut models: Vec<_> = self.model_name.clone().zip(self.model_uri.clone()).into_iter().collect();
         models.extend(self.also_serve.iter().cloned());
         models
     }

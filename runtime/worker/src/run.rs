@@ -1,19 +1,23 @@
 //! From the command line to the end of the process.
 
-use crate::attach::{self, Gateways, Lane, Shared};
+use crate::attach::{self, Gateways, Shared};
 use crate::health::{Health, explain};
 use crate::http;
 use crate::metrics::Metrics;
-use crate::model::{Offered, Served, obtain};
+use crate::model::{Served, obtain};
+use crate::models::Models;
+use crate::on_request::Loader;
 use crate::options::Options;
 use crate::scheduler::{Command, Handle, Scheduler};
 use anyhow::{Context, Result, anyhow};
-use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tch::Device;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing_subscriber::EnvFilter;
 use vicuna_model::inference::Engine;
 use vicuna_protocol::auth::TokenFile;
@@ -60,7 +64,7 @@ fn serve(options: Options, health: Arc<Health>) -> Result<()> {
             served = obtain(&options, device, &health) => served?,
             () = stop.wait() => return Ok(()),
         };
-        Worker::start(&options, served, health, metrics)?.until(stop, options.drain_timeout).await
+        Worker::start(&options, device, served, health, metrics)?.until(stop, options.drain_timeout).await
     });
     // Loading may still hold a thread; it has nothing to finish.
     runtime.shutdown_background();
@@ -105,7 +109,8 @@ const HAND_BACK: Duration = Duration::from_secs(2);
 
 /// A worker with its models.
 struct Worker {
-    schedulers: Vec<Handle>,
+    models: Arc<Models>,
+    _loader: AbortOnDropHandle<()>,
     /// Told when a scheduler's thread ends, by panic too.
     scheduler_ended: mpsc::Receiver<()>,
     attachments: tokio::task::JoinHandle<()>,
@@ -115,29 +120,27 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(options: &Options, served: Vec<Served>, health: Arc<Health>, metrics: Metrics) -> Result<Self> {
+    fn start(
+        options: &Options,
+        device: Device,
+        served: Vec<Served>,
+        health: Arc<Health>,
+        metrics: Metrics,
+    ) -> Result<Self> {
         let (ended, scheduler_ended) = mpsc::channel(1);
-        let mut models = HashMap::new();
-        let mut offers = Vec::new();
-        let mut schedulers = Vec::new();
+        let (models, wanted) = Models::new();
+        let models = Arc::new(models);
+        let mut lanes = u32::from(!options.on_request.is_empty());
         for Served { engine, models: offered } in served {
             let name = offered.first().map_or("", |first| &first.offer.name);
-            let scheduler = start_scheduler(name, engine, options.slots as usize, metrics.clone(), ended.clone())?;
-            for Offered { adapter, encoder, vocabulary, offer } in offered {
-                tracing::info!(
-                    model = offer.name,
-                    digest = offer.weights_digest,
-                    quantization = offer.quantization,
-                    "the model is loaded"
-                );
-                let lane = Lane { adapter, encoder, vocabulary, scheduler: scheduler.clone() };
-                if models.insert(offer.name.clone(), lane).is_some() {
-                    return Err(anyhow!("two models have the name {:?}: rename one of them", offer.name));
-                }
-                offers.push(offer);
-            }
-            schedulers.push(scheduler);
+            let slots = options.slots as usize;
+            let (scheduler, _) = start_scheduler(name, engine, slots, metrics.clone(), ended.clone())?;
+            let twice = |name| anyhow!("two models have the name {name:?}: rename one of them");
+            models.enter(offered, scheduler).map_err(twice)?;
+            lanes += 1;
         }
+        let loader = Loader::new(options, device, metrics.clone(), models.clone(), ended)?;
+        let loader = AbortOnDropHandle::new(tokio::spawn(loader.run(wanted)));
         let (draining, drain_deadline) = watch::channel(None);
         let closing = CancellationToken::new();
         let shared = Shared {
@@ -148,11 +151,10 @@ impl Worker {
                 node: options.node_name.clone(),
                 capacity: options.capacity.name().to_owned(),
                 pool: options.pool.clone(),
-                slots: options.slots * schedulers.len() as u32,
-                models: offers,
+                slots: options.slots * lanes,
+                models: Vec::new(),
             },
-            models,
-            schedulers: schedulers.clone(),
+            models: models.clone(),
             health: health.clone(),
             tokens: metrics.tokens,
             draining: drain_deadline,
@@ -160,7 +162,7 @@ impl Worker {
         };
         health.serving();
         let attachments = tokio::spawn(attach::run(Arc::new(shared)));
-        Ok(Self { schedulers, scheduler_ended, attachments, health, draining, closing })
+        Ok(Self { models, _loader: loader, scheduler_ended, attachments, health, draining, closing })
     }
 
     /// Serves until `stop`, then drains.
@@ -195,14 +197,14 @@ impl Worker {
     }
 
     async fn tell_all(&self, command: impl Fn() -> Command) {
-        for scheduler in &self.schedulers {
+        for scheduler in self.models.schedulers() {
             scheduler.send(command()).await;
         }
     }
 
     /// Until nothing runs or waits.
     async fn idle(&self) {
-        for scheduler in &self.schedulers {
+        for scheduler in self.models.schedulers() {
             let mut occupancy = scheduler.occupancy();
             if occupancy.wait_for(|now| now.running + now.waiting == 0).await.is_err() {
                 tracing::debug!("a scheduler has ended");
@@ -211,32 +213,61 @@ impl Worker {
     }
 }
 
-/// Runs a model's batch on a thread of its own. `ended` is told when that ends.
-fn start_scheduler(
+/// A scheduler's thread.
+pub struct Thread {
+    thread: std::thread::JoinHandle<()>,
+    /// Its end is no news.
+    expected: Arc<AtomicBool>,
+}
+
+impl Thread {
+    /// It will end because nobody needs it any more.
+    pub fn is_expected(&self) {
+        self.expected.store(true, Ordering::Relaxed);
+    }
+
+    /// Until it has ended, and its memory is free.
+    pub async fn wait(self) {
+        let joined = tokio::task::spawn_blocking(move || self.thread.join()).await;
+        if !matches!(joined, Ok(Ok(()))) {
+            tracing::warn!("a scheduler that was not needed any more did not end well");
+        }
+    }
+}
+
+/// Runs a model's batch on a thread of its own. `ended` is told when that ends without being expected to.
+pub fn start_scheduler(
     model: &str,
     engine: Engine,
     slots: usize,
     metrics: Metrics,
     ended: mpsc::Sender<()>,
-) -> Result<Handle> {
+) -> Result<(Handle, Thread)> {
     let (scheduler, handle) = Scheduler::new(model, engine, slots, metrics);
-    std::thread::Builder::new()
+    let expected = Arc::new(AtomicBool::new(false));
+    let announce = Announce { ended, expected: expected.clone() };
+    let thread = std::thread::Builder::new()
         .name("scheduler".to_owned())
         .spawn(move || {
-            let _announce = Announce(ended);
+            let _announce = announce;
             scheduler.run();
         })
         .context("starting the scheduler")?;
-    Ok(handle)
+    Ok((handle, Thread { thread, expected }))
 }
 
 /// Says that its thread has ended, however it did.
-struct Announce(mpsc::Sender<()>);
+struct Announce {
+    ended: mpsc::Sender<()>,
+    expected: Arc<AtomicBool>,
+}
 
 impl Drop for Announce {
     fn drop(&mut self) {
-        // A full channel has said it already.
-        let _ = self.0.try_send(());
+        if !self.expected.load(Ordering::Relaxed) {
+            // A full channel has said it already.
+            let _ = self.ended.try_send(());
+        }
     }
 }
 

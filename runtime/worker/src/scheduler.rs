@@ -8,6 +8,7 @@
 //! computed again later.
 
 mod sequence;
+mod times;
 
 use crate::blocks::BlockPool;
 use crate::completion::Completion;
@@ -17,6 +18,7 @@ use crate::transcripts::Transcripts;
 use sequence::Running;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
+use times::Times;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use vicuna_model::inference::{Engine, Outputs, Piece};
@@ -60,6 +62,8 @@ pub enum Command {
     HandBack,
 }
 
+pub use times::Took;
+
 /// A request, ready to run.
 #[derive(Debug)]
 pub struct Job {
@@ -70,9 +74,7 @@ pub struct Job {
     pub adapter: Option<usize>,
     pub task: Task,
     pub replies: Replies,
-    arrived: Instant,
-    /// This worker has sent a token of it.
-    begun: bool,
+    times: Times,
 }
 
 #[derive(Debug)]
@@ -133,6 +135,11 @@ impl Handle {
 
     pub fn occupancy(&self) -> watch::Receiver<Occupancy> {
         self.occupancy.clone()
+    }
+
+    /// Whether both are of one scheduler.
+    pub fn is(&self, other: &Self) -> bool {
+        self.commands.same_channel(&other.commands)
     }
 }
 
@@ -275,9 +282,12 @@ impl Scheduler {
             running.job
         });
         let now = Instant::now();
-        for job in waiting.into_iter().chain(running).filter(|_| keep) {
+        for job in waiting.into_iter().chain(running) {
             if let Task::Complete { completion, generate, .. } = job.task {
-                self.transcripts.keep(completion.transcript(*generate), now);
+                self.vllm.aborted();
+                if keep {
+                    self.transcripts.keep(completion.transcript(*generate), now);
+                }
             }
         }
     }
@@ -304,12 +314,13 @@ impl Scheduler {
         while self.running.len() < self.slots
             && let Some(job) = self.waiting.pop_front()
         {
-            let running = Running::new(job);
+            let mut running = Running::new(job);
             let needed = running.missing_blocks();
             if needed > room && !self.running.is_empty() {
                 return self.waiting.push_front(running.job);
             }
             room = room.saturating_sub(needed);
+            running.job.times.admitted(Instant::now());
             self.running.push(running);
         }
     }
@@ -402,6 +413,7 @@ impl Scheduler {
                 Err(error) => running.fail(error.to_string()),
             }
         }
+        self.vllm.step_tokens.observe(shares.iter().map(|share| share.tokens).sum::<usize>() as f64);
         if answered {
             self.metrics.decode_seconds.observe(started.elapsed().as_secs_f64());
         }
@@ -413,11 +425,11 @@ impl Scheduler {
         let ended: Vec<Running> = self.running.extract_if(.., |running| running.ended).collect();
         for mut running in ended {
             running.release(&mut self.pool);
-            let arrived = running.job.arrived;
+            let took = running.job.times.took(now);
             if let Task::Complete { completion, generate, .. } = running.job.task {
                 let transcript = completion.transcript(*generate);
                 if !transcript.finish_reason.is_empty() {
-                    self.vllm.answered(&transcript.finish_reason, now.duration_since(arrived).as_secs_f64());
+                    self.vllm.answered(&transcript.finish_reason, &took, transcript.prompt_tokens);
                 }
                 self.transcripts.keep(transcript, now);
             }
@@ -458,7 +470,7 @@ struct Share {
 
 impl Job {
     pub fn new(connection: Connection, priority: i32, adapter: Option<usize>, task: Task, replies: Replies) -> Self {
-        Self { connection, priority, adapter, task, replies, arrived: Instant::now(), begun: false }
+        Self { connection, priority, adapter, task, replies, times: Times::arrived(Instant::now()) }
     }
 
     fn is(&self, request: &str, choice: u32) -> bool {
@@ -518,9 +530,10 @@ pub fn failure(request: &str, choice: u32, code: Code, message: String) -> Body 
     Body::Failure(Failure { request: request.to_owned(), choice, code: code.into(), message, reason: String::new() })
 }
 
-/// A request that is the client's mistake.
+/// A request that is not taken: mostly the client's mistake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
+    pub code: Code,
     pub message: String,
     /// Its prompt leaves no room for an answer.
     pub too_long: bool,
@@ -528,7 +541,7 @@ pub struct Refusal {
 
 impl From<String> for Refusal {
     fn from(message: String) -> Self {
-        Self { message, too_long: false }
+        Self { code: Code::Invalid, message, too_long: false }
     }
 }
 
@@ -538,7 +551,7 @@ impl Refusal {
         Body::Failure(Failure {
             request: request.to_owned(),
             choice,
-            code: Code::Invalid.into(),
+            code: self.code.into(),
             message: self.message,
             reason: reason.to_owned(),
         })

@@ -10,11 +10,11 @@ use crate::serving::observe::Source;
 use crate::serving::plan::NewWorker;
 use crate::spot::notices::NOTICE_ANNOTATION;
 use k8s_openapi::api::core::v1::{
-    Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource,
-    EnvVar, EnvVarSource, HTTPGetAction, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
-    ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, Probe, ProjectedVolumeSource, SeccompProfile,
-    SecretEnvSource, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection, Toleration,
-    TopologySpreadConstraint, Volume, VolumeMount, VolumeProjection,
+    Affinity, CSIVolumeSource, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource,
+    EnvFromSource, EnvVar, EnvVarSource, HTTPGetAction, NodeAffinity, NodeSelector, NodeSelectorRequirement,
+    NodeSelectorTerm, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, Pod, PodSecurityContext, PodSpec, Probe,
+    ProjectedVolumeSource, SeccompProfile, SecretEnvSource, SecretVolumeSource, SecurityContext,
+    ServiceAccountTokenProjection, Toleration, TopologySpreadConstraint, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -22,7 +22,7 @@ use kube::ResourceExt;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use vicuna_crds::{Pool, VicunaServing};
+use vicuna_crds::{Pool, VicunaServing, WeightsCache};
 use vicuna_protocol::GATEWAY_AUDIENCE;
 
 /// Digest of what decides a worker besides its pool: pods of another one are replaced.
@@ -31,6 +31,7 @@ pub const REVISION_LABEL: &str = "vicuna.dev/revision";
 const TOKEN_FOLDER: &str = "/var/run/secrets/vicuna";
 const TRUST_FOLDER: &str = "/etc/vicuna/trust";
 const SCRATCH_FOLDER: &str = "/scratch";
+const CACHE_FOLDER: &str = "/cache";
 const STORE_FOLDER: &str = "/var/run/secrets/store";
 const TOKEN_SECONDS: i64 = 3600;
 /// A node that stopped answering holds its workers so long; the gateway has moved their streams by then.
@@ -85,7 +86,7 @@ fn spec(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool, 
     let grace = (drain::timeout(serving, pool) + drain::GRACE_MARGIN).as_secs();
     PodSpec {
         containers: vec![container(serving, source, config, pool)],
-        volumes: Some(volumes(source, config)),
+        volumes: Some(volumes(serving, source, config)),
         service_account_name: Some(WORKER_ACCOUNT.to_owned()),
         automount_service_account_token: Some(false),
         enable_service_links: Some(false),
@@ -137,7 +138,7 @@ fn container(serving: &VicunaServing, source: &Source, config: &Config, pool: &P
             capabilities: Some(Capabilities { drop: Some(vec!["ALL".to_owned()]), add: None }),
             ..SecurityContext::default()
         }),
-        volume_mounts: Some(mounts()),
+        volume_mounts: Some(mounts(serving)),
         ..Container::default()
     }
 }
@@ -162,6 +163,10 @@ fn args(serving: &VicunaServing, source: &Source, config: &Config, pool: &Pool) 
     args.extend(source.adapters.iter().map(|adapter| format!("--adapter={}={}", adapter.name, adapter.uri)));
     args.extend(spec.model.template.map(|template| format!("--template={}", template.name())));
     args.push(format!("--quantization={}", spec.model.quantization.name()));
+    if let Some(cache) = &spec.worker.cache {
+        args.push(format!("--cache={CACHE_FOLDER}"));
+        args.push(format!("--cache-mib={}", cache.size_mib));
+    }
     args.extend(spec.model.max_length.map(|tokens| format!("--max-length={tokens}")));
     args
 }
@@ -205,20 +210,36 @@ fn probe(path: &str, period_seconds: i32, failure_threshold: i32) -> Probe {
     }
 }
 
-fn mounts() -> Vec<VolumeMount> {
+fn mounts(serving: &VicunaServing) -> Vec<VolumeMount> {
     let mount = |name: &str, path: &str, read_only| VolumeMount {
         name: name.to_owned(),
         mount_path: path.to_owned(),
         read_only: Some(read_only),
         ..VolumeMount::default()
     };
-    vec![
+    let mut mounts = vec![
         mount("token", TOKEN_FOLDER, true),
         mount("trust", TRUST_FOLDER, true),
         mount("scratch", SCRATCH_FOLDER, false),
         mount("tmp", "/tmp", false),
         mount("store", STORE_FOLDER, true),
-    ]
+    ];
+    mounts.extend(serving.spec.worker.cache.as_ref().map(|_| mount("cache", CACHE_FOLDER, false)));
+    mounts
+}
+
+/// Kinds that the restricted standard allows: `hostPath` is none of them.
+fn cache(cache: &WeightsCache) -> Volume {
+    let claim = cache.claim_name.clone().map(|claim_name| PersistentVolumeClaimVolumeSource {
+        claim_name,
+        ..PersistentVolumeClaimVolumeSource::default()
+    });
+    let csi = cache.csi.clone().map(|csi| CSIVolumeSource {
+        driver: csi.driver,
+        volume_attributes: Some(csi.volume_attributes),
+        ..CSIVolumeSource::default()
+    });
+    Volume { name: "cache".to_owned(), persistent_volume_claim: claim, csi, ..Volume::default() }
 }
 
 /// The environment makes a pod wait for its Secret, and says so; the volume brings what is corrected in it later.
@@ -232,13 +253,13 @@ fn store(source: &Source) -> Volume {
     Volume { name: "store".to_owned(), secret, empty_dir, ..Volume::default() }
 }
 
-fn volumes(source: &Source, config: &Config) -> Vec<Volume> {
+fn volumes(serving: &VicunaServing, source: &Source, config: &Config) -> Vec<Volume> {
     let empty = |name: &str| Volume {
         name: name.to_owned(),
         empty_dir: Some(EmptyDirVolumeSource::default()),
         ..Volume::default()
     };
-    vec![
+    let mut volumes = vec![
         Volume {
             name: "token".to_owned(),
             projected: Some(ProjectedVolumeSource {
@@ -265,7 +286,9 @@ fn volumes(source: &Source, config: &Config) -> Vec<Volume> {
         empty("scratch"),
         empty("tmp"),
         store(source),
-    ]
+    ];
+    volumes.extend(serving.spec.worker.cache.as_ref().map(cache));
+    volumes
 }
 
 fn tolerations(pool: &Pool) -> Vec<Toleration> {
@@ -387,6 +410,31 @@ mod tests {
         assert_eq!(container["capabilities"]["drop"], json!(["ALL"]));
         assert_eq!(container["readOnlyRootFilesystem"], true);
         assert_eq!(spec["automountServiceAccountToken"], false);
+    }
+
+    #[test]
+    fn weights_are_shared_on_a_volume_that_the_restricted_standard_allows() {
+        let with = |cache: Value| {
+            let mut serving = (*serving()).clone();
+            serving.spec.worker.cache = serde_json::from_value(cache).unwrap();
+            let source = source();
+            let spec = spec(&serving, &source, &config::tests::sample(), &serving.spec.pools[0], &[]);
+            serde_json::to_value(spec).unwrap()
+        };
+        let volume = |spec: &Value| {
+            let volumes = spec["volumes"].as_array().unwrap();
+            volumes.iter().find(|volume| volume["name"] == "cache").cloned()
+        };
+        let claimed = with(json!({ "claimName": "weights", "sizeMib": 5000 }));
+        assert_eq!(volume(&claimed).unwrap()["persistentVolumeClaim"]["claimName"], "weights");
+        let args = claimed["containers"][0]["args"].to_string();
+        assert!(args.contains("--cache=/cache") && args.contains("--cache-mib=5000"), "{args}");
+        let mounts = claimed["containers"][0]["volumeMounts"].to_string();
+        assert!(mounts.contains("\"/cache\""), "{mounts}");
+        let driven =
+            with(json!({ "csi": { "driver": "node-folders.example", "volumeAttributes": { "name": "weights" } } }));
+        assert_eq!(volume(&driven).unwrap()["csi"]["driver"], "node-folders.example");
+        assert_eq!(volume(&with(Value::Null)), None);
     }
 
     #[test]

@@ -40,7 +40,7 @@ impl StoreError {
         matches!(self, Self::NotFound { .. })
     }
 
-    pub(super) fn disk(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+    pub(crate) fn disk(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Self::Disk { path: path.into(), source }
     }
 

@@ -12,7 +12,7 @@ mod error;
 mod transfer;
 
 pub use error::StoreError;
-pub use transfer::{fetch, sizes, upload_dir};
+pub use transfer::{Listing, fetch, listing, sizes, upload_dir};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -43,6 +43,8 @@ pub struct Object {
     pub key: String,
     pub bytes: u64,
     pub modified: DateTime<Utc>,
+    /// Another one, another content: the store's tag, else the time of its change.
+    pub version: String,
 }
 
 /// What became of a create-only write.
@@ -191,7 +193,8 @@ impl Store {
 
     fn object(&self, meta: object_store::ObjectMeta) -> Option<Object> {
         let key: Vec<String> = meta.location.prefix_match(&self.base)?.map(|part| part.as_ref().to_owned()).collect();
-        Some(Object { key: key.join("/"), bytes: meta.size, modified: meta.last_modified })
+        let version = meta.e_tag.unwrap_or_else(|| meta.last_modified.to_rfc3339());
+        Some(Object { key: key.join("/"), bytes: meta.size, modified: meta.last_modified, version })
     }
 
     fn error(&self, key: &str, error: &object_store::Error) -> StoreError {

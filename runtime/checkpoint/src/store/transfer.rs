@@ -47,6 +47,39 @@ pub async fn sizes(uri: &str) -> Result<Vec<(String, u64)>, StoreError> {
     Ok(objects.into_iter().map(|object| (name(object.key), object.bytes)).collect())
 }
 
+/// What a URI names at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// A digest of the URI and of the names, sizes and versions of all objects.
+    pub key: String,
+    pub bytes: u64,
+    /// The name of the one file, if it is one.
+    file: Option<String>,
+}
+
+impl Listing {
+    /// What the URI names, below the folder that it was fetched to.
+    pub fn path(&self, folder: &Path) -> PathBuf {
+        self.file.as_ref().map_or_else(|| folder.to_owned(), |name| folder.join(name))
+    }
+}
+
+pub async fn listing(uri: &str) -> Result<Listing, StoreError> {
+    let store = Store::open(uri)?;
+    let (objects, path) = find(&store, Path::new("")).await?;
+    let mut hasher = blake3::Hasher::new();
+    for part in std::iter::once(store.uri()).chain(objects.iter().flat_map(|object| [&*object.key, &*object.version])) {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    for object in &objects {
+        hasher.update(&object.bytes.to_le_bytes());
+    }
+    let file = path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let bytes = objects.iter().map(|object| object.bytes).sum();
+    Ok(Listing { key: hasher.finalize().to_hex().to_string(), bytes, file })
+}
+
 /// Writes every file below `dir` under the same relative name below `store`; returns the bytes.
 pub async fn upload_dir(store: &Store, dir: &Path) -> Result<u64, StoreError> {
     let mut pending = vec![dir.to_owned()];

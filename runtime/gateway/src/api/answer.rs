@@ -1,6 +1,6 @@
 //! A request from its admission to its end.
 
-use super::calls;
+use super::deadline::Deadline;
 use super::error::ApiError;
 use super::logprobs;
 use super::position::Position;
@@ -25,6 +25,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use vicuna_protocol::inference::{Generate, Message};
+use vicuna_protocol::tools::Reading;
 
 /// Who asks, and what the headers say.
 pub struct Caller {
@@ -34,6 +35,7 @@ pub struct Caller {
     pub session: Option<String>,
     /// What the model is called in the answer, where its name is a secret.
     pub alias: Option<&'static str>,
+    pub deadline: Deadline,
     /// What the request takes of the memory for requests.
     pub held: Held,
 }
@@ -61,8 +63,11 @@ pub struct Request {
     pub settled: bool,
     gateway: Arc<Gateway>,
     client: Client,
+    deadline: Deadline,
     held: Held,
     seats: Vec<Seat>,
+    /// Tokens that the client's key has been charged with for it.
+    charged: u32,
     _drivers: JoinSet<()>,
 }
 
@@ -142,6 +147,7 @@ fn job(gateway: &Gateway, shape: &Shape, ask: &Ask, prompt: &Prompt, index: usiz
         logprobs: ask.logprobs,
         format: ask.format.clone(),
         tools_json: ask.tools.as_ref().map(|tools| tools.json.clone()).unwrap_or_default(),
+        tool_use: ask.tools.as_ref().map(|tools| tools.wanted.clone()),
         priority: caller.client.priority(),
         ..Generate::default()
     };
@@ -192,13 +198,49 @@ pub fn now_seconds() -> u64 {
 impl Request {
     pub fn new(gateway: &Arc<Gateway>, admitted: Admitted) -> Self {
         let Admitted { shape, ask, caller, ticket, choices, seats, news } = admitted;
-        let Caller { client, held, .. } = caller;
+        let Caller { client, held, deadline, .. } = caller;
         let mut drivers = JoinSet::new();
         for choice in &choices {
             drivers.spawn(drive(gateway.registry.clone(), choice.clone(), gateway.limits.clone()));
         }
-        let gateway = gateway.clone();
-        Self { shape, ask, choices, ticket, news, settled: false, gateway, client, held, seats, _drivers: drivers }
+        let mut request = Self {
+            shape,
+            ask,
+            choices,
+            ticket,
+            news,
+            settled: false,
+            gateway: gateway.clone(),
+            client,
+            deadline,
+            held,
+            seats,
+            charged: 0,
+            _drivers: drivers,
+        };
+        // What there is of it already was charged where it came from.
+        request.charged = request.used();
+        request
+    }
+
+    /// Another connection goes on with it, and asks for it anew.
+    pub fn pass_to(&mut self, ask: Ask, caller: Caller) {
+        let Caller { client, held, deadline, .. } = caller;
+        (self.ask, self.client, self.held, self.deadline) = (ask, client, held, deadline);
+    }
+
+    /// Ends it for its deadline.
+    pub fn expire(&mut self) -> ApiError {
+        let answers = self.glance();
+        let tokens = answers.iter().map(|news| news.position).sum();
+        let started = answers.iter().any(|news| news.worker.is_some());
+        let error = self.deadline.error(&self.shape.model, started, tokens);
+        self.settle(error.status.as_u16());
+        error
+    }
+
+    pub fn deadline(&self) -> Deadline {
+        self.deadline
     }
 
     /// All choices as they stand, with what is beyond `seen`, which is remembered.
@@ -248,10 +290,17 @@ impl Request {
         self.settled = true;
     }
 
-    fn charge(&mut self) {
+    /// Tokens of it so far.
+    fn used(&mut self) -> u32 {
         let answers = self.glance();
-        let usage = self.usage(&answers);
-        self.client.charge(usage.total());
+        self.usage(&answers).total()
+    }
+
+    /// Takes what is not charged yet from the client's quota.
+    fn charge(&mut self) {
+        let used = self.used();
+        self.client.charge(used.saturating_sub(self.charged));
+        self.charged = self.charged.max(used);
     }
 
     /// Keeps what there is for a client that may come back.
@@ -260,15 +309,17 @@ impl Request {
             self.choices.iter().map(|choice| (choice.job.clone(), choice.index, choice.transcript())).collect();
         if stream.iter().any(|(_, _, transcript)| !transcript.tokens.is_empty()) {
             self.gateway.parked.put(&self.shape.id, stream, Instant::now());
-            self.seats.iter().for_each(Seat::leave_for_now);
         }
     }
 }
 
 impl Drop for Request {
     fn drop(&mut self) {
+        let may_come_back = self.ask.stream && !self.settled;
+        // First nothing may come any more: what is kept is then what was charged.
+        self.seats.iter().for_each(|seat| seat.leave(may_come_back));
         self.charge();
-        if self.ask.stream && !self.settled {
+        if may_come_back {
             self.park();
         }
     }
@@ -276,6 +327,7 @@ impl Drop for Request {
 
 async fn respond(mut request: Request) -> Result<Response, ApiError> {
     let (news, stopped) = (request.news.clone(), request.gateway.stopped.clone());
+    let deadline = request.deadline;
     loop {
         let answers = request.glance();
         if let Some(error) = answers.iter().find_map(failed) {
@@ -287,6 +339,7 @@ async fn respond(mut request: Request) -> Result<Response, ApiError> {
         }
         tokio::select! {
             () = news.notified() => {}
+            () = deadline.passed() => return Err(request.expire()),
             () = stopped.cancelled() => {
                 let error = ApiError::shutting_down();
                 request.settle(error.status.as_u16());
@@ -326,16 +379,7 @@ fn whole_choice(request: &Request, index: usize, news: &News) -> Whole {
         let logprobs = ask.logprobs.map(|_| logprobs::completion(&tokens, prompt, 0));
         return Whole { text, calls: Vec::new(), logprobs, finish_reason: reason };
     }
-    let reading = match &ask.tools {
-        Some(tools) => {
-            let mut reading = calls::read(&news.text, true);
-            if !tools.parallel {
-                reading.calls.truncate(1);
-            }
-            reading
-        }
-        None => calls::Reading { content: news.text.clone(), calls: Vec::new() },
-    };
+    let reading = read(ask, news, &news.text, true);
     let called = !reading.calls.is_empty();
     let ids = reading.calls.into_iter().enumerate();
     Whole {
@@ -344,6 +388,18 @@ fn whole_choice(request: &Request, index: usize, news: &News) -> Whole {
         logprobs: ask.logprobs.map(|_| logprobs::chat(&news.logprobs)),
         finish_reason: reason.map(|reason| finish_reason(&reason, called).to_owned()),
     }
+}
+
+/// Text and calls in what was said so far. `ended`: no more comes.
+pub fn read(ask: &Ask, news: &News, said: &str, ended: bool) -> Reading {
+    let Some((tools, dialect)) = ask.tools.as_ref().zip(news.dialect) else {
+        return Reading { content: said.to_owned(), calls: Vec::new() };
+    };
+    let mut reading = dialect.read(said, ended, &tools.names);
+    if tools.wanted.single {
+        reading.calls.truncate(1);
+    }
+    reading
 }
 
 pub fn finish_reason(reason: &str, called: bool) -> &str {

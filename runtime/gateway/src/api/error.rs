@@ -109,6 +109,25 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_capacity", message).retry(10)
     }
 
+    /// The time that the client gave is over.
+    pub fn deadline_passed(model: &str, seconds: f64, started: bool, tokens: usize) -> Self {
+        let so_far = match (started, tokens) {
+            (false, _) => format!("while the request waited for a worker of {model}"),
+            (true, 0) => format!("before {model} had answered with a token"),
+            (true, tokens) => format!("after {tokens} tokens of {model}"),
+        };
+        let message = format!(
+            "The deadline of {seconds} s (X-Request-Timeout) passed {so_far}; allow more time, or ask for fewer tokens."
+        );
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded", message).about("X-Request-Timeout")
+    }
+
+    /// Another connection goes on with the stream.
+    pub fn taken_over() -> Self {
+        let message = "Another connection with this stream's Last-Event-ID goes on with it; read on there.";
+        Self::new(StatusCode::CONFLICT, "taken_over", message)
+    }
+
     pub fn not_resumed(model: &str, tokens: usize) -> Self {
         let message = format!(
             "The worker was lost after {tokens} tokens, and no other of {model} with the same weights was free in time; \

@@ -2,7 +2,7 @@
 
 mod answer;
 mod arena;
-mod calls;
+mod deadline;
 mod delivery;
 mod embeddings;
 pub mod error;
@@ -16,6 +16,7 @@ pub mod request;
 mod resume;
 mod shape;
 mod stream;
+pub mod takeover;
 mod token_check;
 
 use crate::config::Limits;
@@ -30,6 +31,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use deadline::Deadline;
 use error::ApiError;
 use position::Position;
 use request::Ask;
@@ -38,6 +40,7 @@ use serde_json::{Value, json};
 use shape::Endpoint;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// For a body to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -117,6 +120,7 @@ fn caller(gateway: &Gateway, headers: &HeaderMap) -> Result<Caller, ApiError> {
         client: client(gateway, headers)?,
         position,
         held: room(gateway, headers)?,
+        deadline: Deadline::of(headers, Instant::now())?,
         session: text("x-session-id").filter(|session| session.len() <= MAX_SESSION).map(str::to_owned),
         alias: None,
     })
@@ -172,7 +176,7 @@ fn describe(model: &Model) -> Value {
         "id": model.name, "object": "model", "created": model.created, "owned_by": owner,
         "max_model_len": known.then_some(offer.max_length),
         "vicuna": {
-            "workers": model.workers.len(), "tools": offer.tools, "json_schema": offer.json_schema,
+            "workers": model.workers.len(), "tools": !offer.tool_dialect.is_empty(), "json_schema": offer.json_schema,
             "embedding_dimensions": offer.embedding_dimensions,
         },
     })

@@ -58,6 +58,15 @@ pub async fn resume(
         return Err(unknown());
     }
     gateway.admit(&caller.client)?;
+    if let Some(mut request) = gateway.takeovers.take(&position.request).await {
+        if request.shape.model != model.name || request.choices.len() != wanted {
+            return Err(unknown());
+        }
+        gateway.metrics.returns.inc();
+        tracing::info!(request = position.request, "a client takes its stream over from another connection");
+        request.pass_to(ask, caller);
+        return Ok(request);
+    }
     let stream = match gateway.parked.take(&position.request, Instant::now()) {
         Some(stream) if stream.iter().all(|(job, _, _)| job.model() == model.name) => stream,
         _ => remembered(gateway, &model.name, &ask, &caller, &position.request).await,
@@ -125,6 +134,7 @@ fn transcript(choice: &TranscriptChoice, variant: &Variant) -> Transcript {
         logprobs: choice.logprobs.clone(),
         prompt_scores: Vec::new(),
         variant: Some(variant.clone()),
+        prompt_tokens: choice.prompt_tokens,
         done: ended,
     }
 }
@@ -140,7 +150,9 @@ mod tests {
             finish_reason: finish_reason.into(),
             ..TranscriptChoice::default()
         };
-        (choice, Variant { weights_digest: "d".into(), template: String::new(), quantization: String::new() })
+        let variant =
+            Variant { weights_digest: "d".into(), template: String::new(), quantization: String::new(), dialect: None };
+        (choice, variant)
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! The JSON that goes back, of both endpoints, whole and in chunks.
 
-use super::calls::Call;
 use super::error::ApiError;
 use crate::choice::{Choice, News, Outcome, Phase};
 use crate::routing::hash;
@@ -8,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::sync::Arc;
+use vicuna_protocol::tools::Call;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
@@ -66,9 +66,11 @@ impl Usage {
         let mut prompts = HashMap::new();
         for (choice, news) in choices.iter().zip(answers) {
             usage.resumes += news.resumes;
-            let Phase::Ended(Outcome::Done { prompt_tokens, completion_tokens, cached_tokens, .. }) = news.phase else {
-                usage.completion += news.position as u32;
-                continue;
+            let (prompt_tokens, completion_tokens, cached_tokens) = match news.phase {
+                Phase::Ended(Outcome::Done { prompt_tokens, completion_tokens, cached_tokens, .. }) => {
+                    (prompt_tokens, completion_tokens, cached_tokens)
+                }
+                _ => (news.prompt_tokens, news.position as u32, 0),
             };
             usage.completion += completion_tokens;
             let (prompt, cached) = prompts.entry(choice.job.id()).or_insert((0, u32::MAX));

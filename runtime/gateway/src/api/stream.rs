@@ -5,21 +5,22 @@
 //!
 //! Little is written ahead: what a slow client has not read stays in the transcript, which is bounded.
 
-use super::answer::{Request, echoed, failed, finish_reason, is_ended, name};
-use super::calls::{self, Call};
+use super::answer::{Request, echoed, failed, finish_reason, is_ended, name, read};
 use super::delivery::{Delivery, GivenUp, delivery};
 use super::error::ApiError;
 use super::logprobs;
 use super::position::At;
 use super::shape::{Endpoint, Part, call_json};
+use super::takeover::Heir;
 use crate::choice::{Choice, News, Outcome, Phase, Seen, Work};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
+use vicuna_protocol::tools::{Call, Reading};
 
 /// How long a stream waits for its first token before it says 200: an error until then has its own
 /// status, and the header can name the worker.
@@ -31,6 +32,9 @@ const FIRST_COMMENT: Duration = Duration::from_secs(1);
 /// `from`: what the client has already; empty for a new stream.
 pub async fn respond(mut request: Request, from: Vec<At>) -> Result<Response, ApiError> {
     let answers = first_news(&mut request).await;
+    if request.deadline().has_passed(Instant::now()) && !answers.iter().all(is_ended) {
+        return Err(request.expire());
+    }
     if let Some(error) = answers.iter().find_map(failed) {
         request.settle(error.status.as_u16());
         return Err(request.shape.told(error));
@@ -49,7 +53,7 @@ pub async fn respond(mut request: Request, from: Vec<At>) -> Result<Response, Ap
 }
 
 async fn first_news(request: &mut Request) -> Vec<News> {
-    let deadline = Instant::now() + HEADER_PATIENCE;
+    let deadline = request.deadline().at_most(Instant::now() + HEADER_PATIENCE);
     let news = request.news.clone();
     loop {
         let answers = request.glance();
@@ -65,9 +69,14 @@ async fn first_news(request: &mut Request) -> Vec<News> {
 
 /// Writes until the end, or as long as the client reads.
 async fn write(mut writer: Writer, delivery: Delivery) {
+    let mut entry = writer.request.gateway().takeovers.enter(&writer.request.shape.id);
     let ended = tokio::select! {
         ended = write_all(&mut writer, &delivery) => ended,
         () = delivery.abandoned() => Err(GivenUp),
+        Some(heir) = entry.heir() => {
+            drop(entry);
+            return hand_over(writer, heir, delivery).await;
+        }
     };
     match ended {
         Ok(()) => delivery.end(),
@@ -75,8 +84,17 @@ async fn write(mut writer: Writer, delivery: Delivery) {
     }
 }
 
+/// To a client that has come back for it. If that one has gone too, the stream is kept like any other that breaks off.
+async fn hand_over(writer: Writer, heir: Heir, delivery: Delivery) {
+    drop(heir.send(writer.request));
+    if delivery.hand(&error_event(&ApiError::taken_over())).await.is_ok() {
+        delivery.end();
+    }
+}
+
 async fn write_all(writer: &mut Writer, delivery: &Delivery) -> Result<(), GivenUp> {
     let (news, stopped) = (writer.request.news.clone(), writer.request.gateway().stopped.clone());
+    let deadline = writer.request.deadline();
     let mut pause = FIRST_COMMENT;
     loop {
         delivery.hand(&writer.write()).await?;
@@ -88,6 +106,10 @@ async fn write_all(writer: &mut Writer, delivery: &Delivery) -> Result<(), Given
             () = sleep(pause) => {
                 pause = COMMENT_INTERVAL;
                 delivery.hand(&writer.comment()).await?;
+            }
+            () = deadline.passed() => {
+                let error = writer.request.expire();
+                return delivery.hand(&error_event(&error)).await;
             }
             () = stopped.cancelled() => return delivery.hand(&error_event(&ApiError::shutting_down())).await,
         }
@@ -113,6 +135,32 @@ struct Told {
     said: String,
     content: usize,
     calls: usize,
+    /// Bytes of the last call's arguments.
+    arguments: usize,
+}
+
+impl Told {
+    /// What the client does not have yet of the text and of the calls, which only grow.
+    fn take(&mut self, reading: &Reading, id: impl Fn(usize) -> String) -> (Option<String>, Vec<Value>) {
+        let text = reading.content.get(self.content..).filter(|text| !text.is_empty()).map(str::to_owned);
+        let mut deltas = Vec::new();
+        let last = self.calls.checked_sub(1).and_then(|number| Some((number, reading.calls.get(number)?)));
+        if let Some((number, call)) = last
+            && let Some(more) = call.arguments.get(self.arguments..).filter(|more| !more.is_empty())
+        {
+            deltas.push(json!({ "index": number, "function": { "arguments": more } }));
+        }
+        let new = reading.calls.iter().enumerate().skip(self.calls);
+        deltas.extend(new.map(|(number, call)| call_delta(number, &id(number), call)));
+        self.has(reading);
+        (text, deltas)
+    }
+
+    fn has(&mut self, reading: &Reading) {
+        self.content = reading.content.len();
+        self.calls = reading.calls.len();
+        self.arguments = reading.calls.last().map_or(0, |call| call.arguments.len());
+    }
 }
 
 impl Writer {
@@ -128,8 +176,8 @@ impl Writer {
                 told.letters += echoed(choice).0.chars().count();
             }
             if request.ask.tools.is_some() {
-                let reading = calls::read(had, told.at.closed);
-                (told.content, told.calls) = (reading.content.len(), reading.calls.len());
+                let news = choice.news(Seen { bytes: usize::MAX, tokens: usize::MAX });
+                told.has(&read(&request.ask, &news, had, told.at.closed));
                 told.said = had.to_owned();
             }
         }
@@ -215,24 +263,16 @@ impl Writer {
                 Endpoint::Completion => logprobs::completion(&news.logprobs, 0, told.letters),
             });
         told.letters += news.text.chars().count();
-        let Some(tools) = &ask.tools else {
+        if ask.tools.is_none() {
             let something = !news.text.is_empty() || logprobs.is_some();
             return something.then(|| OwnedPart { text: Some(news.text.clone()), calls: Vec::new(), logprobs });
-        };
+        }
         if told.at.closed {
             return None;
         }
         told.said.push_str(&news.text);
-        let mut reading = calls::read(&told.said, ended);
-        if !tools.parallel {
-            reading.calls.truncate(1);
-        }
-        let text = reading.content.get(told.content..).filter(|text| !text.is_empty()).map(str::to_owned);
-        told.content = reading.content.len();
-        let calls = reading.calls.iter().enumerate().skip(told.calls);
-        let calls: Vec<_> =
-            calls.map(|(number, call)| call_delta(number, &self.request.shape.call_id(index, number), call)).collect();
-        told.calls = reading.calls.len();
+        let reading = read(ask, news, &told.said, ended);
+        let (text, calls) = told.take(&reading, |number| self.request.shape.call_id(index, number));
         let something = text.is_some() || logprobs.is_some() || !calls.is_empty();
         // Scores belong to a text, if only to an empty one.
         let text = text.or_else(|| logprobs.is_some().then(String::new));
@@ -272,9 +312,12 @@ impl Writer {
     }
 
     fn comment(&self) -> String {
-        let model = self.request.gateway().registry.model(&self.request.shape.model);
-        let loaded = model.is_some_and(|model| !model.workers.is_empty());
-        comment(&doing(&self.request.choices, loaded))
+        let registry = &self.request.gateway().registry;
+        let loaded = registry.model(&self.request.shape.model).is_some_and(|model| !model.workers.is_empty());
+        let doing = doing(&self.request.choices, loaded);
+        let waits = self.request.choices.iter().any(|choice| choice.is_queued());
+        let loading = registry.loading(&self.request.shape.model).filter(|_| waits);
+        comment(&loading.map_or(doing.clone(), |progress| format!("{doing}; {progress}")))
     }
 }
 

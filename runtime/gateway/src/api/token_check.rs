@@ -46,16 +46,16 @@ fn items(fields: &Fields, limits: &Limits) -> Result<Vec<Item>, ApiError> {
 async fn check(gateway: &Gateway, item: Item, caller: &Caller) -> Result<Value, ApiError> {
     let model = gateway.model_for(&caller.client, &item.model)?.name;
     let mut ticket = gateway.loads.take(&model);
-    let checked = count(gateway, item, model).await;
+    let checked = count(gateway, item, model, caller).await;
     ticket.ended(checked.as_ref().map_or_else(|error| error.status.as_u16(), |_| 200));
     checked
 }
 
-async fn count(gateway: &Gateway, item: Item, model: String) -> Result<Value, ApiError> {
+async fn count(gateway: &Gateway, item: Item, model: String, caller: &Caller) -> Result<Value, ApiError> {
     let request = format!("count-{}", uuid::Uuid::now_v7().simple());
     let question =
         CountTokens { request: request.clone(), model: model.clone(), messages: Vec::new(), prompt: Some(item.prompt) };
-    let deadline = Instant::now() + gateway.limits.queue_timeout;
+    let deadline = caller.deadline.at_most(Instant::now() + gateway.limits.queue_timeout);
     match gateway.registry.inquire(&model, &request, &Body::CountTokens(question), deadline).await? {
         Answer::TokenCount(count) => {
             let needed = u64::from(count.tokens) + u64::from(item.max_tokens);

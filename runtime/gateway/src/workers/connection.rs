@@ -6,8 +6,8 @@ use super::view::Place;
 use crate::choice::{Choice, Loss, Variant};
 use crate::routing::ejection::Health;
 use crate::routing::{self, Candidate};
-use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap};
+use parking_lot::{Mutex, RwLock};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -30,10 +30,11 @@ pub struct Connection {
     /// The process behind it; empty if it does not say.
     pub instance: String,
     pub namespace: String,
-    pub offers: Vec<ModelOffer>,
     pub place: Place,
     /// Unix time in milliseconds.
     pub attached_ms: u64,
+    /// Models come and go, their names stay.
+    offers: RwLock<Vec<ModelOffer>>,
     /// Cancelled once it is out of the registry, whoever put it out.
     pub gone: CancellationToken,
     name_hash: u64,
@@ -98,7 +99,7 @@ impl Connection {
             worker: hello.worker.into(),
             instance: hello.instance,
             namespace: namespace.to_owned(),
-            offers: hello.models,
+            offers: RwLock::new(hello.models),
             place: Place { node: hello.node, pool: hello.pool, capacity: hello.capacity },
             attached_ms: now_ms(),
             gone: CancellationToken::new(),
@@ -113,8 +114,38 @@ impl Connection {
         active.choices.get(request)?.get(&index).cloned()
     }
 
-    pub fn offer(&self, model: &str) -> Option<&ModelOffer> {
-        self.offers.iter().find(|offer| offer.name == model)
+    /// What it has loaded under this name.
+    pub fn offer(&self, model: &str) -> Option<ModelOffer> {
+        let offers = self.offers.read();
+        offers.iter().find(|offer| offer.name == model && !offer.on_request).cloned()
+    }
+
+    /// What is being done to load a model that it can have; none if it has it, or cannot.
+    pub fn progress(&self, model: &str) -> Option<String> {
+        let offers = self.offers.read();
+        offers.iter().find(|offer| offer.name == model && offer.on_request).map(|offer| offer.progress.clone())
+    }
+
+    /// Names, and what is known of each: nothing as long as it is not loaded.
+    pub fn offers(&self) -> Vec<(String, Option<ModelOffer>)> {
+        let offers = self.offers.read();
+        let known = |offer: &ModelOffer| (offer.name.clone(), (!offer.on_request).then(|| offer.clone()));
+        offers.iter().map(known).collect()
+    }
+
+    /// `false` if the names are not those of its hello.
+    pub fn offers_now(&self, offers: Vec<ModelOffer>) -> bool {
+        let mut before = self.offers.write();
+        let names = |offers: &[ModelOffer]| offers.iter().map(|offer| offer.name.clone()).collect::<BTreeSet<_>>();
+        let same = names(&before) == names(&offers);
+        if same {
+            *before = offers;
+        }
+        same
+    }
+
+    pub fn assigned(&self) -> u32 {
+        self.active.lock().assigned()
     }
 
     pub fn put(&self, choice: &Arc<Choice>) {
@@ -160,7 +191,7 @@ impl Connection {
 
     /// What is offered, by name.
     pub fn models(&self) -> Vec<String> {
-        self.offers.iter().map(|offer| offer.name.clone()).collect()
+        self.offers.read().iter().map(|offer| offer.name.clone()).collect()
     }
 
     pub fn send(&self, body: Body) -> bool {
@@ -246,7 +277,7 @@ impl Connection {
     /// per second, zero if it is not known.
     pub fn candidate(&self, model: &str, variant: Option<&Variant>) -> Option<Candidate> {
         let offer = self.offer(model)?;
-        if variant.is_some_and(|variant| *variant != Variant::from(offer)) {
+        if variant.is_some_and(|variant| *variant != Variant::from(&offer)) {
             return None;
         }
         let active = self.active.lock();

@@ -5,6 +5,7 @@ pub mod happenings;
 pub mod inquiry;
 mod queue;
 pub mod registry;
+pub mod relay;
 pub mod service;
 pub mod trust;
 pub mod view;

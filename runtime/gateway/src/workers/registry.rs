@@ -6,6 +6,7 @@
 
 use super::connection::{Connection, Outbound, compare_speeds};
 use super::happenings::{Happenings, What};
+use super::inquiry::Question;
 use super::queue::{FairQueue, Taken};
 use super::view::{Snapshot, WorkerView};
 use crate::api::error::ApiError;
@@ -20,12 +21,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use vicuna_protocol::auth::Caller;
-use vicuna_protocol::inference::{Cancel, Load, ModelOffer, WorkerHello, gateway_message::Body};
+use vicuna_protocol::inference::{Cancel, Load, LoadModel, ModelOffer, WorkerHello, gateway_message::Body};
 
 /// How long a model is remembered whose workers are all gone.
 const REMEMBERED: Duration = Duration::from_secs(3600);
-/// Models remembered, at most.
-const MAX_MODELS: usize = 1024;
+/// Models remembered, at most, of all namespaces and of one: a tenant's workers may offer what they like, but not so
+/// much that there is no room for others'.
+const MAX_MODELS: usize = 4096;
+const MAX_MODELS_OF_A_NAMESPACE: usize = 256;
 /// A connection over which nothing came for so long, where there is a report each second, may be dead: a
 /// new one of the same process takes its place.
 const ALIVE: Duration = Duration::from_millis(2500);
@@ -53,7 +56,13 @@ struct Memory {
     offer: Option<ModelOffer>,
 }
 
-type Queue = FairQueue<Arc<Choice>>;
+/// What waits for a worker.
+enum Waiting {
+    Answer(Arc<Choice>),
+    Question(Arc<Question>),
+}
+
+type Queue = FairQueue<Waiting>;
 
 #[derive(Default)]
 struct State {
@@ -100,6 +109,14 @@ impl Registry {
             })
     }
 
+    /// Whether there is room for what a worker offers beside the other models of its namespace.
+    pub fn has_room_for(&self, namespace: &str, hello: &WorkerHello) -> bool {
+        let state = self.state.lock();
+        let new = hello.models.iter().filter(|offer| !state.models.contains_key(&offer.name)).count();
+        let known = count_of(&state.models, namespace);
+        new == 0 || known + new <= MAX_MODELS_OF_A_NAMESPACE && state.models.len() + new <= MAX_MODELS
+    }
+
     /// A worker attached. What is left of the same worker goes: an older connection of its process, or
     /// of its pod before that was started anew. External workers may have equal names by mistake, and
     /// then do not put each other out.
@@ -121,12 +138,39 @@ impl Registry {
         state.connections.insert(connection.id, connection.clone());
         self.metrics.workers.set(state.connections.len() as i64);
         self.happenings.tell(What::Attached, &connection.worker, connection.models(), 0);
-        for offer in &connection.offers {
-            remember(&mut state.models, &offer.name, Some(offer));
-            self.dispatch(&mut state, &offer.name);
+        self.look_at(&mut state, &connection);
+        connection
+    }
+
+    /// A worker has loaded a model, or given one up, or tells how far it is.
+    pub fn offers_now(&self, connection: &Connection, offers: Vec<ModelOffer>) -> bool {
+        let mut state = self.state.lock();
+        let sound = connection.offers_now(offers);
+        if sound {
+            self.look_at(&mut state, connection);
+        }
+        sound
+    }
+
+    /// What it has is known from now on, and what waits for that is given to it.
+    fn look_at(&self, state: &mut State, connection: &Connection) {
+        for (name, offer) in connection.offers() {
+            remember(&mut state.models, &name, offer.as_ref());
+            self.dispatch(state, &name);
         }
         self.arrivals.notify_waiters();
-        connection
+    }
+
+    /// What is being done to load a model that no worker has.
+    pub fn loading(&self, model: &str) -> Option<String> {
+        let state = self.state.lock();
+        let mut told = state.connections.values().filter_map(|connection| connection.progress(model));
+        told.find(|progress| !progress.is_empty())
+    }
+
+    /// Has a worker load the model if none has it and one can.
+    pub fn ask_for(&self, model: &str) {
+        ask_to_load(&self.state.lock(), model);
     }
 
     /// The worker is gone; what it was doing is lost to it and goes elsewhere.
@@ -143,8 +187,8 @@ impl Registry {
             tracing::warn!(worker = &*connection.worker, "worker is silent; taken as gone");
             self.remove(&mut state, connection.id);
         }
-        for offer in heard.iter().flat_map(|connection| &connection.offers) {
-            remember(&mut state.models, &offer.name, Some(offer));
+        for (name, offer) in heard.iter().flat_map(|connection| connection.offers()) {
+            remember(&mut state.models, &name, offer.as_ref());
         }
         state.models.retain(|_, memory| memory.seen.elapsed() < REMEMBERED);
     }
@@ -200,20 +244,39 @@ impl Registry {
         };
         let priority = job.generate.priority;
         let queue = state.queues.entry(job.model().to_owned()).or_default();
-        let missing = (queue.len() + choices.len()).saturating_sub(max_queue);
-        if queue.count_below(priority) < missing || choices.len() > max_queue {
-            return Err(QueueFull);
-        }
-        for _ in 0..missing {
-            if let Some(choice) = queue.evict_below(priority) {
-                choice.expire(ApiError::queue_full(job.model()));
-            }
-        }
+        make_room(queue, choices.len(), priority, max_queue, job.model())?;
         for choice in &choices {
-            queue.push(priority, &job.key, choice.clone());
+            queue.push(priority, &job.key, Waiting::Answer(choice.clone()));
         }
         self.dispatch(&mut state, job.model());
         Ok(choices.into_iter().map(|choice| Seat { registry: self.clone(), choice }).collect())
+    }
+
+    /// Queues a question that takes a worker's time, like a choice.
+    pub fn admit_question(&self, question: &Arc<Question>, max_queue: usize) -> Result<(), QueueFull> {
+        let mut state = self.state.lock();
+        let queue = state.queues.entry(question.model.clone()).or_default();
+        make_room(queue, 1, question.priority, max_queue, &question.model)?;
+        queue.push(question.priority, &question.key, Waiting::Question(question.clone()));
+        self.dispatch(&mut state, &question.model);
+        Ok(())
+    }
+
+    /// Queues a question whose worker did not answer it, before all others.
+    pub fn readmit_question(&self, question: &Arc<Question>) {
+        let mut state = self.state.lock();
+        let queue = state.queues.entry(question.model.clone()).or_default();
+        queue.push_first(Waiting::Question(question.clone()));
+        self.dispatch(&mut state, &question.model);
+    }
+
+    /// Nobody asks any more.
+    pub fn withdraw(&self, question: &Arc<Question>) {
+        let mut state = self.state.lock();
+        if let Some(queue) = state.queues.get_mut(&question.model) {
+            queue.retain(|waiting| !matches!(waiting, Waiting::Question(other) if Arc::ptr_eq(other, question)));
+        }
+        self.dispatch(&mut state, &question.model);
     }
 
     /// Queues choices that go on from what there is already, before all others.
@@ -236,7 +299,7 @@ impl Registry {
 
     fn push_first(&self, state: &mut State, choice: &Arc<Choice>) {
         let model = choice.job.model();
-        state.queues.entry(model.to_owned()).or_default().push_first(choice.clone());
+        state.queues.entry(model.to_owned()).or_default().push_first(Waiting::Answer(choice.clone()));
         self.dispatch(state, model);
     }
 
@@ -279,7 +342,7 @@ impl Registry {
         let state = self.state.lock();
         let offering = state.connections.values().filter_map(|connection| {
             let offer = connection.offer(model)?;
-            Some((connection.clone(), Variant::from(offer)))
+            Some((connection.clone(), Variant::from(&offer)))
         });
         offering.collect()
     }
@@ -298,20 +361,26 @@ impl Registry {
         let Some(mut queue) = state.queues.remove(model) else {
             return;
         };
-        queue.drain(|choice| {
-            if let Some(connection) = self.place(state, choice) {
-                self.begin(state, &connection, choice);
-                return Taken::Yes;
-            }
-            // One that any worker may take is ahead of all behind it; one that only some may take is not.
-            match choice.variant().is_none() && choice.avoid().is_none() {
-                true => Taken::Stop,
-                false => Taken::Not,
-            }
+        queue.drain(|waiting| match waiting {
+            Waiting::Answer(choice) => self.serve_choice(state, choice),
+            Waiting::Question(question) => serve_question(state, question),
         });
         self.metrics.queued.with_label_values(&[model]).set(queue.len() as i64);
         if !queue.is_empty() {
             state.queues.insert(model.to_owned(), queue);
+            ask_to_load(state, model);
+        }
+    }
+
+    fn serve_choice(&self, state: &mut State, choice: &Arc<Choice>) -> Taken {
+        if let Some(connection) = self.place(state, choice) {
+            self.begin(state, &connection, choice);
+            return Taken::Yes;
+        }
+        // One that any worker may take is ahead of all behind it; one that only some may take is not.
+        match choice.variant().is_none() && choice.avoid().is_none() {
+            true => Taken::Stop,
+            false => Taken::Not,
         }
     }
 
@@ -333,7 +402,7 @@ impl Registry {
         let server = Server {
             id: connection.id,
             name: connection.worker.clone(),
-            variant: Variant::from(offer),
+            variant: Variant::from(&offer),
             max_length: offer.max_length,
         };
         // One whose time is over is on its way out of the queue.
@@ -356,7 +425,7 @@ impl Registry {
         let mut state = self.state.lock();
         let model = choice.job.model();
         if let Some(queue) = state.queues.get_mut(model) {
-            queue.retain(|other| !Arc::ptr_eq(other, choice));
+            queue.retain(|waiting| !matches!(waiting, Waiting::Answer(other) if Arc::ptr_eq(other, choice)));
         }
         let freed = self.vacate(&mut state, choice, keep);
         choice.fail(ApiError::client_gone());
@@ -368,10 +437,10 @@ impl Registry {
 
     /// The worker's room is for all its models: each has its turn to go first.
     fn dispatch_all(&self, state: &mut State, connection: &Connection) {
-        let offers = &connection.offers;
+        let offers = connection.offers();
         state.turn = state.turn.wrapping_add(1);
         for index in 0..offers.len() {
-            let model = &offers[(state.turn + index) % offers.len()].name;
+            let (model, _) = &offers[(state.turn + index) % offers.len()];
             if state.queues.contains_key(model) {
                 self.dispatch(state, model);
             }
@@ -391,6 +460,52 @@ impl Registry {
     }
 }
 
+/// A model that nobody has is loaded where least is to do, unless a worker is at it.
+fn ask_to_load(state: &State, model: &str) {
+    let there = || state.connections.values().filter(|connection| !connection.is_draining());
+    if there().any(|connection| connection.offer(model).is_some()) {
+        return;
+    }
+    let able = there().filter_map(|connection| Some((connection, connection.progress(model)?)));
+    let picked = able.min_by_key(|(connection, progress)| (progress.is_empty(), connection.assigned()));
+    if let Some((connection, _)) = picked {
+        // One that does not read any more is found out by what else is sent to it.
+        connection.send(Body::LoadModel(LoadModel { model: model.to_owned() }));
+    }
+}
+
+fn serve_question(state: &State, question: &Question) -> Taken {
+    let mut candidates = candidates(state, &question.model, None);
+    if candidates.len() > 1 {
+        candidates.retain(|candidate| Some(candidate.worker) != question.avoid);
+    }
+    let picked = LeastLoaded.pick(&Route::default(), &candidates).and_then(|id| state.connections.get(&id));
+    match picked {
+        Some(connection) => {
+            question.put_to(connection);
+            Taken::Yes
+        }
+        None if question.avoid.is_none() => Taken::Stop,
+        None => Taken::Not,
+    }
+}
+
+/// Less urgent ones make room where there is none.
+fn make_room(queue: &mut Queue, wanted: usize, priority: i32, max_queue: usize, model: &str) -> Result<(), QueueFull> {
+    let missing = (queue.len() + wanted).saturating_sub(max_queue);
+    if queue.count_below(priority) < missing || wanted > max_queue {
+        return Err(QueueFull);
+    }
+    for _ in 0..missing {
+        match queue.evict_below(priority) {
+            Some(Waiting::Answer(choice)) => choice.expire(ApiError::queue_full(model)),
+            Some(Waiting::Question(question)) => question.refuse(ApiError::queue_full(model)),
+            None => {}
+        }
+    }
+    Ok(())
+}
+
 /// The workers that could take a choice of `model` with, if there is one, this variant.
 fn candidates(state: &State, model: &str, variant: Option<&Variant>) -> Vec<crate::routing::Candidate> {
     let candidate =
@@ -400,6 +515,11 @@ fn candidates(state: &State, model: &str, variant: Option<&Variant>) -> Vec<crat
     let mut candidates: Vec<_> = candidates.into_iter().map(|(candidate, _)| candidate).collect();
     compare_speeds(&mut candidates);
     candidates
+}
+
+fn count_of(models: &BTreeMap<String, Memory>, namespace: &str) -> usize {
+    let beginning = format!("{namespace}/");
+    models.range(beginning.clone()..).take_while(|(name, _)| name.starts_with(&beginning)).count()
 }
 
 fn remember(models: &mut BTreeMap<String, Memory>, name: &str, offer: Option<&ModelOffer>) {
@@ -433,9 +553,9 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// Given up, but the client may come back for the rest: the worker is asked to remember it.
-    pub fn leave_for_now(&self) {
-        self.registry.leave(&self.choice, true);
+    /// Given up; with `keep` the client may come back for the rest, and the worker is asked to remember it.
+    pub fn leave(&self, keep: bool) {
+        self.registry.leave(&self.choice, keep);
     }
 }
 
@@ -495,6 +615,25 @@ pub(crate) mod tests {
         connection.answer("count-1", crate::workers::inquiry::Answer::TokenCount(Default::default()));
         inquiry.await.unwrap();
         assert_eq!(choice.progress().phase, Phase::Running);
+    }
+
+    #[tokio::test]
+    async fn one_namespace_s_workers_leave_room_for_the_models_of_others() {
+        let registry = registry();
+        let offering = |count: usize| {
+            let offer = |number: usize| ModelOffer { name: format!("ns/{number}"), ..ModelOffer::default() };
+            WorkerHello { models: (0..count).map(offer).collect(), ..hello("w", "1") }
+        };
+        assert!(registry.has_room_for("ns", &offering(MAX_MODELS_OF_A_NAMESPACE)));
+        assert!(!registry.has_room_for("ns", &offering(MAX_MODELS_OF_A_NAMESPACE + 1)));
+        let (_connection, _sent) = attach(&registry, offering(MAX_MODELS_OF_A_NAMESPACE));
+        assert!(registry.has_room_for("ns", &offering(MAX_MODELS_OF_A_NAMESPACE)), "those are here already");
+        assert!(!registry.has_room_for("ns", &hello("w", "2")));
+        let other = WorkerHello {
+            models: vec![ModelOffer { name: "ns2/m".into(), ..ModelOffer::default() }],
+            ..hello("w", "3")
+        };
+        assert!(registry.has_room_for("ns2", &other));
     }
 
     #[tokio::test(start_paused = true)]

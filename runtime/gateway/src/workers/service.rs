@@ -3,6 +3,7 @@
 use super::connection::Connection;
 use super::inquiry::Answer;
 use super::registry::Registry;
+use super::relay::{self, Peers, Relay};
 use super::trust::Trust;
 use crate::api::error::ApiError;
 use crate::choice::{Loss, Work};
@@ -11,11 +12,12 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::AsciiMetadataValue;
 use tonic::{Request, Response, Status, Streaming};
 use vicuna_protocol::auth::Caller;
 use vicuna_protocol::inference::{
-    Delta, Failure, GatewayMessage, GatewayWelcome, Progress, WorkerHello, WorkerMessage, failure, gateway_message,
-    worker_message::Body, workers_server::Workers,
+    Delta, Failure, GatewayMessage, GatewayWelcome, ModelOffer, Progress, WorkerHello, WorkerMessage, failure,
+    gateway_message, worker_message::Body, workers_server::Workers,
 };
 
 /// Messages to a worker that it has not read yet: it is gone when there are more.
@@ -33,6 +35,8 @@ pub struct WorkerService {
     pub registry: Arc<Registry>,
     pub trust: Trust,
     pub metrics: Metrics,
+    /// To whom workers are passed on that do not reach them; `None`: there are no others.
+    pub peers: Option<Peers>,
 }
 
 #[tonic::async_trait]
@@ -41,10 +45,13 @@ impl Workers for WorkerService {
 
     async fn attach(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Self::AttachStream>, Status> {
         let caller = self.trust.verify(request.metadata())?;
+        // Pods reach all gateways by themselves.
+        let passed_on = caller.pod_name.is_none() && !relay::is_relayed(request.metadata());
+        let token = request.metadata().get("authorization").cloned().filter(|_| passed_on);
         let (outbound, messages) = mpsc::channel(OUTBOUND);
         let service = self.clone();
         tokio::spawn(async move {
-            if let Err(status) = service.serve(caller, request.into_inner(), &outbound).await {
+            if let Err(status) = service.serve(caller, request.into_inner(), token, &outbound).await {
                 tracing::warn!(%status, "a worker's stream ends");
                 // A worker that does not read its end will see the stream break.
                 let _ = outbound.try_send(Err(status));
@@ -59,12 +66,20 @@ impl WorkerService {
         &self,
         caller: Caller,
         mut inbound: Streaming<WorkerMessage>,
+        token: Option<AsciiMetadataValue>,
         outbound: &Outbound,
     ) -> Result<(), Status> {
         let hello = first_message(&mut inbound).await?;
         let hello = accept(&caller, hello)?;
         if self.registry.has_instance(&caller.namespace, &hello) {
             return Err(Status::already_exists("this worker is attached here by another connection"));
+        }
+        if !self.registry.has_room_for(&caller.namespace, &hello) {
+            return Err(Status::resource_exhausted(format!(
+                "the models of namespace {} are too many for this gateway already; serve fewer names, or wait an hour for \
+                 those to be forgotten that nobody serves any more",
+                caller.namespace
+            )));
         }
         let welcome = gateway_message::Body::Welcome(GatewayWelcome { gateway: self.gateway.clone() });
         let welcome = GatewayMessage { body: Some(welcome) };
@@ -77,20 +92,28 @@ impl WorkerService {
             models = hello.models.len(),
             "worker attached"
         );
-        let connection = self.registry.attach(&caller, hello, outbound.clone());
-        let ended = self.listen(&connection, &mut inbound).await;
+        let connection = self.registry.attach(&caller, hello.clone(), outbound.clone());
+        let passed_on = self.peers.clone().zip(token);
+        let relay = passed_on.map(|(peers, token)| Relay::start(peers, connection.clone(), hello, token));
+        let ended = self.listen(&connection, &mut inbound, relay.as_ref()).await;
         self.registry.detach(connection.id);
         tracing::info!(worker = &*connection.worker, "worker detached");
         ended
     }
 
-    async fn listen(&self, connection: &Connection, inbound: &mut Streaming<WorkerMessage>) -> Result<(), Status> {
+    async fn listen(
+        &self,
+        connection: &Connection,
+        inbound: &mut Streaming<WorkerMessage>,
+        relay: Option<&Relay>,
+    ) -> Result<(), Status> {
         loop {
             tokio::select! {
                 () = connection.gone.cancelled() => {
                     return Err(Status::aborted("this connection was given up; attach again"));
                 }
                 message = inbound.message() => match message? {
+                    Some(WorkerMessage { body: Some(body) }) if relay.is_some_and(|relay| relay.passes_on(&body)) => {}
                     Some(WorkerMessage { body: Some(body) }) => self.handle(connection, body)?,
                     Some(WorkerMessage { body: None }) => {}
                     None => return Ok(()),
@@ -102,6 +125,12 @@ impl WorkerService {
     fn handle(&self, connection: &Connection, body: Body) -> Result<(), Status> {
         match body {
             Body::Load(load) => self.registry.report(connection, load),
+            Body::Offers(offers) => {
+                let models = offers.models.into_iter().map(readable).collect();
+                if !self.registry.offers_now(connection, models) {
+                    return Err(Status::invalid_argument("a worker offers the names of its hello, and no others"));
+                }
+            }
             Body::Delta(delta) => self.delta(connection, delta)?,
             Body::PromptScores(scores) => {
                 if let Some(choice) = connection.choice(&scores.request, scores.choice) {
@@ -172,6 +201,14 @@ impl WorkerService {
     }
 }
 
+/// What is told to clients is one line.
+fn readable(mut offer: ModelOffer) -> ModelOffer {
+    const LONGEST: usize = 300;
+    offer.progress =
+        offer.progress.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).take(LONGEST).collect();
+    offer
+}
+
 fn work(progress: &Progress) -> Work {
     match progress.all {
         0 => Work::None,
@@ -203,7 +240,7 @@ fn accept(caller: &Caller, mut hello: WorkerHello) -> Result<WorkerHello, Status
     let named = |name: &str| !name.is_empty() && name.len() <= 2 * MAX_NAME && !name.contains(char::is_control);
     let sound = !hello.models.is_empty()
         && hello.models.len() <= MAX_OFFERS
-        && hello.models.iter().all(|offer| named(&offer.name) && offer.max_length > 0)
+        && hello.models.iter().all(|offer| named(&offer.name) && (offer.max_length > 0 || offer.on_request))
         && (1..=MAX_SLOTS).contains(&hello.slots)
         && named(&hello.worker)
         && [&hello.instance, &hello.node, &hello.pool, &hello.capacity].iter().all(|text| text.len() <= MAX_NAME);
@@ -218,7 +255,6 @@ fn accept(caller: &Caller, mut hello: WorkerHello) -> Result<WorkerHello, Status
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vicuna_protocol::inference::ModelOffer;
 
     fn hello(model: &str) -> WorkerHello {
         WorkerHello {

@@ -33,7 +33,16 @@ assert.equal(await text(await chat({ messages: [{ role: "user", content: "move" 
 
 const called = await client.chat.completions.stream({ model, messages, tools }).finalChatCompletion();
 assert.equal(called.choices[0].finish_reason, "tool_calls");
-assert.equal(called.choices[0].message.tool_calls[0].function.arguments, '{"in":"Rome"}');
+assert.equal(called.choices[0].message.tool_calls[0].function.arguments, '{"in": "Rome"}');
+
+// Several calls at once, which must be made: the client puts the pieces of their arguments together.
+const twice = [{ role: "user", content: "twice" }];
+const both = await client.chat.completions
+  .stream({ model, messages: twice, tools, tool_choice: "required", parallel_tool_calls: true })
+  .finalChatCompletion();
+assert.deepEqual(both.choices[0].message.tool_calls.map((call) => call.function.arguments), ['{"in": "Rome"}', '{"in": "Rome"}']);
+const one = await chat({ messages: twice, tools, parallel_tool_calls: false });
+assert.equal(one.choices[0].message.tool_calls.length, 1);
 
 assert.equal(await text(await client.completions.create({ model, prompt: "Once", stream: true })), SAID);
 const vectors = await client.embeddings.create({ model, input: ["a", "b"] });

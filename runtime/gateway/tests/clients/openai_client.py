@@ -58,10 +58,28 @@ history = [
 assert client.chat.completions.create(model=model, messages=history).choices[0].message.content == SAID
 with client.chat.completions.stream(model=model, messages=history[:1], tools=TOOLS) as stream:
     final = stream.get_final_completion()
-assert final.choices[0].message.tool_calls[0].function.arguments == '{"in":"Rome"}'
+assert final.choices[0].message.tool_calls[0].function.arguments == '{"in": "Rome"}'
+
+# Calls that must be made, one of a name, several at once, streamed: pieces of arguments belong to their call.
+named = {"type": "function", "function": {"name": "weather"}}
+for choice in ("required", named):
+    assert chat(tools=TOOLS, tool_choice=choice).choices[0].finish_reason == "tool_calls"
+assert chat(tools=TOOLS, tool_choice="none").choices[0].message.content == SAID
+calls = {}
+for chunk in chat("twice", tools=TOOLS, parallel_tool_calls=True, stream=True):
+    for delta in chunk.choices[0].delta.tool_calls or []:
+        call = calls.setdefault(delta.index, {"id": delta.id, "name": delta.function.name, "arguments": ""})
+        call["arguments"] += delta.function.arguments
+assert [call["arguments"] for call in calls.values()] == ['{"in": "Rome"}'] * 2 and len({call["id"] for call in calls.values()}) == 2
+assert len(chat("twice", tools=TOOLS, parallel_tool_calls=False).choices[0].message.tool_calls) == 1
+refused(openai.BadRequestError, "tool_choice", tools=TOOLS, tool_choice={"type": "function", "function": {"name": "none"}})
 
 schema = {"name": "s", "schema": {"type": "object"}, "strict": True}
 chat(response_format={"type": "json_schema", "json_schema": schema})
+
+# A deadline of its own.
+assert chat(extra_headers={"X-Request-Timeout": "30"}).choices[0].message.content == SAID
+refused(openai.BadRequestError, "X-Request-Timeout", extra_headers={"X-Request-Timeout": "soon"})
 
 completion = client.completions.create(model=model, prompt=["Once", "Twice"], echo=True, logprobs=1)
 assert [choice.text for choice in completion.choices] == ["Once" + SAID, "Twice" + SAID]

@@ -37,7 +37,7 @@ pub async fn in_time<T>(future: impl Future<Output = T>) -> T {
 
 pub struct TestGateway {
     pub running: Running,
-    pub trust: Trust,
+    pub trust: Arc<Trust>,
 }
 
 pub async fn gateway(flags: &[&str]) -> TestGateway {
@@ -49,6 +49,11 @@ pub fn trust() -> Trust {
 }
 
 pub async fn gateway_reporting(trust: Trust, flags: &[&str]) -> TestGateway {
+    gateway_of(Arc::new(trust), flags).await
+}
+
+/// One that trusts what the others with this trust do.
+pub async fn gateway_of(trust: Arc<Trust>, flags: &[&str]) -> TestGateway {
     let text = |name: &str| trust.path(name).display().to_string();
     let (cert, key, folder) = (text("tls.crt"), text("tls.key"), text(""));
     let free = "127.0.0.1:0";
@@ -100,6 +105,16 @@ impl TestGateway {
         let request = reqwest::Client::new().post(self.url(path));
         let request = request.header("content-type", "application/json").body(body.to_string());
         async move { in_time(request.send()).await.unwrap() }
+    }
+
+    /// A chat request with these headers, in the background: status and body once it has ended.
+    pub fn ask_with(&self, headers: &[(&'static str, String)], extra: Value) -> AbortOnDropHandle<(u16, Value)> {
+        let mut request = reqwest::Client::new().post(self.url("/v1/chat/completions")).body(chat(extra).to_string());
+        for (name, value) in headers {
+            request = request.header(*name, value);
+        }
+        let response = async move { in_time(request.send()).await.unwrap() };
+        AbortOnDropHandle::new(tokio::spawn(async move { answer(response.await).await }))
     }
 
     /// A streamed chat request with these headers, in the background.
@@ -154,14 +169,32 @@ impl TestGateway {
         };
         change(&mut hello);
         let token = self.trust.token("vicuna-gateway", "team", name);
+        self.welcomed(token, hello).await
+    }
+
+    /// A worker outside the cluster, with a token of no pod.
+    pub async fn external_worker(&self, name: &str) -> Worker {
+        let offer = ModelOffer { name: MODEL.into(), max_length: 64, ..ModelOffer::default() };
+        let hello = WorkerHello {
+            worker: name.into(),
+            models: vec![offer],
+            slots: 4,
+            instance: format!("instance of {name}"),
+            ..WorkerHello::default()
+        };
+        self.welcomed(self.trust.external_token("team"), hello).await.unwrap()
+    }
+
+    async fn welcomed(&self, token: TokenFile, hello: WorkerHello) -> Result<Worker, Status> {
+        let name = hello.worker.clone();
         let mut worker = self.attach(token, hello).await?;
         assert!(matches!(worker.next().await?, FromGateway::Welcome(_)));
-        self.wait_for_worker(name).await;
+        self.wait_for_worker(&name).await;
         Ok(worker)
     }
 
     /// The welcome is sent just before the worker is entered.
-    async fn wait_for_worker(&self, name: &str) {
+    pub async fn wait_for_worker(&self, name: &str) {
         let registry = &self.running.gateway.registry;
         let attached = || registry.models().iter().any(|model| model.workers.iter().any(|worker| worker == name));
         in_time(async {
@@ -264,6 +297,7 @@ impl Worker {
             position: range.start as u32,
             tokens: tokens(range.clone()),
             text: text(range),
+            prompt_tokens: 7,
             ..Delta::default()
         };
         self.send(FromWorker::Delta(delta)).await;
@@ -290,6 +324,7 @@ impl Worker {
             tokens: tokens(range.clone()),
             text: text(range.clone()),
             logprobs: range.map(scored).collect(),
+            prompt_tokens: 7,
         };
         self.send(FromWorker::Delta(delta)).await;
     }

@@ -48,18 +48,27 @@ impl Trust {
 
     /// A file with a token of a pod.
     pub fn token(&self, audience: &str, namespace: &str, pod: &str) -> TokenFile {
+        self.signed(audience, namespace, Some(pod))
+    }
+
+    /// A file with a token of no pod, as an administrator makes for a worker outside.
+    pub fn external_token(&self, namespace: &str) -> TokenFile {
+        self.signed("vicuna-gateway", namespace, None)
+    }
+
+    fn signed(&self, audience: &str, namespace: &str, pod: Option<&str>) -> TokenFile {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
         let claims = json!({
             "aud": [audience], "exp": now + 3600, "iat": now, "iss": "test",
             "kubernetes.io": {
                 "namespace": namespace, "serviceaccount": { "name": "default", "uid": "s" },
-                "pod": { "name": pod, "uid": pod },
+                "pod": pod.map(|pod| json!({ "name": pod, "uid": pod })),
             },
         });
         let mut header = Header::new(Algorithm::ES256);
         header.kid = Some("test".into());
         let key = EncodingKey::from_ec_pem(self.key.serialize_pem().as_bytes()).unwrap();
-        let path = self.path(&format!("{audience}.{namespace}.{pod}.token"));
+        let path = self.path(&format!("{audience}.{namespace}.{}.token", pod.unwrap_or("external")));
         std::fs::write(&path, jsonwebtoken::encode(&header, &claims, &key).unwrap()).unwrap();
         TokenFile::new(path)
     }

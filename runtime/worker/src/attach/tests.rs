@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::metrics::Metrics;
-use crate::model::{Files, Offered};
+use crate::model::Files;
+use crate::on_request::Loader;
 use crate::options::Options;
 use crate::scheduler::Scheduler;
 use clap::Parser;
@@ -13,7 +14,7 @@ use tonic::Response;
 use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::workers_server::{Workers, WorkersServer};
 use vicuna_protocol::inference::{
-    CONTEXT_LENGTH_EXCEEDED, GatewayWelcome, Message, Sampling, TranscriptOf, WorkerMessage,
+    CONTEXT_LENGTH_EXCEEDED, GatewayWelcome, LoadModel, Message, Sampling, TranscriptOf, WorkerMessage,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -105,17 +106,13 @@ fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<
     health.serving();
     let gateways =
         Gateways { url: url.to_owned(), server_name: String::new(), ca: PathBuf::new(), token: TokenFile::new(&token) };
-    let (mut models, mut offers) = (HashMap::new(), Vec::new());
-    for Offered { adapter, encoder, vocabulary, offer } in served.models {
-        models.insert(offer.name.clone(), Lane { adapter, encoder, vocabulary, scheduler: handle.clone() });
-        offers.push(offer);
-    }
-    let hello = WorkerHello { worker: "w".into(), models: offers, slots: 2, ..WorkerHello::default() };
+    let (models, _) = Models::new();
+    models.enter(served.models, handle).unwrap();
+    let hello = WorkerHello { worker: "w".into(), slots: 2, ..WorkerHello::default() };
     let shared = Shared {
         gateways,
         hello,
-        models,
-        schedulers: vec![handle],
+        models: Arc::new(models),
         health,
         tokens,
         draining: deadline,
@@ -342,4 +339,110 @@ fn a_gateway_url_needs_scheme_host_and_port() {
     assert_eq!(parts("http://[::1]:80").unwrap().1, "::1");
     assert!(parts("gateway:9443").is_err());
     assert!(parts("https://gateway").is_err());
+}
+
+/// A worker with two models on request and room for one of them.
+async fn set_up_on_request() -> Setup {
+    let files = tempfile::tempdir().unwrap();
+    let saved = |seed: u64| {
+        let model = vicuna_model::tiny::tiny(seed);
+        let path = files.path().join(format!("model-{seed}"));
+        let template = model.chat_template.as_deref();
+        vicuna_model::save(&path, &model.config, &model.tensors, &model.tokenizer, template).unwrap();
+        format!("default/{seed}=file://{}", path.display())
+    };
+    let scratch = files.path().join("scratch").display().to_string();
+    let arguments = [
+        "worker",
+        "--gateway",
+        "http://g:1",
+        "--scratch",
+        &scratch,
+        "--kv-memory-mib",
+        "1",
+        "--on-request-memory-mib",
+        "2",
+        "--on-request",
+        &saved(7),
+        "--on-request",
+        &saved(8),
+    ];
+    let options = Options::parse_from(arguments);
+    let (models, wanted) = Models::new();
+    let models = Arc::new(models);
+    let metrics = Metrics::new().unwrap();
+    let tokens = metrics.tokens.clone();
+    let (ended, mut unexpected) = mpsc::channel(1);
+    let loader = Loader::new(&options, tch::Device::Cpu, metrics, models.clone(), ended).unwrap();
+    tokio::spawn(loader.run(wanted));
+    tokio::spawn(async move {
+        assert_eq!(unexpected.recv().await, None, "a scheduler ended unexpectedly");
+    });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (sender, workers) = mpsc::channel(4);
+    let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+    let server = tonic::transport::Server::builder().add_service(WorkersServer::new(FakeGateway(sender)));
+    tokio::spawn(server.serve_with_incoming(incoming));
+    let token = files.path().join("token");
+    std::fs::write(&token, "secret\n").unwrap();
+    let (draining, deadline) = watch::channel(None);
+    let health = Arc::new(Health::new(files.path().join("none")));
+    health.serving();
+    let gateways = Gateways { url, server_name: String::new(), ca: PathBuf::new(), token: TokenFile::new(&token) };
+    let hello = WorkerHello { worker: "w".into(), slots: 2, ..WorkerHello::default() };
+    let closing = CancellationToken::new();
+    let shared = Shared {
+        gateways,
+        hello,
+        models,
+        health: health.clone(),
+        tokens,
+        draining: deadline,
+        closing: closing.clone(),
+    };
+    let running = tokio::spawn(run(Arc::new(shared)));
+    Setup { workers, health, draining, closing, running, _files: files }
+}
+
+/// The names that are loaded, once `name` is.
+async fn until_loaded(worker: &mut Attached, name: &str) -> Vec<String> {
+    loop {
+        if let Body::Offers(offers) = worker.next().await {
+            let loaded: Vec<_> =
+                offers.models.into_iter().filter(|offer| !offer.on_request).map(|offer| offer.name).collect();
+            if loaded.iter().any(|loaded| loaded == name) {
+                return loaded;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_loaded_on_request_and_makes_room_for_another_when_nothing_runs_in_it() {
+    let mut setup = set_up_on_request().await;
+    let mut worker = tokio::time::timeout(WAIT, setup.workers.recv()).await.expect("no worker in time").unwrap();
+    let Body::Hello(hello) = worker.next().await else { panic!("no hello") };
+    assert!(hello.models.len() == 2 && hello.models.iter().all(|offer| offer.on_request));
+    worker.send(question("early", "default/7", 5)).await;
+    let early = loop {
+        match worker.next().await {
+            Body::Failure(failure) => break failure,
+            Body::Offers(_) => {}
+            other => panic!("unexpected {other:?}"),
+        }
+    };
+    assert_eq!(early.code(), Code::Overloaded, "it goes back to its gateway, and the model is wanted");
+    for model in ["default/7", "default/8", "default/7"] {
+        worker.send(FromGateway::LoadModel(LoadModel { model: model.into() })).await;
+        assert_eq!(until_loaded(&mut worker, model).await, [model], "there is room for one");
+        worker.send(question(model, model, 5)).await;
+        loop {
+            match worker.next().await {
+                Body::Done(done) => break assert_eq!(done.completion_tokens, 5),
+                Body::Delta(_) | Body::Offers(_) => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use super::{Counts, Job, Task};
 use crate::blocks::{BlockPool, Chain, chain, start};
+use std::time::Instant;
 use vicuna_model::inference::{BLOCK_TOKENS, Outputs, Piece, Want};
 use vicuna_protocol::inference::failure::Code;
 
@@ -201,12 +202,17 @@ impl Running {
         };
         counts.all.tokens.inc();
         counts.model.generation_tokens.inc();
-        if !std::mem::replace(&mut self.job.begun, true) {
+        let now = Instant::now();
+        if !self.job.times.has_begun() {
             counts.model.prompt_tokens.inc_by(prompt.len() as u64);
+            counts.model.looked_up(prompt.len(), completion.cached_tokens());
             // One that came with tokens had its first elsewhere.
             if completion.tokens().len() <= 1 {
-                counts.model.first_token_seconds.observe(self.job.arrived.elapsed().as_secs_f64());
+                counts.model.first_token_seconds.observe(self.job.times.since_arrival(now).as_secs_f64());
             }
+        }
+        if let Some(gap) = self.job.times.token(now) {
+            counts.model.inter_token_seconds.observe(gap.as_secs_f64());
         }
         let done = completion.done();
         self.ended = done.is_some();

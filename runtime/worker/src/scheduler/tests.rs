@@ -45,13 +45,14 @@ fn engine(model: &vicuna_model::Pretrained, cache_bytes: usize) -> Engine {
 fn bench(slots: usize) -> Bench {
     let model = vicuna_model::tiny::tiny(21);
     let engine = engine(&model, 1 << 20);
-    let bytes = Arc::new(TokenBytes::of(&model.tokenizer));
+    let bytes = Arc::new(TokenBytes::of(&model.tokenizer, &[]));
     let vocabulary = Vocabulary {
         grammars: Grammars::new(&bytes, model.config.vocab, 2).ok(),
         bytes,
         end_tokens: model.config.eos.as_slice().into(),
         size: model.config.vocab,
         max_length: engine.max_length(),
+        dialect: None,
     };
     let (scheduler, _) = Scheduler::new("ns/m", engine, slots, Metrics::new().unwrap());
     let (messages, received) = mpsc::channel(4096);
@@ -536,16 +537,32 @@ fn requests_are_counted_under_vllm_s_names_too() {
     bench.submit("fresh", &prompt(20), greedy(5), &[]);
     bench.submit("resumed", &prompt(10), greedy(5), &[7, 8]);
     bench.finish();
+    bench.submit("again", &prompt(20), greedy(1), &[]);
+    bench.finish();
+    bench.submit("cancelled", &prompt(20), greedy(5), &[]);
+    let (request, choice, keep) = ("cancelled".to_owned(), 0, false);
+    bench.scheduler.apply(Command::Cancel { connection: 1, request, choice, keep });
     let text = String::from_utf8(bench.scheduler.metrics.text().unwrap()).unwrap();
     let label = "{model_name=\"ns/m\"}";
     for expected in [
-        format!("vllm:prompt_tokens_total{label} 30"),
-        format!("vllm:generation_tokens_total{label} 8"),
-        format!("vllm:time_to_first_token_seconds_count{label} 1"),
-        format!("vllm:e2e_request_latency_seconds_count{label} 2"),
+        format!("vllm:prompt_tokens_total{label} 50"),
+        format!("vllm:generation_tokens_total{label} 9"),
+        format!("vllm:prefix_cache_queries_total{label} 50"),
+        format!("vllm:prefix_cache_hits_total{label} 16"),
+        format!("vllm:time_to_first_token_seconds_count{label} 2"),
+        format!("vllm:inter_token_latency_seconds_count{label} 6"),
+        format!("vllm:request_time_per_output_token_seconds_count{label} 2"),
+        format!("vllm:e2e_request_latency_seconds_count{label} 3"),
+        format!("vllm:request_queue_time_seconds_count{label} 3"),
+        format!("vllm:request_inference_time_seconds_count{label} 3"),
+        format!("vllm:request_prefill_time_seconds_count{label} 3"),
+        format!("vllm:request_decode_time_seconds_count{label} 3"),
+        format!("vllm:request_prompt_tokens_sum{label} 50"),
+        format!("vllm:request_generation_tokens_sum{label} 9"),
         format!("vllm:num_requests_running{label} 0"),
         format!("vllm:kv_cache_usage_perc{label} 0"),
-        "vllm:request_success_total{finished_reason=\"length\",model_name=\"ns/m\"} 2".to_owned(),
+        "vllm:request_success_total{finished_reason=\"length\",model_name=\"ns/m\"} 3".to_owned(),
+        "vllm:request_success_total{finished_reason=\"abort\",model_name=\"ns/m\"} 1".to_owned(),
     ] {
         assert!(text.contains(&format!("{expected}\n")), "{expected} is not in {text}");
     }

@@ -18,11 +18,12 @@ pub fn format(fields: &Fields, tools: Option<&Tools>) -> Result<Option<Format>, 
         (Some(name), None) => Some(guided(fields, name)?),
         (None, _) => response_format(fields)?,
     };
-    match (asked, tools.and_then(|tools| tools.schema.clone())) {
-        (Some(_), Some(_)) => {
+    let required = tools.is_some_and(|tools| tools.wanted.required);
+    match asked {
+        Some(_) if required => {
             Err(fields.wrong("response_format", "left out where `tool_choice` already says what the answer is"))
         }
-        (asked, schema) => Ok(asked.or(schema.map(Format::JsonSchema))),
+        asked => Ok(asked),
     }
 }
 

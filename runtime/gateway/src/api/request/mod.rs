@@ -132,10 +132,10 @@ impl Ask {
             let message = format!("The model {} {what}; leave `{field}` out or choose another.", self.model);
             Err(ApiError::unsupported(field, &message))
         };
-        if self.tools.is_some() && !offer.tools {
+        if self.tools.is_some() && offer.tool_dialect.is_empty() {
             return cannot("tools", "has no template for tools");
         }
-        if self.speaks_of_tools && !offer.tools {
+        if self.speaks_of_tools && offer.tool_dialect.is_empty() {
             return cannot("messages", "has no template for tools");
         }
         let guided = match &self.format {
@@ -146,9 +146,9 @@ impl Ask {
         if let Some(field) = guided.filter(|_| !offer.grammars) {
             return cannot(field, "cannot be held to expressions or grammars");
         }
-        if self.format.is_some() && !offer.json_schema {
-            let required = self.tools.as_ref().is_some_and(|tools| tools.schema.is_some());
-            return cannot(if required { "tool_choice" } else { "response_format" }, "cannot be held to a schema");
+        let held = self.tools.as_ref().and_then(Tools::held_by).or(self.format.as_ref().map(|_| "response_format"));
+        if let Some(field) = held.filter(|_| !offer.json_schema) {
+            return cannot(field, "cannot be held to a schema");
         }
         let longest = self.prompts.iter().filter_map(|prompt| match prompt {
             Prompt::Tokens(tokens) => Some(tokens.len()),

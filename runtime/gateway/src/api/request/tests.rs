@@ -3,6 +3,7 @@ use super::*;
 use clap::Parser;
 use proptest::prelude::*;
 use serde_json::json;
+use vicuna_protocol::inference::ToolUse;
 
 fn limits() -> Limits {
     let arguments = ["gateway", "--tls-cert", "c", "--tls-key", "k"];
@@ -92,6 +93,10 @@ fn errors_name_the_field() {
         (json!({ "stream_options": 1 }), "stream_options"),
         (json!({ "tools": [{}] }), "tools[0].type"),
         (json!({ "tools": [tool("no spaces")] }), "tools[0].function.name"),
+        (
+            json!({ "tools": [{ "type": "function", "function": { "name": "f", "strict": 1 } }] }),
+            "tools[0].function.strict",
+        ),
         (json!({ "tools": tools, "tool_choice": "always" }), "tool_choice"),
         (json!({ "tool_choice": "required" }), "tool_choice"),
         (json!({ "tools": tools, "tool_choice": { "type": "function", "function": { "name": "g" } } }), "tool_choice"),
@@ -147,27 +152,29 @@ fn nothing_but_the_prompt_can_be_asked_for() {
 }
 
 #[test]
-fn a_call_that_must_be_made_is_a_schema() {
-    let ask = |choice: Value| chat(json!({ "tools": [tool("f"), tool("g")], "tool_choice": choice })).unwrap();
-    assert!(ask(json!("none")).tools.is_none());
-    assert_eq!(ask(json!("auto")).format, None);
-    let Some(Format::JsonSchema(schema)) = ask(json!({ "type": "function", "function": { "name": "g" } })).format
-    else {
-        panic!("no schema");
+fn what_is_to_be_called_arrives() {
+    let ask = |extra: Value| {
+        let mut body = json!({ "tools": [tool("f"), tool("g")] });
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        chat(body).unwrap().tools
     };
-    let schema: Value = serde_json::from_str(&schema).unwrap();
-    assert_eq!(schema["properties"]["name"]["const"], "g");
-    let Some(Format::JsonSchema(schema)) = ask(json!("required")).format else {
-        panic!("no schema");
+    assert!(ask(json!({ "tool_choice": "none" })).is_none());
+    let wanted = |extra: Value| {
+        let ToolUse { required, function, single } = ask(extra).unwrap().wanted;
+        (required, function, single)
     };
-    let schema: Value = serde_json::from_str(&schema).unwrap();
-    assert_eq!(schema["anyOf"].as_array().unwrap().len(), 2);
+    assert_eq!(wanted(json!({ "tool_choice": "auto" })), (false, String::new(), false));
+    assert_eq!(wanted(json!({ "parallel_tool_calls": false })), (false, String::new(), true));
+    assert_eq!(wanted(json!({ "tool_choice": "required" })), (true, String::new(), false));
+    let named = json!({ "tool_choice": { "type": "function", "function": { "name": "g" } } });
+    assert_eq!(wanted(named), (true, "g".to_owned(), true));
+    assert_eq!(ask(json!({})).unwrap().names, ["f", "g"]);
 }
 
 #[test]
 fn a_model_is_asked_only_for_what_it_offers() {
     let plain = ModelOffer { max_length: 8, ..ModelOffer::default() };
-    let able = ModelOffer { tools: true, json_schema: true, grammars: true, ..plain.clone() };
+    let able = ModelOffer { tool_dialect: "hermes".into(), json_schema: true, grammars: true, ..plain.clone() };
     let called = json!([{ "id": "c", "type": "function", "function": { "name": "f", "arguments": "{}" } }]);
     let cases = [
         (json!({ "tools": [tool("f")] }), "tools"),
@@ -180,7 +187,11 @@ fn a_model_is_asked_only_for_what_it_offers() {
         assert_eq!(ask.check(Some(&plain)).unwrap_err().param.as_deref(), Some(param));
     }
     let forced = chat(json!({ "tools": [tool("f")], "tool_choice": "required" })).unwrap();
-    let only_tools = ModelOffer { tools: true, ..plain.clone() };
+    let only_tools = ModelOffer { tool_dialect: "hermes".into(), ..plain.clone() };
+    let mut strict = tool("f");
+    strict["function"]["strict"] = json!(true);
+    let strict = chat(json!({ "tools": [strict] })).unwrap();
+    assert_eq!(strict.check(Some(&only_tools)).unwrap_err().param.as_deref(), Some("tools"));
     assert_eq!(forced.check(Some(&only_tools)).unwrap_err().param.as_deref(), Some("tool_choice"));
     assert_eq!(forced.check(None), Ok(()), "nobody knows yet");
     let long = completion(json!({ "prompt": [1, 2, 3, 4, 5, 6, 7, 8] })).unwrap();

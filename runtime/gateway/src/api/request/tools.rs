@@ -2,7 +2,8 @@
 
 use super::super::error::ApiError;
 use super::super::fields::{Fields, wrong};
-use serde_json::{Value, json};
+use serde_json::Value;
+use vicuna_protocol::inference::ToolUse;
 
 const MAX_TOOLS: usize = 128;
 const MAX_NAME: usize = 64;
@@ -12,10 +13,22 @@ const MAX_NAME: usize = 64;
 pub struct Tools {
     /// OpenAI's list, for the template.
     pub json: String,
-    /// Of the call that the answer must be; none where it may be text as well.
-    pub schema: Option<String>,
-    /// Several calls in one answer.
-    pub parallel: bool,
+    pub names: Vec<String>,
+    /// What the answer is to be.
+    pub wanted: ToolUse,
+    /// Arguments of any of them are held to its schema.
+    pub strict: bool,
+}
+
+impl Tools {
+    /// The field that asks for what only a worker with grammars can do.
+    pub fn held_by(&self) -> Option<&'static str> {
+        match (self.wanted.required, self.strict) {
+            (true, _) => Some("tool_choice"),
+            (false, true) => Some("tools"),
+            (false, false) => None,
+        }
+    }
 }
 
 /// None also where the client says that nothing shall be called.
@@ -32,16 +45,20 @@ pub fn tools(fields: &Fields) -> Result<Option<Tools>, ApiError> {
     if list.is_empty() || wanted == Wanted::Nothing {
         return Ok(None);
     }
-    let schema = match wanted {
-        Wanted::Any => Some(any_of(list)),
-        Wanted::One(index) => Some(call_of(&list[index])),
-        Wanted::Nothing | Wanted::Maybe => None,
-    };
     let parallel = fields.get("parallel_tool_calls").is_none() || fields.boolean("parallel_tool_calls")?;
+    let names: Vec<_> = list.iter().filter_map(name_of).map(str::to_owned).collect();
+    let function = match wanted {
+        Wanted::One(index) => names.get(index).cloned().unwrap_or_default(),
+        _ => String::new(),
+    };
+    let required = matches!(wanted, Wanted::Any | Wanted::One(_));
+    // One function that is named is called once.
+    let single = !parallel || !function.is_empty();
     Ok(Some(Tools {
         json: Value::from(list.to_vec()).to_string(),
-        schema: schema.map(|schema| schema.to_string()),
-        parallel,
+        names,
+        wanted: ToolUse { required, function, single },
+        strict: list.iter().any(is_strict),
     }))
 }
 
@@ -76,6 +93,10 @@ fn name_of(tool: &Value) -> Option<&str> {
     tool.pointer("/function/name")?.as_str()
 }
 
+fn is_strict(tool: &Value) -> bool {
+    tool.pointer("/function/strict") == Some(&Value::Bool(true))
+}
+
 fn check(index: usize, tool: &Value) -> Result<(), ApiError> {
     let path = format!("tools[{index}]");
     if tool.get("type").and_then(Value::as_str) != Some("function") {
@@ -89,26 +110,11 @@ fn check(index: usize, tool: &Value) -> Result<(), ApiError> {
         return Err(wrong(&format!("{path}.function.name"), &expected));
     }
     match tool.pointer("/function/parameters") {
-        None | Some(Value::Null | Value::Object(_)) => Ok(()),
-        Some(_) => Err(wrong(&format!("{path}.function.parameters"), "a JSON schema")),
+        None | Some(Value::Null | Value::Object(_)) => {}
+        Some(_) => return Err(wrong(&format!("{path}.function.parameters"), "a JSON schema")),
     }
-}
-
-fn any_of(list: &[Value]) -> Value {
-    match list {
-        [one] => call_of(one),
-        list => json!({ "anyOf": list.iter().map(call_of).collect::<Vec<_>>() }),
+    match tool.pointer("/function/strict") {
+        None | Some(Value::Null | Value::Bool(_)) => Ok(()),
+        Some(_) => Err(wrong(&format!("{path}.function.strict"), "true or false")),
     }
-}
-
-/// The schema of a call of one function.
-fn call_of(tool: &Value) -> Value {
-    let parameters = tool.pointer("/function/parameters").filter(|parameters| !parameters.is_null());
-    let parameters = parameters.cloned().unwrap_or_else(|| json!({ "type": "object", "properties": {} }));
-    json!({
-        "type": "object",
-        "properties": { "name": { "const": name_of(tool) }, "arguments": parameters },
-        "required": ["name", "arguments"],
-        "additionalProperties": false,
-    })
 }

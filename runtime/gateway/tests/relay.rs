@@ -1,0 +1,115 @@
+//! A worker outside that reaches one of two gateways serves the clients of both.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod support;
+
+use serde_json::json;
+use support::{MODEL, TestGateway, Worker, gateway, gateway_of, in_time, text};
+use vicuna_protocol::inference::TranscriptOf;
+use vicuna_protocol::inference::gateway_message::Body as FromGateway;
+use vicuna_protocol::inference::worker_message::Body as FromWorker;
+
+/// The gateway that the worker reaches, and the other one.
+async fn two_gateways() -> (TestGateway, TestGateway, Worker) {
+    let far = gateway(&[]).await;
+    let peers = format!("127.0.0.1:{}", far.running.workers.port());
+    let near = gateway_of(far.trust.clone(), &["--peers", &peers]).await;
+    let worker = near.external_worker("w-1").await;
+    far.wait_for_worker("w-1").await;
+    (near, far, worker)
+}
+
+#[tokio::test]
+async fn answers_go_to_the_gateway_that_asked() {
+    let (near, far, mut worker) = two_gateways().await;
+    let stream = far.stream(json!({}));
+    let of_far = worker.generate().await;
+    worker.speak(&of_far, 0..2).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..2)).await;
+
+    let answer = near.ask(json!({}));
+    let of_near = worker.generate().await;
+    worker.speak(&of_near, 0..1).await;
+    worker.speak(&of_far, 2..3).await;
+    worker.done(&of_near, 1).await;
+    worker.done(&of_far, 3).await;
+    let (status, body) = in_time(answer).await.unwrap();
+    assert_eq!((status, &body["choices"][0]["message"]["content"]), (200, &json!(text(0..1))));
+    stream.read_to_end().await;
+    assert_eq!(stream.text(), text(0..3));
+}
+
+#[tokio::test]
+async fn what_a_client_of_the_other_gateway_gives_up_is_cancelled() {
+    let (_near, far, mut worker) = two_gateways().await;
+    let stream = far.stream(json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..2).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..2)).await;
+    drop(stream);
+    let FromGateway::Cancel(cancel) = worker.next().await.unwrap() else { panic!("expected a cancel") };
+    assert_eq!((cancel.request, cancel.keep), (generate.request, true));
+}
+
+#[tokio::test]
+async fn a_client_can_go_on_at_the_other_gateway() {
+    let (near, far, mut worker) = two_gateways().await;
+    let stream = far.stream(json!({}));
+    let generate = worker.generate().await;
+    worker.speak(&generate, 0..2).await;
+    let mut stream = stream.await.unwrap();
+    stream.until(&text(0..2)).await;
+    let id = stream.last_event_id();
+    drop(stream);
+    assert!(matches!(worker.next().await.unwrap(), FromGateway::Cancel(_)));
+
+    let stream = near.stream_with(&[("last-event-id", id)], json!({}));
+    let FromGateway::TranscriptOf(TranscriptOf { request }) = worker.next().await.unwrap() else {
+        panic!("expected a question");
+    };
+    let known = vicuna_protocol::inference::TranscriptChoice {
+        generate: Some(generate.clone()),
+        tokens: support::tokens(0..2),
+        text: text(0..2),
+        ..Default::default()
+    };
+    let transcript = vicuna_protocol::inference::Transcript { request, choices: vec![known] };
+    worker.send(FromWorker::Transcript(transcript)).await;
+    let again = worker.generate().await;
+    assert_eq!(again.generated, support::tokens(0..2));
+    worker.speak(&again, 2..3).await;
+    worker.done(&again, 3).await;
+    let mut stream = stream.await.unwrap();
+    stream.read_to_end().await;
+    assert_eq!(stream.text(), text(2..3));
+}
+
+#[tokio::test]
+async fn a_worker_that_goes_is_gone_at_both() {
+    let (near, far, worker) = two_gateways().await;
+    drop(worker);
+    for gateway in [&near, &far] {
+        let there = || gateway.running.gateway.registry.model(MODEL).is_some_and(|model| !model.workers.is_empty());
+        in_time(async {
+            while there() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_pod_is_not_passed_on() {
+    let far = gateway(&[]).await;
+    let peers = format!("127.0.0.1:{}", far.running.workers.port());
+    let near = gateway_of(far.trust.clone(), &["--peers", &peers]).await;
+    let _pod = near.worker("pod-1").await;
+    // Passed on after the pod, it is there before.
+    let _external = near.external_worker("w-1").await;
+    far.wait_for_worker("w-1").await;
+    assert_eq!(far.running.gateway.registry.model(MODEL).unwrap().workers, ["w-1"]);
+}
