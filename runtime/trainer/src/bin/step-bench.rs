@@ -104,5 +104,5 @@ fn main() -> Result<()> {
 fn batch(options: &Options, index: usize) -> MicroBatch {
     let ids: Vec<i64> =
         (0..options.rows * options.length).map(|place| ((place + index * 77) * 7919 + 13) as i64 % 32_000).collect();
-    MicroBatch { rows: options.rows, length: options.length, labels: ids.clone(), ids }
+    MicroBatch { rows: options.rows, length: options.length, labels: ids.clone(), ids, packed: None }
 }
