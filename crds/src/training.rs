@@ -220,6 +220,9 @@ pub struct Recipe {
     #[serde(default = "default_max_length")]
     #[schemars(range(min = 8, max = 131_072))]
     pub max_length: u32,
+    /// Several conversations share a sequence of maxLength tokens without seeing each other, so that hardly any token is padding. globalBatch and microBatch then count such sequences: each step trains more conversations.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packing: bool,
     /// A longer context than the base model's: its rotary embeddings are scaled, which the result's config.json says. Needs method Full. Absent: as they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,

@@ -19,6 +19,8 @@ out.mkdir(parents=True, exist_ok=True)
 MODEL = "bench/mock"
 CONNECTIONS, RATE, IDLE, SLOTS = 64, 1000, 10_000, 4096
 BACKEND, GATEWAY, WORKERS, METRICS = 18000, 18080, 18443, 18090
+# Behind every gateway alike.
+BACKENDS = min(4, max(1, os.cpu_count() // 4))
 nginx = next((cache / "nginx").rglob("sbin/nginx"))
 
 
@@ -70,7 +72,7 @@ def answers(port, timeout=90):
         time.sleep(0.5)
 
 
-def ours(trust, workers=1, **more):
+def ours(trust, workers=BACKENDS, **more):
     gateway = [programs / "vicuna-gateway", "--listen", f"127.0.0.1:{GATEWAY}",
                "--workers-listen", f"127.0.0.1:{WORKERS}", "--metrics", f"127.0.0.1:{METRICS}",
                "--tls-cert", trust["certificate"], "--tls-key", trust["key"], "--trust-dir", trust["folder"],
@@ -89,7 +91,7 @@ def vllm_router():
     folder = cache / "vllm-router-0.1.17"
     return [start("vllm-router", [
         sys.executable, folder / "bin/vllm-router", "--host", "127.0.0.1", "--port", GATEWAY, "--policy", "round_robin",
-        "--worker-urls", f"http://127.0.0.1:{BACKEND}", "--prometheus-port", METRICS, "--log-level", "error",
+        "--worker-urls", *[f"http://127.0.0.1:{BACKEND + number}" for number in range(BACKENDS)], "--prometheus-port", METRICS, "--log-level", "error",
     ], PYTHONPATH=str(folder))]
 
 
@@ -97,7 +99,8 @@ def litellm():
     folder = cache / "litellm-1.110.2"
     config = out / "litellm.yaml"
     config.write_text(json.dumps({"model_list": [{"model_name": MODEL, "litellm_params": {
-        "model": f"openai/{MODEL}", "api_base": f"http://127.0.0.1:{BACKEND}/v1", "api_key": "none"}}]}))
+        "model": f"openai/{MODEL}", "api_base": f"http://127.0.0.1:{BACKEND + number}/v1", "api_key": "none"}}
+        for number in range(BACKENDS)]}))
     code = "from litellm.proxy.proxy_cli import run_server; run_server()"
     workers = ["--num_workers", os.cpu_count()]
     return [start("litellm", [sys.executable, "-c", code, "--config", config, "--host", "127.0.0.1", "--port", GATEWAY,
@@ -110,13 +113,14 @@ def nginx_proxy():
     folder = (out / "nginx").resolve()
     folder.mkdir(exist_ok=True)
     config = folder / "nginx.conf"
+    servers = " ".join(f"server 127.0.0.1:{BACKEND + number};" for number in range(BACKENDS))
     config.write_text(f"""
 daemon off; worker_processes auto; pid {folder}/pid; error_log {folder}/error.log;
 events {{ worker_connections 4096; }}
 http {{
   access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/f;
   uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s; keepalive_requests 1000000000;
-  upstream backend {{ server 127.0.0.1:{BACKEND}; keepalive 128; keepalive_requests 1000000000; }}
+  upstream backend {{ {servers} keepalive 128; keepalive_requests 1000000000; }}
   server {{ listen 127.0.0.1:{GATEWAY}; location / {{
     proxy_pass http://backend; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; }} }}
 }}""")
@@ -198,9 +202,11 @@ def table(direct, found):
 def main():
     keeper = subprocess.Popen([str(examples / "mock-trust")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     trust = json.loads(keeper.stdout.readline())
-    backend = start("mock-backend", [examples / "mock-backend", "--listen", f"127.0.0.1:{BACKEND}"])
+    backends = [start(f"mock-backend-{number}", [examples / "mock-backend", "--listen", f"127.0.0.1:{BACKEND + number}"])
+                for number in range(BACKENDS)]
     try:
-        listens(BACKEND)
+        for number in range(BACKENDS):
+            listens(BACKEND + number)
         direct = measure(BACKEND)
         makers = {"vllm-router": vllm_router, "LiteLLM": litellm, "nginx": nginx_proxy}
         found = {"vicuna-gateway": run("vicuna-gateway", lambda: ours(trust))}
@@ -211,7 +217,8 @@ def main():
               "cores, opened in {opened_in_seconds:.1f} s".format(**held))
         (out / "gateway.json").write_text(json.dumps({"direct": direct, **found, "idle": held}, indent=1))
     finally:
-        stop(backend)
+        for backend in backends:
+            stop(backend)
         keeper.stdin.close()
         keeper.wait()
 

@@ -77,6 +77,7 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
         weight_decay: recipe.weight_decay,
         gradient_clip: recipe.gradient_clip,
         max_length: recipe.max_length,
+        packing: recipe.packing,
         seed: recipe.seed,
         evaluate_every: recipe.evaluate_every,
         precision: match recipe.precision {

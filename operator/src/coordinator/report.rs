@@ -151,6 +151,12 @@ pub struct RecoveryPhases {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Happening {
     Stepped(StepReport),
+    /// Another quarter of the steps is made.
+    Milestone {
+        step: u64,
+        steps: u64,
+        loss: Option<f64>,
+    },
     Evaluated(EvaluationReport),
     Checkpointed(CheckpointReport),
     Formed {

@@ -437,6 +437,10 @@ fn checkpoint(status: &VicunaTrainingStatus) -> Option<CheckpointReport> {
 fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
     Some(match happening {
         Happening::Stepped(_) | Happening::Checkpointed(_) => return None,
+        Happening::Milestone { step, steps, loss } => {
+            let loss = loss.map_or_else(String::new, |loss| format!(", with a loss of {loss:.4} in the last"));
+            (false, "Milestone", format!("{step} of {steps} steps are made{loss}."))
+        }
         Happening::Evaluated(EvaluationReport { step, loss }) => {
             (false, "Evaluated", format!("After step {step} the loss on the held-out conversations is {loss:.4}."))
         }

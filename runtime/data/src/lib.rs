@@ -2,7 +2,7 @@
 //!
 //! The path of the data: [`read`] takes conversations from files one by one, [`clean`] repairs or
 //! drops them, [`held_out`] puts some aside, [`split`] cuts long ones, [`identity`] adds who the model
-//! is, [`template`] turns each into ids and labels, [`order`] decides which sequence is in which step;
+//! is, [`template`] turns each into ids and labels, [`mod@pack`] puts short ones together, [`order`] decides which sequence is in which step;
 //! [`prepare`] is the whole way, [`report`] what it did. Everything is a pure function of its input,
 //! so that every rank computes the same.
 
@@ -13,6 +13,7 @@ pub mod identity;
 pub mod language;
 mod markdown;
 pub mod order;
+pub mod pack;
 pub mod prepare;
 pub mod read;
 pub mod report;

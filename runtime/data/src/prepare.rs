@@ -7,6 +7,7 @@ use crate::conversation::Conversation;
 use crate::held_out::is_held_out;
 use crate::language::Language;
 use crate::order::Mixture;
+use crate::pack::pack;
 use crate::read::{ReadError, Reader};
 use crate::report::{Encoding, Report, Split};
 use crate::split::split;
@@ -26,6 +27,8 @@ pub struct Settings {
     pub hold_out: f64,
     /// Tokens of a sequence, at most; what is beyond is cut off.
     pub max_length: usize,
+    /// Several sequences to train on share a row of `max_length` tokens.
+    pub pack: bool,
 }
 
 impl Settings {
@@ -51,7 +54,7 @@ pub struct Source {
 /// What a training sees.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prepared {
-    /// Sequences of all sources, in order.
+    /// Sequences of all sources, or the rows that they are packed into, in order.
     pub examples: Vec<Example>,
     /// How many of them are of each source, and how often they are seen.
     pub mixtures: Vec<Mixture>,
@@ -190,7 +193,13 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
+    /// What came after the first `before` sequences belongs together.
     fn mix(&mut self, before: usize, weight: f64) {
+        if self.settings.pack {
+            let packed = pack(self.examples.split_off(before), self.settings.max_length);
+            self.encoding.rows += packed.len() as u64;
+            self.examples.extend(packed);
+        }
         self.mixtures.push(Mixture { sequences: (self.examples.len() - before) as u32, weight });
     }
 

@@ -161,6 +161,13 @@ pub struct Encoding {
     pub without_reply: u64,
     /// Tokens of a sequence to train on.
     pub lengths: Lengths,
+    /// Rows that the sequences to train on are packed into; 0 where each is by itself.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub rows: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl Report {
@@ -253,8 +260,11 @@ impl fmt::Display for Split {
 
 impl fmt::Display for Encoding {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Encoding { sequences, held_out, tokens, trained_tokens, cut, without_reply, .. } = self;
+        let Encoding { sequences, held_out, tokens, trained_tokens, cut, without_reply, rows, .. } = self;
         write!(out, "{sequences} sequences, {tokens} tokens, {trained_tokens} of them learned; ")?;
+        if *rows > 0 {
+            write!(out, "packed into {rows} rows of {} tokens in the mean; ", tokens / rows)?;
+        }
         write!(out, "{held_out} sequences held out; {cut} cut at the length limit; ")?;
         write!(out, "{without_reply} left out because no reply fits in it")
     }

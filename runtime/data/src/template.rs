@@ -283,6 +283,8 @@ pub struct Example {
     pub ids: Vec<u32>,
     /// Where in `ids` the learned tokens are, in order and apart.
     pub learned: Vec<Range<u32>>,
+    /// Where in `ids` each of several conversations ends that do not see each other; empty where it is one.
+    pub ends: Vec<u32>,
 }
 
 impl Example {
@@ -296,6 +298,31 @@ impl Example {
             last.end = last.end.min(end);
         }
         cut
+    }
+
+    /// One after the other in one row; `None` of none. Of each, the first token is predicted from nothing.
+    pub(crate) fn together(mut sequences: impl Iterator<Item = Self>) -> Option<Self> {
+        let mut row = sequences.next()?;
+        for sequence in sequences {
+            let start = row.ids.len() as u32;
+            if row.ends.is_empty() {
+                row.ends.push(start);
+            }
+            let learned = sequence.learned.iter().map(|learned| start + learned.start.max(1)..start + learned.end);
+            row.learned.extend(learned.filter(|learned| !learned.is_empty()));
+            row.ids.extend(sequence.ids);
+            row.ends.push(row.ids.len() as u32);
+        }
+        row.shrink();
+        Some(row)
+    }
+
+    /// Tokens of each conversation in it.
+    pub fn lengths(&self) -> impl Iterator<Item = usize> {
+        let whole = [self.ids.len() as u32];
+        let ends = if self.ends.is_empty() { whole.to_vec() } else { self.ends.clone() };
+        let mut before = 0;
+        ends.into_iter().map(move |end| (end - std::mem::replace(&mut before, end)) as usize)
     }
 
     /// Tokens whose prediction is learned. The first of a sequence is predicted from nothing.
@@ -319,12 +346,13 @@ impl Example {
     pub(crate) fn shrink(&mut self) {
         self.ids.shrink_to_fit();
         self.learned.shrink_to_fit();
+        self.ends.shrink_to_fit();
     }
 
     /// Bytes that it takes in memory.
     pub fn bytes(&self) -> usize {
         let learned = self.learned.capacity() * size_of::<Range<u32>>();
-        size_of::<Self>() + self.ids.capacity() * size_of::<u32>() + learned
+        size_of::<Self>() + (self.ids.capacity() + self.ends.capacity()) * size_of::<u32>() + learned
     }
 
     fn extend(&mut self, ids: &[u32], learned: bool) {

@@ -6,6 +6,7 @@ use axum::body::{Body, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::ListenerExt;
 use axum::{Json, Router};
 use clap::Parser;
 use futures::stream;
@@ -33,6 +34,8 @@ async fn main() -> Result<()> {
         .route("/health", get(async || "ok"))
         .route("/get_server_info", get(async || Json(json!({}))));
     let listener = tokio::net::TcpListener::bind(options.listen).await?;
+    // Else the end of a stream waits for the client's delayed acknowledgement.
+    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
     axum::serve(listener, router).await?;
     Ok(())
 }

@@ -213,6 +213,58 @@ mod tests {
         assert!(leaves[FINAL_NORM].grad().allclose(&head.norm, 1e-4, 1e-5, false));
     }
 
+    /// Loss, its gradients by parameter of layer 0, and the layer's output, of rows that sequences share or not.
+    fn one_layer(config: &Config, tensors: &BTreeMap<String, Tensor>, ids: &Tensor, rope: &Rope) -> (f64, Vec<Tensor>) {
+        let (batch, length) = ids.size2().unwrap();
+        let x = embed(&tensors[EMBEDDING], ids);
+        let weights = LayerWeights::from_map(tensors, 0).unwrap();
+        let run = LayerRun::new(config, &weights, &x, rope);
+        let hidden = run.output();
+        assert_eq!(hidden.size(), [batch, length, config.hidden as i64]);
+        let labels = ids.where_self(&ids.gt(2), &ids.full_like(IGNORED));
+        let head = head_backward(config, &hidden, &tensors[FINAL_NORM], &tensors[EMBEDDING], &labels);
+        let layer = run.backward(&head.hidden);
+        let mut all = layer.weights.into_vec();
+        all.extend([head.lm_head, embedding_backward(config, ids, &layer.input)]);
+        (head.loss_sum.double_value(&[]), all)
+    }
+
+    /// So many tokens; the first is one that no label is made of.
+    fn sequence(number: i64, length: i64) -> Vec<i64> {
+        std::iter::once(1).chain((1..length).map(|index| 3 + (number * 57 + index * 31) % 250)).collect()
+    }
+
+    #[test]
+    fn sequences_that_share_a_row_learn_as_if_each_were_alone() {
+        for sliding_window in [None, Some(4)] {
+            let model = tiny(5);
+            let config = Config { sliding_window, ..model.config };
+            let tensors = model.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.to_kind(Kind::Double)));
+            let tensors: BTreeMap<String, Tensor> = tensors.collect();
+            let rope = Rope::new(&config, 16, Device::Cpu, Kind::Double);
+            let rows = [vec![7, 3, 5], vec![9]];
+            let (mut ids, mut apart) = (Vec::new(), (0.0, Vec::new()));
+            for (number, length) in (0..).zip(rows.iter().flatten()) {
+                let sequence = sequence(number, *length as i64);
+                let (loss, gradients) =
+                    one_layer(&config, &tensors, &Tensor::from_slice(&sequence).view([1, -1]), &rope);
+                apart.0 += loss;
+                match apart.1.as_slice() {
+                    [] => apart.1 = gradients,
+                    sums => apart.1 = sums.iter().zip(gradients).map(|(sum, gradient)| sum + gradient).collect(),
+                }
+                ids.extend(sequence);
+            }
+            ids.insert(15, 0);
+            ids.extend([0; 7]);
+            let packed = one_layer(&config, &tensors, &Tensor::from_slice(&ids).view([2, 16]), &rope.packed(&rows, 16));
+            assert!((packed.0 - apart.0).abs() < 1e-6 * apart.0);
+            for (packed, apart) in packed.1.iter().zip(&apart.1) {
+                assert!(packed.allclose(apart, 1e-5, 1e-6, false), "{}", (packed - apart).abs().max());
+            }
+        }
+    }
+
     #[test]
     fn the_same_micro_batch_gives_the_same_bits() {
         let model = tiny(5);

@@ -181,11 +181,13 @@ impl LayerWeights {
 }
 
 /// Cosines and sines of the rotary embedding, `[positions, head_dim]` each; the sines of the first half
-/// with a minus.
+/// with a minus. For rows that several sequences share, what it is at each of their tokens, and which tokens are whose.
 #[derive(Debug)]
 pub struct Rope {
     cos: Tensor,
     sin: Tensor,
+    /// Lengths of the sequences in each row, where they are several; the rest of a row is padding.
+    packed: Option<Vec<Vec<i64>>>,
 }
 
 impl Rope {
@@ -198,19 +200,35 @@ impl Rope {
         let magnitude = config.rope_scaling.magnitude();
         let cast = |table: Tensor| (table * magnitude).to_kind(kind).to_device(device);
         let (cos, sin) = (angles.cos(), angles.sin());
-        Self { cos: cast(Tensor::cat(&[&cos, &cos], -1)), sin: cast(Tensor::cat(&[&-&sin, &sin], -1)) }
+        Self { cos: cast(Tensor::cat(&[&cos, &cos], -1)), sin: cast(Tensor::cat(&[&-&sin, &sin], -1)), packed: None }
     }
 
     /// Positions `start..start + length`.
     pub fn range(&self, start: usize, length: usize) -> Self {
         let cut = |table: &Tensor| table.narrow(0, start as i64, length as i64);
-        Self { cos: cut(&self.cos), sin: cut(&self.sin) }
+        Self { cos: cut(&self.cos), sin: cut(&self.sin), packed: None }
+    }
+
+    /// For rows of `length` tokens, each shared by sequences of these lengths, which begin at position 0 and do not see
+    /// each other; `[B, 1, T, head_dim]`.
+    pub fn packed(&self, rows: &[Vec<usize>], length: usize) -> Self {
+        let positions = rows.iter().flat_map(|row| {
+            let padding = length - row.iter().sum::<usize>();
+            row.iter().chain([&padding]).flat_map(|sequence| 0..*sequence as i64).collect::<Vec<_>>()
+        });
+        let positions = Tensor::from_slice(&positions.collect::<Vec<_>>()).to_device(self.cos.device());
+        let pick = |table: &Tensor| {
+            let picked = table.index_select(0, &positions);
+            picked.view([rows.len() as i64, 1, length as i64, table.size()[1]])
+        };
+        let lengths = |row: &Vec<usize>| row.iter().map(|sequence| *sequence as i64).collect();
+        Self { cos: pick(&self.cos), sin: pick(&self.sin), packed: Some(rows.iter().map(lengths).collect()) }
     }
 
     /// One position for each of `B` sequences, shaped `[B, 1, head_dim]`.
     pub(crate) fn at(&self, positions: &Tensor) -> Self {
         let pick = |table: &Tensor| table.index_select(0, positions).unsqueeze(1);
-        Self { cos: pick(&self.cos), sin: pick(&self.sin) }
+        Self { cos: pick(&self.cos), sin: pick(&self.sin), packed: None }
     }
 
     /// Rotates `x [.., T, head_dim]`, pairing unit `i` with `i + head_dim / 2` as Hugging Face does.
@@ -336,7 +354,8 @@ pub(crate) fn chunk_loss(
 
 fn causal_attention(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &Rope, adapt: Adapt<'_>) -> Tensor {
     let (batch, length, _) = x.size3().unwrap_or((0, 0, 0));
-    let rope = rope.range(0, length as usize);
+    let whole = rope.packed.is_none().then(|| rope.range(0, length as usize));
+    let rope = whole.as_ref().unwrap_or(rope);
     let heads = |projection: Projection, projected: Tensor, count: usize| {
         adapt(projection, x, projected).view([batch, length, count as i64, config.head_dim as i64]).transpose(1, 2)
     };
@@ -345,10 +364,38 @@ fn causal_attention(config: &Config, weights: &LayerWeights, x: &Tensor, rope: &
     let key = rope.rotate(&heads(Projection::Key, key, config.kv_heads));
     let value = heads(Projection::Value, value, config.kv_heads);
     let (key, value) = (shared(config, &key), shared(config, &value));
-    let seen = window_mask(config, length, x.device());
-    let mixed = attention(&query, &key, &value, seen.as_ref(), seen.is_none());
+    let mixed = match &rope.packed {
+        None => attend_before(config, &query, &key, &value),
+        Some(rows) => attend_within(config, rows, &query, &key, &value),
+    };
     let mixed = mixed.transpose(1, 2).reshape([batch, length, (config.heads * config.head_dim) as i64]);
     adapt(Projection::Output, &mixed, linear(&mixed, &weights.output))
+}
+
+/// Each position sees those before it, as far as the family's window reaches; `[B, heads, T, head_dim]`.
+fn attend_before(config: &Config, query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
+    let seen = window_mask(config, query.size()[2], query.device());
+    attention(query, key, value, seen.as_ref(), seen.is_none())
+}
+
+/// [`attend_before`] within each of the sequences that share a row: each runs by itself, which costs no more than its
+/// length asks for and needs no mask. Padding comes out as zeros.
+fn attend_within(config: &Config, rows: &[Vec<i64>], query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
+    let (_, heads, length, width) = query.size4().unwrap_or((0, 0, 0, 0));
+    let row = |(row, lengths): (i64, &Vec<i64>)| {
+        let mut start = 0;
+        let mut mixed: Vec<Tensor> = Vec::with_capacity(lengths.len() + 1);
+        for sequence in lengths {
+            let cut = |x: &Tensor| x.narrow(0, row, 1).narrow(2, start, *sequence);
+            mixed.push(attend_before(config, &cut(query), &cut(key), &cut(value)));
+            start += sequence;
+        }
+        if start < length {
+            mixed.push(Tensor::zeros([1, heads, length - start, width], (query.kind(), query.device())));
+        }
+        Tensor::cat(&mixed, 2)
+    };
+    Tensor::cat(&(0..).zip(rows).map(row).collect::<Vec<_>>(), 0)
 }
 
 /// `[T, T]`, what each position sees; `None` where that is all before it.

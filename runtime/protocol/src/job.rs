@@ -68,7 +68,7 @@ pub struct Identity {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Recipe {
     pub method: Method,
-    /// Sequences in a step, over all ranks; a multiple of `micro_batch`.
+    /// Sequences in a step, over all ranks, or rows of them where they are packed; a multiple of `micro_batch`.
     pub global_batch: u32,
     /// Sequences that one rank runs at a time.
     pub micro_batch: u32,
@@ -82,6 +82,9 @@ pub struct Recipe {
     pub gradient_clip: f64,
     /// Tokens in a sequence, at most; longer conversations are cut.
     pub max_length: u32,
+    /// Several sequences, which do not see each other, share a row of `max_length` tokens.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packing: bool,
     pub seed: u64,
     /// Steps from one evaluation on the held-out data to the next; absent: one at each epoch's end. There is one at
     /// the end anyway.

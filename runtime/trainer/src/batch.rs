@@ -26,6 +26,8 @@ pub struct MicroBatch {
     /// Row-major; padded on the right with token 0, which no attention and no loss sees.
     pub ids: Vec<i64>,
     pub labels: Vec<i64>,
+    /// Tokens of each sequence in each row, where any row has several: they do not see each other.
+    pub packed: Option<Vec<Vec<usize>>>,
 }
 
 /// All of a step that does not need the model.
@@ -100,7 +102,9 @@ pub fn pad(rows: &[&Example]) -> MicroBatch {
         }
         labels[at].copy_from_slice(&example.labels());
     }
-    MicroBatch { rows: rows.len(), length, ids, labels }
+    let several = rows.iter().any(|example| !example.ends.is_empty());
+    let packed = several.then(|| rows.iter().map(|example| example.lengths().collect()).collect());
+    MicroBatch { rows: rows.len(), length, ids, labels, packed }
 }
 
 /// Tokens of the longest of these sequences, padded; 0 if there is none.
@@ -126,6 +130,7 @@ mod tests {
         let example = |length: &usize| Example {
             ids: (1..=*length as u32).collect(),
             learned: std::iter::once(2..*length as u32).collect(),
+            ends: Vec::new(),
         };
         let examples = lengths.iter().map(example);
         let sets = [Mixture { sequences: lengths.len() as u32, weight: 1.0 }];
@@ -143,6 +148,20 @@ mod tests {
         assert_eq!(batch.ids[80..82], [1, 2]);
         assert_eq!(data.micro_batch(&[2]).length, 16);
         assert_eq!(data.longest(), 80);
+    }
+
+    #[test]
+    fn what_shares_a_row_is_told_apart() {
+        let row = |lengths: &[usize]| {
+            let ends = lengths.iter().scan(0, |end, length| {
+                *end += *length as u32;
+                Some(*end)
+            });
+            let ends = if lengths.len() > 1 { ends.collect() } else { Vec::new() };
+            Example { ids: vec![5; lengths.iter().sum()], ends, ..Example::default() }
+        };
+        assert_eq!(pad(&[&row(&[3, 4]), &row(&[6])]).packed, Some(vec![vec![3, 4], vec![6]]));
+        assert_eq!(pad(&[&row(&[3]), &row(&[6])]).packed, None);
     }
 
     #[test]

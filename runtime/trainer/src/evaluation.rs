@@ -141,8 +141,8 @@ mod tests {
 
     #[test]
     fn every_sequence_is_in_one_micro_batch() {
-        let example =
-            |length: usize| Example { ids: vec![7; length], learned: std::iter::once(0..length as u32).collect() };
+        let learned = |length: usize| std::iter::once(0..length as u32).collect();
+        let example = |length: usize| Example { ids: vec![7; length], learned: learned(length), ends: Vec::new() };
         let held_out = HeldOut::new([3, 40, 5].map(example).into(), 2);
         assert_eq!((held_out.micro_batches(), held_out.longest()), (2, 48));
         let batches = [0, 1].map(|index| held_out.micro_batch(index));

@@ -413,6 +413,7 @@ fn settings(job: &TrainingJob) -> Result<Settings, Trouble> {
         split_at: prepare.split_at.map(|tokens| tokens as usize),
         hold_out: prepare.hold_out.unwrap_or(0.0),
         max_length: job.recipe.max_length as usize,
+        pack: job.recipe.packing,
     })
 }
 

@@ -41,6 +41,7 @@ mod tests {
             evaluate_every: None,
             precision: Precision::Fp32,
             recompute: Recompute::Auto,
+            packing: false,
             rope_scaling: None,
         }
     }

@@ -529,6 +529,23 @@ fn adapters_are_the_same_bits_for_every_number_of_ranks_and_whatever_happens() {
 }
 
 #[test]
+fn packed_conversations_train_the_same_bits_for_every_number_of_ranks() {
+    let fixture = Fixture::new();
+    for (index, method) in [Method::Full, Method::LoRA(lora())].iter().enumerate() {
+        let digests = [("one", 1), ("three", 3)].map(|(bucket, world)| {
+            let mut job = adapter_job(&fixture, &format!("{bucket}-{index}"), method);
+            job.recipe.packing = true;
+            job.recipe.max_length = 512;
+            let session = fixture.session(job);
+            let encoded = session.data_report.encoded.as_ref().unwrap();
+            assert!(encoded.rows > 0 && encoded.rows * 2 < encoded.sequences, "{encoded}");
+            generation(&session, world, None, None).result().digest.clone()
+        });
+        assert_eq!(digests[0], digests[1]);
+    }
+}
+
+#[test]
 fn keeping_layers_instead_of_running_them_again_changes_no_bit() {
     let fixture = Fixture::new();
     for (index, method) in [Method::Full, Method::LoRA(lora())].iter().enumerate() {

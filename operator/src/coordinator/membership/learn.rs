@@ -12,6 +12,9 @@ use std::collections::BTreeMap;
 use vicuna_protocol::coordinator as wire;
 use vicuna_protocol::coordinator::rank_message::Body as Said;
 
+/// Parts of a training whose ends are told.
+const MILESTONES: u64 = 4;
+
 impl Membership {
     pub(super) fn learn(&mut self, now: Millis, event: Event) {
         let of_memory = matches!(
@@ -281,6 +284,10 @@ impl Membership {
         if self.interrupted && matches!(self.state, State::Steady { .. }) {
             self.interrupted = false;
             self.recovered(now);
+        }
+        let part = |step: u64| (step * MILESTONES).checked_div(report.steps);
+        if part(report.step) > part(self.step) && report.step < report.steps {
+            self.happened(Happening::Milestone { step: report.step, steps: report.steps, loss: report.loss });
         }
         self.step = report.step;
         self.steps = self.steps.max(report.steps);

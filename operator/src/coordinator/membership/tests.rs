@@ -289,6 +289,19 @@ fn a_rank_that_vanishes_costs_the_steps_since_the_checkpoint() {
 }
 
 #[test]
+fn every_quarter_of_the_steps_is_told_once() {
+    let mut fixture = Fixture::training(1, 2);
+    for step in [24, 25, 26, 60, 74, 75, 99, 100] {
+        fixture.progress("a", step).progress("b", step);
+    }
+    let told = fixture.take().into_iter().filter_map(|effect| match effect {
+        Effect::Happened(Happening::Milestone { step, steps: 100, loss: Some(2.0) }) => Some(step),
+        _ => None,
+    });
+    assert_eq!(told.collect::<Vec<_>>(), [25, 60, 75]);
+}
+
+#[test]
 fn who_does_not_answer_in_five_seconds_is_out_and_later_replaced() {
     let mut fixture = Fixture::training(1, 3);
     fixture.join("c", 0).lose("c").apply(Event::Disconnected("b".into()));

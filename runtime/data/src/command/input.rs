@@ -161,7 +161,7 @@ pub fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
     read.map_err(|error| anyhow!("cannot read the tokenizer {}: {error}; give a tokenizer.json", path.display()))
 }
 
-/// What a VicunaTraining's `prepare` and `recipe.maxLength` would do.
+/// What a VicunaTraining's `prepare`, `recipe.maxLength` and `recipe.packing` would do.
 #[derive(Debug, clap::Args)]
 pub struct PrepareArguments {
     /// Take every published step of cleaning, as `prepare.clean` does.
@@ -179,6 +179,9 @@ pub struct PrepareArguments {
     /// Tokens in a sequence, at most.
     #[arg(long, default_value_t = 2048)]
     max_length: usize,
+    /// As `recipe.packing`.
+    #[arg(long)]
+    pub packing: bool,
 }
 
 impl PrepareArguments {
@@ -189,6 +192,7 @@ impl PrepareArguments {
             split_at: self.split_at,
             hold_out: self.hold_out,
             max_length: self.max_length,
+            pack: self.packing,
         })
     }
 }

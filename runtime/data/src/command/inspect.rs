@@ -121,7 +121,11 @@ impl Encode {
     pub fn run(self, out: &mut impl Write) -> Result<()> {
         let prepared = prepared(&self.datasets, &self.prepare, &self.encoding.encoder()?)?;
         for example in &prepared.examples {
-            writeln!(out, "{}", serde_json::json!({ "ids": example.ids, "labels": example.labels() }))?;
+            let mut line = serde_json::json!({ "ids": example.ids, "labels": example.labels() });
+            if self.prepare.packing {
+                line["lengths"] = example.lengths().collect::<Vec<_>>().into();
+            }
+            writeln!(out, "{line}")?;
         }
         eprint!("{}", prepared.report);
         Ok(())

@@ -10,7 +10,7 @@ fn encoder() -> Encoder {
 }
 
 fn settings() -> Settings {
-    Settings { clean: false, language: None, split_at: None, hold_out: 0.0, max_length: 1000 }
+    Settings { clean: false, language: None, split_at: None, hold_out: 0.0, max_length: 1000, pack: false }
 }
 
 fn conversation(name: &str, pairs: usize) -> Conversation {

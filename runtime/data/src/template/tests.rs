@@ -239,7 +239,7 @@ fn a_reply_that_is_not_to_be_learned_is_read_only() {
 
 #[test]
 fn cut_examples_learn_what_is_left() {
-    let whole = Example { ids: (0..10).collect(), learned: vec![0..2, 4..6, 8..10] };
+    let whole = Example { ids: (0..10).collect(), learned: vec![0..2, 4..6, 8..10], ends: Vec::new() };
     let cut = |length: usize| {
         let mut example = whole.clone();
         example.truncate(length);
@@ -379,4 +379,28 @@ fn the_first_vicuna_ends_a_reply_with_the_token_that_opens_the_mark() {
     let example = encoder.example(&[Turn::user("Hello!"), Turn::assistant("Hi!")]).unwrap();
     let learned: Vec<String> = learned(&example).into_iter().map(token).collect();
     assert_eq!(learned, ["▁Hi", "!", "<0x0A>", "##", "#"]);
+}
+
+proptest! {
+    #[test]
+    fn on_the_llama_tokenizer_what_is_learned_reads_as_the_replies_and_their_ends(turns in conversation()) {
+        static LLAMA: std::sync::LazyLock<Option<Tokenizer>> = std::sync::LazyLock::new(llama);
+        let Some(tokenizer) = LLAMA.as_ref() else {
+            eprintln!("skipped: run tests/tools/llama_tokenizer.sh and source tests/tools/env.sh");
+            return Ok(());
+        };
+        for (name, end) in [(VICUNA_V0, "\n###"), (VICUNA_V1_1, "</s>"), (LLAMA_2, " </s>")] {
+            let encoder = Template::named(name).unwrap().bind(tokenizer).unwrap();
+            let example = encoder.example(&turns).unwrap();
+            let read = example.learned.iter().map(|learned| {
+                let ids = &example.ids[learned.start as usize..learned.end as usize];
+                tokenizer.decode(ids, false).unwrap().trim_start().to_owned()
+            });
+            let replies = turns.iter().filter(|turn| turn.role == Role::Assistant).map(|turn| {
+                let text = if name == LLAMA_2 { turn.content.trim() } else { &turn.content };
+                format!("{text}{end}").trim_start().to_owned()
+            });
+            prop_assert_eq!(read.collect::<Vec<_>>(), replies.collect::<Vec<_>>(), "{}", name);
+        }
+    }
 }

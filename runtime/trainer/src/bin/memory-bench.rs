@@ -198,6 +198,7 @@ fn job(options: &Options, folder: &Path) -> Result<TrainingJob> {
             evaluate_every: None,
             precision: if options.bf16 { Precision::Bf16 } else { Precision::Fp32 },
             recompute: if options.memory[0] == Spent::Keep { Recompute::Never } else { Recompute::Always },
+            packing: false,
             rope_scaling: None,
         },
         checkpoint: Checkpointing { to: url(&folder.join("bucket"))?, interval_seconds: Some(1), keep: 1 },

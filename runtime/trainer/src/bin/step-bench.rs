@@ -7,13 +7,16 @@ use clap::Parser;
 use std::time::Instant;
 use tch::Kind;
 use tokio_util::sync::CancellationToken;
-use vicuna_model::layers::Rope;
+use vicuna_model::layers::{IGNORED, Rope};
 use vicuna_model::tiny;
 use vicuna_trainer::batch::MicroBatch;
 use vicuna_trainer::blocks::BlockTable;
 use vicuna_trainer::collective::CollectiveError;
 use vicuna_trainer::state::Weights;
 use vicuna_trainer::step::gradients::Computation;
+
+/// Tokens of a question, and of a reply.
+const TURN: usize = 32;
 
 #[derive(Parser)]
 struct Options {
@@ -40,6 +43,9 @@ struct Options {
     /// Compute in fp32, not in bf16.
     #[arg(long)]
     fp32: bool,
+    /// Learn every other run of 32 tokens, as of conversations, not all.
+    #[arg(long)]
+    replies: bool,
     /// Let torch choose kernels that do not repeat their bits.
     #[arg(long)]
     fast: bool,
@@ -104,5 +110,8 @@ fn main() -> Result<()> {
 fn batch(options: &Options, index: usize) -> MicroBatch {
     let ids: Vec<i64> =
         (0..options.rows * options.length).map(|place| ((place + index * 77) * 7919 + 13) as i64 % 32_000).collect();
-    MicroBatch { rows: options.rows, length: options.length, labels: ids.clone(), ids }
+    let is_learned = |place: usize| !options.replies || (place % options.length / TURN).is_multiple_of(2);
+    let label = |(place, id): (usize, &i64)| if is_learned(place) { *id } else { IGNORED };
+    let labels = ids.iter().enumerate().map(label).collect();
+    MicroBatch { rows: options.rows, length: options.length, labels, ids, packed: None }
 }

@@ -253,6 +253,7 @@ fn recipe(arguments: &Arguments) -> Recipe {
         gradient_clip: 1.0,
         seed: 0,
         evaluate_every: None,
+        packing: false,
         rope_scaling: None,
     }
 }

@@ -105,7 +105,9 @@ impl Workload<'_> {
             // What a projection made before the adapter's part is added, and the inputs that were not dropped.
             Some(_) => 2 * (hidden + attended) + 3 * intermediate,
         };
-        (elements + adapters) * self.compute_bytes()
+        // What attention made of each sequence, before it is one row.
+        let packed = if self.recipe.packing { attended } else { 0 };
+        (elements + adapters + packed) * self.compute_bytes()
     }
 
     /// Bytes that keeping all layers of all micro-batches takes.
@@ -292,6 +294,7 @@ mod tests {
             evaluate_every: None,
             precision,
             recompute: Recompute::Auto,
+            packing: false,
             rope_scaling: None,
         }
     }

@@ -112,6 +112,7 @@ impl Run {
 struct Batch {
     ids: Tensor,
     labels: Tensor,
+    rope: Rope,
 }
 
 impl Computation<'_> {
@@ -136,10 +137,11 @@ impl Computation<'_> {
             let layer = self.layer(index);
             let passed = passed.pop().unwrap_or_default();
             let mut sum = TreeSum::default();
-            for (number, (passed, upstream)) in (first..).zip(passed.into_iter().zip(&mut upstream)) {
+            let passed = batches.iter().zip(passed).zip(&mut upstream);
+            for (number, ((batch, passed), upstream)) in (first..).zip(passed) {
                 let run = match passed {
                     Passed::Whole(run) => run,
-                    Passed::Input(x) => self.layer_run(&layer, number, &x),
+                    Passed::Input(x) => self.layer_run(&layer, number, &x, &batch.rope),
                 };
                 let (above, gradients) = run.backward(upstream);
                 *upstream = above;
@@ -158,7 +160,7 @@ impl Computation<'_> {
         let batch = self.batch(batch);
         let mut x = embed(&self.embedding_weights(), &batch.ids);
         for index in 0..self.config.layers {
-            x = self.layer_forward(&self.layer(index), None, &x);
+            x = self.layer_forward(&self.layer(index), None, &x, &batch.rope);
         }
         let loss = match self.adapted {
             Some(base) => {
@@ -190,7 +192,11 @@ impl Computation<'_> {
     fn batch(&self, batch: &MicroBatch) -> Batch {
         let shape = [batch.rows as i64, batch.length as i64];
         let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(self.device);
-        Batch { ids: tensor(&batch.ids), labels: tensor(&batch.labels) }
+        let rope = match &batch.packed {
+            None => self.rope.range(0, batch.length),
+            Some(rows) => self.rope.packed(rows, batch.length),
+        };
+        Batch { ids: tensor(&batch.ids), labels: tensor(&batch.labels), rope }
     }
 
     fn layer(&self, index: usize) -> Layer<'_> {
@@ -204,20 +210,20 @@ impl Computation<'_> {
     }
 
     /// Without a micro-batch's number nothing is dropped.
-    fn layer_forward(&self, layer: &Layer<'_>, micro_batch: Option<u32>, x: &Tensor) -> Tensor {
+    fn layer_forward(&self, layer: &Layer<'_>, micro_batch: Option<u32>, x: &Tensor, rope: &Rope) -> Tensor {
         let Layer { index, weights, adapters } = layer;
-        let Some((adapters, base)) = adapters else { return layer_forward(self.config, weights, x, self.rope) };
+        let Some((adapters, base)) = adapters else { return layer_forward(self.config, weights, x, rope) };
         let dropout = micro_batch.map(|number| base.dropout(self.step, number, *index));
-        adapted_layer_forward(self.config, weights, adapters, x, self.rope, dropout.as_ref())
+        adapted_layer_forward(self.config, weights, adapters, x, rope, dropout.as_ref())
     }
 
-    fn layer_run(&self, layer: &Layer<'_>, micro_batch: u32, x: &Tensor) -> Run {
+    fn layer_run(&self, layer: &Layer<'_>, micro_batch: u32, x: &Tensor, rope: &Rope) -> Run {
         let Layer { index, weights, adapters } = layer;
         let Some((adapters, base)) = adapters else {
-            return Run::Trained(LayerRun::new(self.config, weights, x, self.rope));
+            return Run::Trained(LayerRun::new(self.config, weights, x, rope));
         };
         let dropout = base.dropout(self.step, micro_batch, *index);
-        Run::Adapted(AdaptedRun::new(self.config, weights, adapters, x, self.rope, Some(&dropout)))
+        Run::Adapted(AdaptedRun::new(self.config, weights, adapters, x, rope, Some(&dropout)))
     }
 
     /// What every layer leaves and what comes out of the last one; by micro-batch each.
@@ -232,13 +238,13 @@ impl Computation<'_> {
             let layer = self.layer(index);
             let whole = index + self.whole_layers >= self.config.layers;
             let mut passed = Vec::with_capacity(batches.len());
-            for (number, x) in (first..).zip(&mut hidden) {
+            for (number, (batch, x)) in (first..).zip(batches.iter().zip(&mut hidden)) {
                 if whole {
-                    let run = self.layer_run(&layer, number, x);
+                    let run = self.layer_run(&layer, number, x, &batch.rope);
                     *x = run.output();
                     passed.push(Passed::Whole(run));
                 } else {
-                    let y = self.layer_forward(&layer, Some(number), x);
+                    let y = self.layer_forward(&layer, Some(number), x, &batch.rope);
                     passed.push(Passed::Input(std::mem::replace(x, y)));
                 }
             }

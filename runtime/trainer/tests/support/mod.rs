@@ -83,6 +83,7 @@ impl Fixture {
                 evaluate_every: None,
                 precision: Precision::Fp32,
                 recompute: Recompute::default(),
+                packing: false,
                 rope_scaling: None,
             },
             checkpoint: Checkpointing { to: url(&self.path(bucket)), interval_seconds: Some(DAY), keep: 3 },
