@@ -378,15 +378,21 @@ function enter(course, name, now) {
   if (last(course).name !== name) course.phases.push({ name, since: now, detail: "" });
 }
 var seconds = (ms) => (ms < 9950 ? (ms / 1e3).toFixed(1) : Math.round(ms / 1e3).toString()) + " s";
+var AT_ONCE_MS = 50;
 function words(course, now) {
   const end = course.ended ?? now;
+  const [held, prefill, writing] = course.phases;
+  if (held?.name === "held" && prefill && writing?.name === "writing" && writing.since - prefill.since < AT_ONCE_MS) {
+    return [`first token after ${seconds(writing.since - held.since)}`, speed(course, end)];
+  }
   return course.phases.map((phase, index) => {
     const took = (course.phases[index + 1]?.since ?? end) - phase.since;
-    if (phase.name === "writing") return `${course.tokens} tokens, ${rate(course, end).toFixed(1)} tokens/s`;
+    if (phase.name === "writing") return speed(course, end);
     const detail = phase.detail && index === course.phases.length - 1 ? ` ${phase.detail}` : "";
     return `${LABELS[phase.name]}${detail} ${seconds(took)}`;
   });
 }
+var speed = (course, end) => `${course.tokens} ${course.tokens === 1 ? "token" : "tokens"}, ${rate(course, end).toFixed(1)} tokens/s`;
 function rate(course, end) {
   const since = course.phases.find(({ name }) => name === "writing")?.since ?? end;
   return end > since ? Math.max(course.tokens - 1, 0) * 1e3 / (end - since) : 0;
@@ -1422,9 +1428,9 @@ var LivePage = class {
   show(state) {
     if (this.gateway !== state.gateway) this.cards.clear();
     this.gateway = state.gateway;
-    const speed = state.workers.reduce((sum, worker) => sum + worker.tokens_per_second, 0);
+    const speed2 = state.workers.reduce((sum, worker) => sum + worker.tokens_per_second, 0);
     const running = state.workers.reduce((sum, worker) => sum + worker.running, 0);
-    setText(this.summary, `${count(state.workers.length, "worker")} · ${count(running, "sequence")} · ${speed.toFixed(1)} tokens/s · as ${state.gateway} sees it`);
+    setText(this.summary, `${count(state.workers.length, "worker")} · ${count(running, "sequence")} · ${speed2.toFixed(1)} tokens/s · as ${state.gateway} sees it`);
     replace(this.models, ...state.models.map(({ name, workers, unfinished, queued }) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, workers || "none, loads when asked"), h("td", {}, unfinished), h("td", {}, queued))));
     this.showWorkers(state);
   }
@@ -1557,7 +1563,7 @@ function keyMenu() {
     const asksForKey = words3.includes("API key");
     setText(problem2, asksForKey ? words3 : "");
     summary.classList.toggle("wanted", asksForKey);
-    setText(summary, apiKey() ? "Key ✓" : "Key");
+    setText(summary, asksForKey ? "Key needed" : apiKey() ? "Key ✓" : "Key");
   });
   menu.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;

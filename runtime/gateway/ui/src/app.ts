@@ -87,7 +87,7 @@ function keyMenu(): HTMLElement {
     const asksForKey = words.includes("API key");
     setText(problem, asksForKey ? words : "");
     summary.classList.toggle("wanted", asksForKey);
-    setText(summary, apiKey() ? "Key ✓" : "Key");
+    setText(summary, asksForKey ? "Key needed" : apiKey() ? "Key ✓" : "Key");
   });
   menu.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;

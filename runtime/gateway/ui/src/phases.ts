@@ -76,16 +76,27 @@ function enter(course: Course, name: PhaseName, now: number): void {
 
 const seconds = (ms: number): string => (ms < 9950 ? (ms / 1000).toFixed(1) : Math.round(ms / 1000).toString()) + " s";
 
+// The gateway keeps an answer's beginning back for up to a second, so that an error has a status of its own; what
+// comes then at once with the first token does not tell waiting from reading.
+const AT_ONCE_MS = 50;
+
 // The words of the line, one a phase; the last is the one that it is in.
 export function words(course: Course, now: number): string[] {
   const end = course.ended ?? now;
+  const [held, prefill, writing] = course.phases;
+  if (held?.name === "held" && prefill && writing?.name === "writing" && writing.since - prefill.since < AT_ONCE_MS) {
+    return [`first token after ${seconds(writing.since - held.since)}`, speed(course, end)];
+  }
   return course.phases.map((phase, index) => {
     const took = (course.phases[index + 1]?.since ?? end) - phase.since;
-    if (phase.name === "writing") return `${course.tokens} tokens, ${rate(course, end).toFixed(1)} tokens/s`;
+    if (phase.name === "writing") return speed(course, end);
     const detail = phase.detail && index === course.phases.length - 1 ? ` ${phase.detail}` : "";
     return `${LABELS[phase.name]}${detail} ${seconds(took)}`;
   });
 }
+
+const speed = (course: Course, end: number): string =>
+  `${course.tokens} ${course.tokens === 1 ? "token" : "tokens"}, ${rate(course, end).toFixed(1)} tokens/s`;
 
 // The first token comes with the prompt; so n tokens take the time of n - 1.
 function rate(course: Course, end: number): number {

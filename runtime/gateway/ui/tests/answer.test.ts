@@ -17,6 +17,13 @@ test("a line tells what an answer has gone through, and what it is at", () => {
   assert.equal(words(course, 7000)[2], "reading the prompt 2.0 s");
 });
 
+test("what came with the first token is not split into waiting and reading", () => {
+  const course = begin(0, true);
+  take(course, { kind: "opened" }, 800);
+  take(course, { kind: "text", text: "a", tokens: 1 }, 801);
+  assert.deepEqual(words(course, 801), ["first token after 0.8 s", "1 token, 0.0 tokens/s"]);
+});
+
 test("a worker that is lost is marked, and what follows is not taken for waiting", () => {
   const course = begin(0, true);
   take(course, { kind: "text", text: "a", tokens: 1 }, 1);
