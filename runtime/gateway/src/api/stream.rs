@@ -312,12 +312,16 @@ impl Writer {
     }
 
     fn comment(&self) -> String {
+        comment(&doing(&self.request.choices, || self.unloaded()))
+    }
+
+    /// Why there is no worker for the model, where none has loaded it. How far one is names the model, which may be a secret.
+    fn unloaded(&self) -> Option<String> {
+        let shape = &self.request.shape;
         let registry = &self.request.gateway().registry;
-        let loaded = registry.model(&self.request.shape.model).is_some_and(|model| !model.workers.is_empty());
-        let doing = doing(&self.request.choices, loaded);
-        let waits = self.request.choices.iter().any(|choice| choice.is_queued());
-        let loading = registry.loading(&self.request.shape.model).filter(|_| waits);
-        comment(&loading.map_or(doing.clone(), |progress| format!("{doing}; {progress}")))
+        let loading = registry.loading(&shape.model).filter(|_| shape.alias.is_none());
+        let loaded = registry.model(&shape.model).is_some_and(|model| !model.workers.is_empty());
+        loading.or_else(|| (!loaded).then(|| "none has loaded the model".to_owned()))
     }
 }
 
@@ -350,10 +354,10 @@ fn error_event(error: &ApiError) -> String {
 }
 
 /// What is done for a client that gets no text; of several choices the one that is least far counts.
-/// `loaded`: some worker has the model.
-fn doing(choices: &[Arc<Choice>], loaded: bool) -> String {
+/// `unloaded`: why there is no worker for them.
+fn doing(choices: &[Arc<Choice>], unloaded: impl FnOnce() -> Option<String>) -> String {
     if choices.iter().any(|choice| choice.is_queued()) {
-        let why = if loaded { "" } else { "; none has loaded the model" };
+        let why = unloaded().map_or_else(String::new, |why| format!("; {why}"));
         return format!("waiting for a worker{why}");
     }
     let reading = choices.iter().filter_map(|choice| match choice.work() {
@@ -380,14 +384,14 @@ mod tests {
     fn a_client_hears_how_far_its_prompt_is_read() {
         let choices = [0, 1].map(|index| Arc::new(Choice::new(Arc::default(), index, Arc::default())));
         choices[0].begin(server(1));
-        assert_eq!(doing(&choices, true), "waiting for a worker");
-        assert_eq!(doing(&choices, false), "waiting for a worker; none has loaded the model");
+        assert_eq!(doing(&choices, || None), "waiting for a worker");
+        assert_eq!(doing(&choices, || Some("loading".to_owned())), "waiting for a worker; loading");
         choices[1].begin(server(1));
-        assert_eq!(doing(&choices, true), "generating");
+        assert_eq!(doing(&choices, || None), "generating");
         choices[0].works(1, Work::Reading { computed: 512, all: 4096 });
         choices[1].works(1, Work::Reading { computed: 1024, all: 4096 });
-        assert_eq!(doing(&choices, true), "reading the prompt, 512 of 4096 tokens");
+        assert_eq!(doing(&choices, || None), "reading the prompt, 512 of 4096 tokens");
         choices[0].append(1, delta(0, &[1], "a")).unwrap();
-        assert_eq!(doing(&choices, true), "reading the prompt, 1024 of 4096 tokens");
+        assert_eq!(doing(&choices, || None), "reading the prompt, 1024 of 4096 tokens");
     }
 }

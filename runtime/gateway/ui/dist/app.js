@@ -367,7 +367,7 @@ function comment(course, text, now) {
   }
   if (text.startsWith("connection")) return text;
   if (course.tokens > 0) return "";
-  if (text.startsWith("waiting")) enter(course, text.includes("loaded") ? "loading" : "held", now);
+  if (text.startsWith("waiting")) enter(course, /load(ed|ing)/.test(text) ? "loading" : "held", now);
   const read3 = /^reading the prompt, (.*) tokens/.exec(text);
   if (read3 || text.startsWith("generating")) enter(course, "prefill", now);
   if (read3?.[1]) last(course).detail = read3[1];
