@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Uses one of the gateway's pages in a real browser as a person does, with workers that a test plays:
 
-    pages.py chat|compare|arena|live URL FOLDER
+    pages.py chat|compare|arena|live|key URL FOLDER
 
 Screenshots go into FOLDER. The models are team/alpha, team/beta and team/cold, which has no worker at first; a question
 with the word `move`, `drain`, `read` or `long` has its worker die, drain, read a long prompt, or write much.
@@ -221,6 +221,28 @@ def live(url, shoot):
         page.wait_for_selector(".live:not([hidden])")
 
 
+def key(url, shoot):
+    """A gateway that asks for keys: sk-team opens the models, and is forgotten with the tab."""
+    with opened(url, fine="status of 401") as page:
+        page.wait_for_selector(".menu summary.wanted")
+        expect(page.locator(".chat select option").count() == 0, "models are shown to strangers")
+        page.click(".menu summary")
+        page.fill(".menu input", "sk-wrong")
+        page.press(".menu input", "Enter")
+        page.wait_for_selector(".menu .problem:has-text('not known here')")
+        shoot(page, "key")
+        page.fill(".menu input", "sk-team")
+        page.press(".menu input", "Enter")
+        page.wait_for_selector(".menu summary:has-text('Key ✓'):not(.wanted)")
+        page.keyboard.press("Escape")
+        choose(page, ALPHA)
+        send(page, "Which bird?")
+        wait_for_end(page)
+        page.click("text=Live")
+        page.wait_for_selector("[data-worker=alpha-0]")
+        expect("sk-team" not in page.evaluate("JSON.stringify(localStorage)"), "the key is kept for good")
+
+
 def main(name, url, folder):
     def shoot(page, shot, dark=False):
         page.emulate_media(color_scheme="dark" if dark else "light")
@@ -228,7 +250,7 @@ def main(name, url, folder):
         page.emulate_media(color_scheme="light")
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    {"chat": chat, "compare": compare, "arena": arena, "live": live}[name](url, shoot)
+    {"chat": chat, "compare": compare, "arena": arena, "live": live, "key": key}[name](url, shoot)
 
 
 if __name__ == "__main__":

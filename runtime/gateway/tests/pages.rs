@@ -5,6 +5,8 @@
 
 mod support;
 
+use serde_json::json;
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -43,6 +45,15 @@ async fn one_sees_workers_come_drain_and_go_as_it_happens() {
 }
 
 #[tokio::test]
+async fn a_page_asks_for_the_key_where_the_gateway_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys.json");
+    let digest = hex::encode(Sha256::digest("sk-team"));
+    std::fs::write(&keys, json!({ "keys": [{ "name": "team", "sha256": digest }] }).to_string()).unwrap();
+    use_page_of("key", &["--api-keys-file", keys.to_str().unwrap()]).await;
+}
+
+#[tokio::test]
 async fn what_is_served_is_what_the_sources_give_and_their_types_are_right() {
     let script = repository().join("tests/tools/ui.sh");
     let output = Command::new(script).arg("check").output().await.unwrap();
@@ -67,10 +78,14 @@ fn playwright() -> Option<PathBuf> {
 }
 
 async fn use_page(name: &str) {
+    use_page_of(name, &[]).await;
+}
+
+async fn use_page_of(name: &str, flags: &[&str]) {
     let Some(playwright) = playwright() else {
         return;
     };
-    let gateway = gateway(&[]).await;
+    let gateway = gateway(flags).await;
     let shots = repository().join("target/pages");
     let mut browser = Command::new("python3")
         .env("PYTHONPATH", playwright)

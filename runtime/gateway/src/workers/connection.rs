@@ -173,20 +173,22 @@ impl Connection {
         same
     }
 
-    /// Takes everything off a worker that is gone; tells how many answers were on it.
+    /// Takes everything off a worker that is gone; tells how many unfinished answers were on it.
     pub fn abandon(&self) -> u32 {
         self.gone.cancel();
-        let (count, choices, inquiries) = {
+        let (choices, inquiries) = {
             let mut active = self.active.lock();
-            let count = std::mem::take(&mut active.count);
-            (count, std::mem::take(&mut active.choices), std::mem::take(&mut active.inquiries))
+            active.count = 0;
+            (std::mem::take(&mut active.choices), std::mem::take(&mut active.inquiries))
         };
         // Those who asked see that nobody will answer.
         drop(inquiries);
+        let mut lost = 0;
         for choice in choices.values().flat_map(BTreeMap::values) {
+            lost += u32::from(!choice.is_done());
             choice.lose(self.id, Loss::Gone);
         }
-        count
+        lost
     }
 
     /// What is offered, by name.
