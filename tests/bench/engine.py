@@ -3,23 +3,15 @@
     engine.py PROGRAMS CACHE THREADS ROUNDS STEPS
     engine.py transformers THREADS STEPS      one round of transformers alone, in a process of its own"""
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 import time
 
+from programs import cpu, told
+
 PROMPT = 256
 SHAPES = ["prompt", "1 sequence", "8 sequences"]
-
-
-def told(arguments, **environment):
-    done = subprocess.run([str(a) for a in arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, **environment})
-    if done.returncode:
-        raise SystemExit(f"{arguments}: {done.stderr[-2000:]}")
-    return done.stdout
 
 
 def ours(programs, model, threads, precision, steps):
@@ -85,8 +77,7 @@ def main():
             found = run()
             print(f"  round {number + 1}, {name}: {found}", file=sys.stderr, flush=True)
             best[name] = [max(pair) for pair in zip(best[name], found, strict=True)]
-    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()).group(1)
-    print(f"\n| SmolLM2-135M, {threads} threads, {cpu}: tokens/s | {' | '.join(SHAPES)} |\n|---|---|---|---|")
+    print(f"\n| SmolLM2-135M, {threads} threads, {cpu()}: tokens/s | {' | '.join(SHAPES)} |\n|---|---|---|---|")
     for name, rates in best.items():
         print(f"| {name} | {' | '.join(f'{rate:.0f}' for rate in rates)} |")
     mine, *theirs = [[max(best[name][index] for name in best if name.startswith("ours") == own)

@@ -3,23 +3,15 @@
     training.py PROGRAMS CACHE THREADS ROUNDS
     training.py transformers THREADS PRECISION eager|compiled    one round of transformers alone, in a process of its own"""
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 import time
 
+from programs import cpu, told
+
 ROWS, LENGTH, LAYERS, TURN = 4, 256, 30, 32
 PRECISIONS = ["fp32", "bf16"]
-
-
-def told(arguments, **environment):
-    done = subprocess.run([str(a) for a in arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, **environment})
-    if done.returncode:
-        raise SystemExit(f"{arguments}: {done.stderr[-2000:]}")
-    return done.stdout
 
 
 def ours(programs, threads, precision, kept):
@@ -78,8 +70,7 @@ def main():
                 found = run(precision)
                 print(f"  round {number + 1}, {precision}, {name}: {found:.0f}", file=sys.stderr, flush=True)
                 best[name][precision] = max(best[name][precision], found)
-    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()).group(1)
-    print(f"\n| SmolLM2-135M's shape, {ROWS} x {LENGTH} tokens, {threads} threads, {cpu}: tokens/s | "
+    print(f"\n| SmolLM2-135M's shape, {ROWS} x {LENGTH} tokens, {threads} threads, {cpu()}: tokens/s | "
           f"{' | '.join(PRECISIONS)} |\n|---|---|---|")
     for name, rates in best.items():
         print(f"| {name} | {' | '.join(f'{rates[precision]:.0f}' for precision in PRECISIONS)} |")

@@ -52,9 +52,12 @@ async fn a_request_has_its_model_loaded_and_hears_how_far_that_is() {
     let tell = |offer: ModelOffer| FromWorker::Offers(ModelOffers { models: vec![offer] });
     worker.send(tell(on_request("loading: fetched 1 of 2\nbytes"))).await;
     let mut stream = stream.await.unwrap();
-    while !stream.raw.contains(": waiting for a worker; loading: fetched 1 of 2 bytes") {
-        stream.more().await;
-    }
+    in_time(async {
+        while !stream.raw.contains(": waiting for a worker; loading: fetched 1 of 2 bytes") {
+            stream.more().await;
+        }
+    })
+    .await;
     worker.send(tell(loaded())).await;
     let FromGateway::Generate(generate) = next_but_loads(&mut worker).await else { panic!("expected the request") };
     worker.speak(&generate, 0..2).await;
