@@ -106,15 +106,11 @@ impl Relay {
             }
             return false;
         };
-        let Some(route) = state.routes.get_mut(request) else {
+        let Some(peer) = state.routes.get(request).map(|route| route.peer) else {
             return false;
         };
-        let peer = route.peer;
         if ends {
-            route.choices.remove(&choice);
-            if route.choices.is_empty() {
-                state.routes.remove(request);
-            }
+            state.forget(request, choice);
         }
         if let Some(peer) = state.peers.get(&peer) {
             peer.send(body.clone());
