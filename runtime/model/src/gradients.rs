@@ -2,7 +2,8 @@
 //! forgotten. Nothing of the graph outlives a call, which is what makes recomputation free of hooks.
 
 use crate::Config;
-use crate::layers::{LayerWeights, Rope, chunk_loss, layer_middle, layer_output, loss_chunks, predicting_rows};
+use crate::autograd::{self, rms_norm};
+use crate::layers::{LayerWeights, Rope, layer_middle, layer_output, linear, loss_chunks, predicting_rows};
 use tch::{Kind, Tensor};
 
 /// Gradients of one layer.
@@ -58,10 +59,7 @@ impl LayerRun {
         let Self { x, leaves, middle, gated } = self;
         let upstream = upstream.detach();
         let gated_upstream = upstream.matmul(&leaves.down);
-        tch::with_grad(|| {
-            // The gradient of this sum with respect to both is what comes from above.
-            ((&middle * &upstream).sum(Kind::Float) + (&gated * gated_upstream).sum(Kind::Float)).backward();
-        });
+        autograd::backward([(&middle, &upstream), (&gated, &gated_upstream)]);
         let down = flat(&upstream).tr().matmul(&flat(&gated.detach()));
         let mut gradients = leaves.map(Tensor::grad);
         gradients.down = down;
@@ -89,14 +87,19 @@ pub fn head_backward(
     lm_head: &Tensor,
     labels: &Tensor,
 ) -> HeadGradients {
-    let (norm, lm_head) = (leaf(norm), leaf(lm_head));
-    let loss = frozen_head_backward(config, hidden, &norm, &lm_head, labels);
+    let norm = leaf(norm);
+    let mut projection = None;
+    let loss = loss_backward(config, hidden, &norm, lm_head, labels, |logits, normed| match &mut projection {
+        None => projection = Some(logits.tr().matmul(normed)),
+        // In place: a sum of the size of the embedding is not allocated again.
+        Some(sum) => *sum = sum.addmm_(&logits.tr(), normed),
+    });
     HeadGradients {
         loss_sum: loss.sum,
         tokens: loss.tokens,
         hidden: loss.hidden,
         norm: gradient_or_zeros(&norm),
-        lm_head: gradient_or_zeros(&lm_head),
+        lm_head: projection.unwrap_or_else(|| lm_head.detach().zeros_like()),
     }
 }
 
@@ -119,18 +122,42 @@ pub fn frozen_head_backward(
     lm_head: &Tensor,
     labels: &Tensor,
 ) -> Loss {
+    loss_backward(config, hidden, &norm.detach(), lm_head, labels, |_, _| {})
+}
+
+/// Takes the gradients of a piece's logits `[N, V]` and its normed rows `[N, H]` to `project`.
+fn loss_backward(
+    config: &Config,
+    hidden: &Tensor,
+    norm: &Tensor,
+    lm_head: &Tensor,
+    labels: &Tensor,
+    mut project: impl FnMut(&Tensor, &Tensor),
+) -> Loss {
     let (rows, targets) = predicting_rows(labels);
     let flat = hidden.detach().reshape([-1, config.hidden as i64]);
     let mut upstream = flat.zeros_like();
     let mut sum = Tensor::zeros([], (Kind::Float, hidden.device()));
     for (rows, targets) in loss_chunks(&rows, &targets) {
         let piece = leaf(&flat.index_select(0, &rows));
-        let loss = tch::with_grad(|| chunk_loss(config, &piece, norm, lm_head, &targets));
-        loss.backward();
+        let normed = tch::with_grad(|| rms_norm(&piece, norm, config.eps));
+        let (loss, logits) = cross_entropy_backward(&linear(&normed.detach(), lm_head), &targets);
+        autograd::backward([(&normed, &logits.matmul(lm_head))]);
+        project(&logits, &normed.detach());
         upstream = upstream.index_copy_(0, &rows, &piece.grad());
-        sum += loss.detach();
+        sum += loss;
     }
     Loss { sum, tokens: rows.size()[0], hidden: upstream.view_as(hidden) }
+}
+
+/// Summed cross entropy of `logits [N, V]` against `targets [N]` and its gradient, the softmax less one at the target;
+/// computed in fp32, by hand, since autograd has four tensors of that size where two do.
+fn cross_entropy_backward(logits: &Tensor, targets: &Tensor) -> (Tensor, Tensor) {
+    let mut probabilities = logits.log_softmax(-1, Kind::Float);
+    let targets = targets.unsqueeze(1);
+    let chosen = probabilities.gather(1, &targets, false);
+    let gradient = probabilities.exp_().scatter_(1, &targets, &(chosen.exp() - 1.0));
+    (-chosen.sum(Kind::Float), gradient.to_kind(logits.kind()))
 }
 
 /// Gradient of the embedding `[V, H]` for `ids [B, T]`, given that of its output `[B, T, H]`.

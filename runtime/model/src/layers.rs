@@ -3,6 +3,7 @@
 //! 2023). `B` sequences, `T` positions, `H` hidden units, `V` tokens.
 
 use crate::Config;
+use crate::autograd::{rms_norm, swiglu};
 use crate::parameters::{layer_bias_names, layer_weight_names};
 use std::collections::BTreeMap;
 use tch::{Device, Kind, TchError, Tensor};
@@ -290,7 +291,7 @@ fn layer_middle_with(
     let normed = rms_norm(&middle, &weights.post_norm, config.eps);
     let gate = adapt(Projection::Gate, &normed, linear(&normed, &weights.gate));
     let up = adapt(Projection::Up, &normed, linear(&normed, &weights.up));
-    (middle, gate.silu() * up)
+    (middle, swiglu(&gate, &up))
 }
 
 /// Logits of `hidden [.., H]`: final norm, then the output projection; `[.., V]`.
@@ -415,10 +416,6 @@ pub(crate) fn shared(config: &Config, x: &Tensor) -> Tensor {
 /// Softmax attention scaled by 1/√head_dim over `[B, heads, T, head_dim]`.
 pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
     Tensor::scaled_dot_product_attention(query, key, value, mask, 0.0, causal, None, false)
-}
-
-pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
-    x.rms_norm(weight.size().as_slice(), Some(weight), eps)
 }
 
 pub(crate) fn linear(x: &Tensor, weight: &Tensor) -> Tensor {

@@ -7,6 +7,7 @@
 //! Shapes and names are checked when a checkpoint is read. The forward functions rely on it: what
 //! can still fail inside them is running out of memory, and then they panic as `tch` does.
 
+mod autograd;
 pub mod config;
 pub mod cuda;
 pub mod device;

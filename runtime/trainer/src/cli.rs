@@ -7,7 +7,7 @@ use crate::memory::command as estimate;
 use crate::metrics::Metrics;
 use crate::prepare::Place;
 use crate::rank::{self, Exit, Parts};
-use crate::{export, local, numerics};
+use crate::{export, heap, local, numerics};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use std::net::{IpAddr, SocketAddr};
@@ -100,6 +100,7 @@ struct RankArguments {
 pub fn main() -> ExitCode {
     start_log();
     let arguments = Arguments::parse();
+    heap::keep_freed_memory();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.into()),

@@ -23,6 +23,7 @@ pub mod coordinator;
 pub mod evaluation;
 pub mod export;
 pub mod generation;
+pub mod heap;
 pub mod http;
 pub mod inputs;
 pub mod interval;

@@ -1,9 +1,9 @@
 //! A frozen layer with its adapters, forward and backward.
 
 use super::{Dropout, Lora};
-use crate::Config;
 use crate::layers::{LayerWeights, Projection, Rope, layer_forward_with, linear};
-use tch::{Kind, Tensor};
+use crate::{Config, autograd};
+use tch::Tensor;
 
 /// The adapters of one layer.
 #[derive(Debug)]
@@ -89,7 +89,7 @@ impl AdaptedRun {
 
     /// Carries `upstream [B, T, H]` back.
     pub fn backward(self, upstream: &Tensor) -> AdaptedGradients {
-        tch::with_grad(|| (self.y * upstream.detach()).sum(Kind::Float).backward());
+        autograd::backward([(&self.y, &upstream.detach())]);
         AdaptedGradients { input: self.x.grad(), adapters: self.adapters.iter().map(Tensor::grad).collect() }
     }
 }
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
     use crate::tiny::tiny;
     use std::collections::BTreeMap;
-    use tch::Device;
+    use tch::{Device, Kind};
 
     const DROPOUT: Dropout = Dropout { probability: 0.3, seed: 1, step: 2, micro_batch: 3, layer: 0 };
 

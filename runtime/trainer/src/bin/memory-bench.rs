@@ -24,6 +24,7 @@ use vicuna_trainer::collective::Network;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::evaluation::{Evaluation, Stage};
 use vicuna_trainer::generation::{self, Assignment, Control, Observer, Start};
+use vicuna_trainer::heap;
 use vicuna_trainer::memory::Workload;
 use vicuna_trainer::prepare::{Place, prepare};
 use vicuna_trainer::step::StepReport;
@@ -78,6 +79,7 @@ enum Spent {
 fn main() -> Result<()> {
     let options = Options::parse();
     if let (Some(rank), Some(folder)) = (options.rank, options.folder.clone()) {
+        heap::keep_freed_memory();
         return run_rank(&options, rank, &folder);
     }
     println!("| method | ranks | layers | host peak | estimate | | device peak | estimate | |");

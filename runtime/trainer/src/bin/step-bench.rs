@@ -12,6 +12,7 @@ use vicuna_model::tiny;
 use vicuna_trainer::batch::MicroBatch;
 use vicuna_trainer::blocks::BlockTable;
 use vicuna_trainer::collective::CollectiveError;
+use vicuna_trainer::heap;
 use vicuna_trainer::state::Weights;
 use vicuna_trainer::step::gradients::Computation;
 
@@ -53,6 +54,7 @@ struct Options {
 
 fn main() -> Result<()> {
     let options = Options::parse();
+    heap::keep_freed_memory();
     let open = if options.fast { vicuna_model::device::open } else { vicuna_model::device::open_exact };
     let device = open(None)?;
     // The same weights each time: figures of one shape have the same loss and bits.

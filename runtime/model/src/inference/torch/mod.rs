@@ -6,7 +6,8 @@ mod additions;
 mod decode;
 
 use super::{BLOCK_TOKENS, Outputs, Piece, Want, missing_if_none};
-use crate::layers::{LayerWeights, Projection, Rope, attention, embed, head_logits, linear, rms_norm, shared};
+use crate::autograd::rms_norm;
+use crate::layers::{LayerWeights, Projection, Rope, attention, embed, head_logits, linear, shared};
 use crate::lora::Adapter;
 use crate::parameters::{EMBEDDING, FINAL_NORM, head_name};
 use crate::{Config, ModelError, Pretrained};
