@@ -136,7 +136,7 @@ fn line(happening: &Happening) -> Value {
     let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     match happening {
         Happening::Stepped(step) => json!({ "at": at, "step": step.step, "generation": step.generation }),
-        Happening::Formed { generation, members, base_step } => {
+        Happening::Formed { generation, members, base_step, .. } => {
             json!({ "at": at, "formed": members, "generation": generation, "baseStep": base_step })
         }
         Happening::StepsLost { steps, .. } => json!({ "at": at, "lost": steps }),

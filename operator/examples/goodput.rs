@@ -16,6 +16,7 @@ use vicuna_operator::coordinator::membership::{
 use vicuna_operator::coordinator::report::{Counters, Happening};
 use vicuna_protocol::coordinator as wire;
 use vicuna_protocol::coordinator::coordinator_message::Body;
+use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::coordinator::rank_message::Body as Said;
 
 /// Micro-batches of a step, and blocks of the state.
@@ -103,8 +104,10 @@ struct Outcome {
     advancing_ms: Millis,
     /// From the first step on, with at least `min` nodes.
     possible_ms: Millis,
-    /// Generations, or starts.
+    /// Generations that train, or starts.
     rounds: u64,
+    /// Generations that only hand over or save.
+    without_a_step: u64,
 }
 
 impl Outcome {
@@ -114,12 +117,13 @@ impl Outcome {
 
     fn print(&self, name: &str, ideal_steps: f64) {
         println!(
-            "{name}: goodput {:.1} %, {} steps ({:.1} % of the ideal), {} lost, {} times formed",
+            "{name}: goodput {:.1} %, {} steps ({:.1} % of the ideal), {} lost, {} times formed, {} only to hand over or save",
             100.0 * self.goodput(),
             self.steps,
             100.0 * self.steps as f64 / ideal_steps,
             self.lost_steps,
-            self.rounds
+            self.rounds,
+            self.without_a_step
         );
     }
 }
@@ -149,6 +153,8 @@ struct Rank {
     saves: bool,
     step: u64,
     blocks: BTreeSet<usize>,
+    /// What it has once it is ready.
+    coming: BTreeSet<usize>,
 }
 
 /// The membership and its simulated ranks.
@@ -167,6 +173,8 @@ struct Elastic<'a> {
     facts: BTreeMap<String, PodFact>,
     ranks: BTreeMap<String, Rank>,
     formation: Option<Formation>,
+    /// The generation that lost a member: nothing moves in it any more.
+    broken: u64,
     /// When the step under way began, and how long each one took that may still be lost.
     step_began: Option<Millis>,
     durations: BTreeMap<u64, Millis>,
@@ -191,6 +199,7 @@ impl<'a> Elastic<'a> {
             facts: BTreeMap::new(),
             ranks: BTreeMap::new(),
             formation: None,
+            broken: 0,
             step_began: None,
             durations: BTreeMap::new(),
             step: 0,
@@ -257,7 +266,8 @@ impl<'a> Elastic<'a> {
                 self.step = *base_step;
                 self.durations.split_off(&(base_step + 1));
             }
-            Happening::Formed { .. } => self.outcome.rounds += 1,
+            Happening::Formed { purpose: Purpose::Train, .. } => self.outcome.rounds += 1,
+            Happening::Formed { .. } => self.outcome.without_a_step += 1,
             _ => {}
         }
     }
@@ -312,6 +322,7 @@ impl<'a> Elastic<'a> {
         self.due.retain(|Reverse((.., due))| *due != booting);
         let Some(rank) = self.ranks.remove(node) else { return };
         if rank.trains || rank.loading {
+            self.broken = rank.generation;
             self.step_began = None;
             self.plan(self.now + ms(self.options.detect_seconds), Due::Missed(node.to_owned()));
         } else {
@@ -353,13 +364,15 @@ impl<'a> Elastic<'a> {
             Body::Go(go) if self.is_in(pod, go.generation) => {
                 if let Some(rank) = self.ranks.get_mut(pod) {
                     (rank.loading, rank.trains) = (false, true);
+                    rank.blocks = rank.coming.clone();
                 }
                 self.begin_step();
             }
             Body::Stop(stop) => {
                 let Some(rank) = self.ranks.get_mut(pod) else { return };
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
-                let writes = rank.loading && self.formation.as_ref().is_some_and(|formation| formation.saves);
+                let saves = |formation: &Formation| formation.purpose == Purpose::Save;
+                let writes = rank.loading && self.formation.as_ref().is_some_and(saves);
                 if stop.planned && (rank.trains || writes) && rank.generation == stop.generation {
                     rank.stopping = true;
                     rank.saves |= writes;
@@ -395,29 +408,49 @@ impl<'a> Elastic<'a> {
         self.feed(Event::Said(pod.to_owned(), Said::Stopped(stopped)));
     }
 
-    /// A newcomer's share of the state is copied before the generation starts.
+    /// What a rank lacks is copied to it: what it is to keep, or what only leavers hold.
     fn forms(&mut self, formation: Formation) {
         let (generation, base_step) = (formation.record.generation, formation.record.base_step);
         let members: Vec<String> = formation.record.members.iter().map(|member| member.pod_uid.clone()).collect();
         let world = members.len();
+        let (purpose, in_memory) = (formation.purpose, formation.record.in_memory);
+        let rescued = if purpose == Purpose::Train { BTreeMap::new() } else { self.rescued(&formation) };
         self.formation = Some(formation);
         self.step_began = None;
         for (place, pod) in members.iter().enumerate() {
             let Some(rank) = self.ranks.get_mut(pod) else { continue };
-            let kept: BTreeSet<usize> = (0..BLOCKS).filter(|block| keeps(place, *block, world)).collect();
-            let missing = kept.difference(&rank.blocks).count();
+            let kept = (0..BLOCKS).filter(|block| keeps(place, *block, world) && purpose != Purpose::HandOver);
+            let wanted: BTreeSet<usize> = kept.chain(rescued.get(pod).into_iter().flatten().copied()).collect();
+            let missing = wanted.difference(&rank.blocks).count();
             // Weights to compute with are a third of the state, and on every rank.
-            let whole = if rank.blocks.is_empty() && base_step > 0 { 1.0 / 3.0 } else { 0.0 };
-            let share = whole + missing as f64 / BLOCKS as f64;
+            let computes = rank.blocks.is_empty() && purpose == Purpose::Train;
+            let share = if computes { 1.0 / 3.0 } else { 0.0 } + missing as f64 / BLOCKS as f64;
             let share = if base_step == 0 { 0.0 } else { share };
-            *rank = Rank { generation, loading: true, step: base_step, blocks: kept, ..Rank::default() };
+            let blocks = if in_memory { std::mem::take(&mut rank.blocks) } else { BTreeSet::new() };
+            let coming = if purpose == Purpose::Train { wanted } else { blocks.union(&wanted).copied().collect() };
+            *rank = Rank { generation, loading: true, step: base_step, blocks, coming, ..Rank::default() };
             let at = self.now + ms(0.1 + share * self.options.move_seconds);
             self.plan(at, Due::Loaded(pod.clone(), generation));
         }
     }
 
+    /// Which blocks that only leavers hold go to whom.
+    fn rescued(&self, formation: &Formation) -> BTreeMap<String, Vec<usize>> {
+        let members = formation.record.members.iter().map(|member| &member.pod_uid);
+        let staying: Vec<&String> = members.filter(|pod| !formation.leavers.contains(*pod)).collect();
+        let has = |pod: &String, block: usize| self.ranks.get(pod).is_some_and(|rank| rank.blocks.contains(&block));
+        let mut rescued: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for block in (0..BLOCKS).filter(|block| !staying.is_empty() && !staying.iter().any(|pod| has(pod, *block))) {
+            rescued.entry(staying[block % staying.len()].clone()).or_default().push(block);
+        }
+        rescued
+    }
+
     fn loaded(&mut self, pod: &str, generation: u64) {
-        if self.is_in(pod, generation) {
+        if self.is_in(pod, generation) && self.broken != generation {
+            if let Some(rank) = self.ranks.get_mut(pod) {
+                rank.blocks = rank.blocks.union(&rank.coming).copied().collect();
+            }
             let state_digest = "same".to_owned();
             self.feed(Event::Said(pod.to_owned(), Said::Ready(wire::Ready { generation, state_digest })));
         }

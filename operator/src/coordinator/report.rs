@@ -3,6 +3,7 @@
 use super::record::{Finish, Member};
 use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator::Cause;
+use vicuna_protocol::coordinator::form::Purpose;
 
 pub type PodUid = String;
 
@@ -163,6 +164,7 @@ pub enum Happening {
         generation: u64,
         members: usize,
         base_step: u64,
+        purpose: Purpose,
     },
     Stopping {
         generation: u64,

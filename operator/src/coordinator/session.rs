@@ -263,7 +263,7 @@ impl Session {
 
     /// Every generation has its own key, which only its members learn.
     fn form(&mut self, formation: &Formation) {
-        let Formation { record, memory, canary, saves, between_interruptions_ms } = formation;
+        let Formation { record, memory, canary, purpose, leavers, between_interruptions_ms } = formation;
         let mut key = vec![0u8; 32];
         rand::rng().fill(&mut key[..]);
         let members: Vec<wire::Member> = record
@@ -274,6 +274,7 @@ impl Session {
                 pod_name: member.pod_name.clone(),
                 node: member.node.clone(),
                 address: member.address.clone(),
+                leaves: leavers.contains(&member.pod_uid),
             })
             .collect();
         for (rank, member) in record.members.iter().enumerate() {
@@ -287,7 +288,7 @@ impl Session {
                 memory: memory.clone(),
                 canary: *canary,
                 between_interruptions_ms: *between_interruptions_ms,
-                saves: *saves,
+                purpose: (*purpose).into(),
             };
             self.send(&member.pod_uid, Body::Form(form));
         }

@@ -32,6 +32,7 @@ use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
 use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use vicuna_crds::Period;
 use vicuna_crds::training::{VicunaTraining, VicunaTrainingStatus};
+use vicuna_protocol::coordinator::form::Purpose;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(300);
@@ -444,8 +445,13 @@ fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
         Happening::Evaluated(EvaluationReport { step, loss }) => {
             (false, "Evaluated", format!("After step {step} the loss on the held-out conversations is {loss:.4}."))
         }
-        Happening::Formed { generation, members, base_step } => {
-            (false, "Formed", format!("Generation {generation} of {members} ranks starts after step {base_step}."))
+        Happening::Formed { generation, members, base_step, purpose } => {
+            let does = match purpose {
+                Purpose::Train => "starts after",
+                Purpose::Save => "comes together to write down what it holds of",
+                Purpose::HandOver => "comes together to hand over what only leavers hold of",
+            };
+            (false, "Formed", format!("Generation {generation} of {members} ranks {does} step {base_step}."))
         }
         Happening::Stopping { generation, planned, reason } => {
             let how = if *planned { "after the step under way" } else { "at once" };

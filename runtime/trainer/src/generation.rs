@@ -10,8 +10,8 @@ use crate::evaluation::{self, Evaluation, Pass, Stage};
 use crate::inputs;
 use crate::interval;
 use crate::layout::{Holders, Layout};
-use crate::log::Log;
 use crate::log::scribe::{Part, Scribe};
+use crate::log::{self, Log};
 use crate::prepare::{Session, Trouble};
 use crate::result;
 use crate::state::{BlockState, Weights};
@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{Cursor, ManifestRef, StoreError};
 use vicuna_model::ModelError;
 use vicuna_protocol::coordinator::MemoryBase;
+use vicuna_protocol::coordinator::form::Purpose;
 
 /// Peers may be fetching their model while this rank waits; the coordinator gives up before this.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(900);
@@ -44,8 +45,8 @@ pub struct Control {
     pub save: CancellationToken,
     /// End at once.
     pub abort: CancellationToken,
-    /// The members come together only to write down what they hold.
-    pub saves: bool,
+    /// Called by the generation itself: its last step is made, and what it leaves to be done is under way.
+    pub parting: CancellationToken,
 }
 
 /// Hears what happens in a generation, from several threads.
@@ -53,6 +54,8 @@ pub trait Observer: Send + Sync {
     /// The state is loaded; equal digests are equal states.
     fn ready(&self, state_digest: &str);
     fn stepped(&self, report: &StepReport, last_of_generation: bool);
+    /// The generation ends without a further step; `last` is what the last one came to, if it was made here.
+    fn parting(&self, _last: Option<&StepReport>) {}
     /// A part of an evaluation is done, so that nobody takes the silence for a stall.
     fn evaluating(&self, stage: Stage);
     fn evaluated(&self, evaluation: &Evaluation);
@@ -71,6 +74,9 @@ pub struct Assignment {
     /// Where the members are, by rank: twins sit apart.
     pub nodes: Vec<String>,
     pub start: Start,
+    pub purpose: Purpose,
+    /// Who will not be in the next generation, by rank.
+    pub leaves: Vec<bool>,
     /// Prove that this rank computes what the others do.
     pub canary: bool,
     /// Mean time so far.
@@ -207,6 +213,7 @@ struct Generation<'a> {
     publisher: Publisher,
     engine: &'a mut Engine,
     start: &'a Start,
+    purpose: Purpose,
     between_interruptions: Duration,
     upload: Option<Uploading>,
     /// The last checkpoint of this generation that is complete.
@@ -240,16 +247,19 @@ impl<'a> Generation<'a> {
         observer: &'a Arc<dyn Observer>,
         memory: &'a mut Option<Engine>,
     ) -> Result<Self, GenerationError> {
-        let Assignment { membership, start, .. } = assignment;
+        let Assignment { membership, start, purpose, .. } = assignment;
         let world = membership.members.len();
         let limit = unread_limit_bytes(&session.table, session.micro_batches(), world);
+        let limit = limit + transfer::most_bytes(&session.table);
         let mesh = Arc::new(Mesh::connect(network, membership, limit, CONNECT_PATIENCE, &control.abort)?);
         let peers = Peers { collective: &*mesh, abort: &control.abort };
         inputs::agree(session, start, peers)?;
         let engine = stand_at_start(session, assignment, peers, observer, memory)?;
-        let names = membership.members.iter().map(|member| member.name.clone()).collect();
-        engine.log.enter(membership.generation, names);
-        engine.room = session.room(world as u32);
+        if *purpose == Purpose::Train {
+            let names = membership.members.iter().map(|member| member.name.clone()).collect();
+            engine.log.enter(membership.generation, names);
+            engine.room = session.room(world as u32);
+        }
         let digest = state_digest(session, engine, assignment, &control.abort)?;
         let (generation, rank) = (membership.generation, membership.rank);
         tracing::info!(generation, rank, world, step = engine.step, digest, "ready");
@@ -264,6 +274,7 @@ impl<'a> Generation<'a> {
             mesh,
             engine,
             start,
+            purpose: *purpose,
             between_interruptions: assignment.between_interruptions,
             upload: None,
             saved: None,
@@ -274,14 +285,14 @@ impl<'a> Generation<'a> {
 
     fn train(&mut self) -> Result<Outcome, GenerationError> {
         let steps = self.session.data.steps();
-        let stopped = self.wait_for_go()?;
-        if self.control.saves {
-            // All do, whichever of the two they heard.
-            let manifest = self.save()?;
-            return Ok(Outcome::Stopped { step: self.engine.step, manifest });
+        if self.purpose != Purpose::Train {
+            self.control.parting.cancel();
         }
-        if stopped {
-            return Ok(Outcome::Stopped { step: self.engine.step, manifest: None });
+        let stopped = self.wait_for_go()?;
+        if stopped || self.purpose != Purpose::Train {
+            // All write it down where they are to, whether they heard Go or Stop.
+            let manifest = if self.purpose == Purpose::Save { self.save()? } else { None };
+            return Ok(Outcome::Stopped { step: self.engine.step, manifest });
         }
         // Everyone is here: nobody will ask for what others keep now.
         self.engine.forget_strays(self.mesh.rank());
@@ -290,6 +301,7 @@ impl<'a> Generation<'a> {
             if self.session.evaluates_after(self.engine.step)
                 && let Some(commit) = self.evaluate()?
             {
+                self.observer.parting(self.engine.last.as_ref());
                 return self.stop(&commit.wishes, &commit.leaving);
             }
             if self.engine.step >= steps {
@@ -376,10 +388,18 @@ impl<'a> Generation<'a> {
     }
 
     fn step(&mut self) -> Result<StepReport, GenerationError> {
-        let wishes = self.wishes();
+        let (control, wishes) = (self.control, self.wishes());
+        // What is wished for while the step is under way ends the generation after it, not after the next one. That the
+        // rank leaves is known before that it stops.
+        let wishes = || Wishes {
+            stop: control.stop.is_cancelled(),
+            leave: control.leave.is_cancelled(),
+            save: control.save.is_cancelled(),
+            ..wishes
+        };
         let peers = Peers { collective: &*self.mesh, abort: &self.control.abort };
         let session = self.session;
-        let report = self.engine.advance(&session.job.recipe, &session.data, peers, wishes)?;
+        let report = self.engine.advance(&session.job.recipe, &session.data, peers, &wishes)?;
         self.broken = if report.broken { self.broken + 1 } else { 0 };
         self.loss = report.loss;
         self.engine.log.stepped(&report, session.data.epochs_done(report.step));
@@ -395,14 +415,7 @@ impl<'a> Generation<'a> {
     fn wishes(&mut self) -> Wishes {
         let uploading = self.is_uploading();
         let due = self.mesh.rank() == 0 && self.engine.saved_at.elapsed() >= self.interval();
-        let Control { stop, leave, save, .. } = self.control;
-        Wishes {
-            stop: stop.is_cancelled(),
-            checkpoint: due,
-            uploading,
-            leave: leave.is_cancelled(),
-            save: save.is_cancelled(),
-        }
+        Wishes { checkpoint: due, uploading, ..Wishes::default() }
     }
 
     /// From one checkpoint to the next.
@@ -485,6 +498,7 @@ impl<'a> Generation<'a> {
 
     /// The planned end: what is in memory goes to those who stay, and where they are too few also to the store.
     fn stop(&mut self, wishes: &Wishes, leaving: &[bool]) -> Result<Outcome, GenerationError> {
+        self.control.parting.cancel();
         let peers = Peers { collective: &*self.mesh, abort: &self.control.abort };
         // First, since the store may be slow or away.
         transfer::evacuate(self.engine, leaving, peers)?;
@@ -494,6 +508,7 @@ impl<'a> Generation<'a> {
     }
 
     fn complete(&mut self) -> Result<Outcome, GenerationError> {
+        self.control.parting.cancel();
         self.write_log()?;
         let manifest = self.save()?;
         let result = if self.mesh.rank() == 0 { Some(self.write_result()?) } else { None };
@@ -524,10 +539,11 @@ fn stand_at_start<'a>(
     memory: &'a mut Option<Engine>,
 ) -> Result<&'a mut Engine, GenerationError> {
     let rank = assignment.membership.rank;
-    let world = assignment.nodes.len();
+    let Assignment { nodes, leaves, purpose, .. } = assignment;
+    let world = nodes.len();
     let (engine, holders, lacking) = match &assignment.start {
         Start::Model => {
-            let layout = Layout::fresh(&session.table, &assignment.nodes);
+            let layout = Layout::fresh(&session.table, nodes);
             let engine = memory.insert(from_model(session, layout, rank)?);
             (engine, Holders::new(), vec![false; world])
         }
@@ -535,15 +551,21 @@ fn stand_at_start<'a>(
             // What it holds is not wanted any more, and its room is.
             let mut log = memory.take().map_or_else(Log::default, |former| former.log);
             log.rewind(base.step);
-            let layout = Layout::fresh(&session.table, &assignment.nodes);
+            let layout = Layout::fresh(&session.table, nodes);
             let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
             let engine = memory.insert(from_manifest(session, base, layout, rank, peers.abort, observer)?);
             engine.log = log;
             (engine, holders, vec![true; world])
         }
         Start::Memory { step, base } => {
-            let holders = transfer::holders(&base.holdings, *step, session.table.blocks.len());
-            let layout = Layout::new(&holders, &assignment.nodes);
+            let mut holders = transfer::holders(&base.holdings, *step, session.table.blocks.len());
+            if *purpose != Purpose::Train {
+                let layout = Layout::among(&holders, nodes, leaves);
+                let engine = from_memory(session, *step, base, layout, memory)?;
+                hand_over(engine, base, &mut holders, assignment, peers)?;
+                return Ok(engine);
+            }
+            let layout = Layout::new(&holders, nodes);
             let lacking = base.holdings.iter().map(|holding| !holding.weights || holding.step != *step).collect();
             (from_memory(session, *step, base, layout, memory)?, holders, lacking)
         }
@@ -551,6 +573,27 @@ fn stand_at_start<'a>(
     transfer::spread(engine, &holders, peers)?;
     engine.gather(peers, &lacking)?;
     Ok(engine)
+}
+
+/// What only those have who leave goes to those who stay: state first, since time may be short, then lines of the log. Where
+/// it is to be written down all do their part, and twins are not needed any more.
+fn hand_over(
+    engine: &mut Engine,
+    base: &MemoryBase,
+    holders: &mut Holders,
+    assignment: &Assignment,
+    peers: Peers<'_>,
+) -> Result<(), GenerationError> {
+    let Assignment { nodes, leaves, purpose, start, .. } = assignment;
+    transfer::hand_over(engine, holders, leaves, peers)?;
+    let is_new = |rank: &usize| base.holdings[*rank].blocks.is_empty() && !leaves[*rank];
+    let newcomers: Vec<usize> = (0..leaves.len()).filter(is_new).collect();
+    log::inherit::hand_over(&mut engine.log, engine.step, start.scribe(), &newcomers, peers)?;
+    if *purpose == Purpose::Save {
+        engine.enter(Layout::new(holders, nodes));
+        transfer::spread(engine, holders, peers)?;
+    }
+    Ok(())
 }
 
 fn from_model(session: &Session, layout: Layout, rank: usize) -> Result<Engine, GenerationError> {
@@ -632,7 +675,10 @@ fn state_digest(
     abort: &CancellationToken,
 ) -> Result<String, GenerationError> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(engine.digest()?.as_bytes());
+    if assignment.purpose == Purpose::Train {
+        // Else nobody computes with the weights, and newcomers have none.
+        hasher.update(engine.digest()?.as_bytes());
+    }
     hasher.update(&engine.step.to_le_bytes());
     hasher.update(&engine.updates.to_le_bytes());
     if let Some(manifest) = assignment.start.manifest() {

@@ -28,6 +28,21 @@ impl Layout {
         Self { world, owners, twins }
     }
 
+    /// As [`Layout::new`], with roles for those only who stay, if anybody does.
+    pub fn among(holders: &Holders, nodes: &[String], leaves: &[bool]) -> Self {
+        let staying: Vec<usize> = (0..nodes.len()).filter(|rank| !leaves[*rank]).collect();
+        if staying.is_empty() {
+            return Self::new(holders, nodes);
+        }
+        let place = |rank: &usize| staying.binary_search(rank).ok();
+        let holders = holders.iter().map(|ranks| ranks.iter().filter_map(place).collect()).collect();
+        let nodes: Vec<String> = staying.iter().map(|rank| nodes[*rank].clone()).collect();
+        let Self { owners, twins, .. } = Self::new(&holders, &nodes);
+        let rank = |place: usize| staying[place];
+        let twins = twins.into_iter().map(|twin| twin.map(rank)).collect();
+        Self { world: leaves.len(), owners: owners.into_iter().map(rank).collect(), twins }
+    }
+
     /// For state that nobody holds yet.
     pub fn fresh(table: &BlockTable, nodes: &[String]) -> Self {
         Self::new(&vec![Vec::new(); table.blocks.len()], nodes)
@@ -146,6 +161,22 @@ mod tests {
             let twin = layout.twin(block).unwrap();
             assert_ne!(nodes[twin], nodes[layout.owner(block)]);
         }
+    }
+
+    #[test]
+    fn who_leaves_has_no_role_and_what_is_held_stays_where_it_is() {
+        let before = Layout::new(&vec![Vec::new(); 24], &nodes(4));
+        let holders = holders_of(&before, Some);
+        let leaves = [false, true, true, false];
+        let after = Layout::among(&holders, &nodes(4), &leaves);
+        assert_eq!(after.world(), 4);
+        for block in 0..24 {
+            let (owner, twin) = (after.owner(block), after.twin(block).unwrap());
+            assert!(!leaves[owner] && !leaves[twin] && owner != twin);
+        }
+        let owned = |rank: usize| after.owned(rank).count();
+        assert_eq!([owned(0), owned(3)], [12, 12]);
+        assert_eq!(Layout::among(&holders, &nodes(4), &[true; 4]), Layout::new(&holders, &nodes(4)));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use vicuna_checkpoint::{ManifestRef, StoreError};
+use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::job::TrainingJob;
 
 /// Nothing interrupts a training in one process.
@@ -90,7 +91,17 @@ fn generation_of(start: &Start) -> u64 {
     }
 }
 
-/// One generation, each rank in a thread, with its own control, observer and memory.
+/// What all ranks of a generation on threads are told.
+#[derive(Clone, Debug)]
+pub struct CallUp {
+    pub generation: u64,
+    pub start: Start,
+    pub purpose: Purpose,
+    /// Who will not be in the next generation, by rank.
+    pub leaves: Vec<bool>,
+}
+
+/// One generation that trains, each rank in a thread, with its own control, observer and memory.
 pub fn generation_on_threads(
     session: &Arc<Session>,
     generation: u64,
@@ -99,6 +110,20 @@ pub fn generation_on_threads(
     observers: &[Arc<dyn Observer>],
     memories: &mut [Option<Engine>],
 ) -> Result<Vec<Result<Outcome, GenerationError>>> {
+    let leaves = vec![false; controls.len()];
+    let call_up = CallUp { generation, start: start.clone(), purpose: Purpose::Train, leaves };
+    called_up_on_threads(session, &call_up, controls, observers, memories)
+}
+
+/// The same for whatever purpose.
+pub fn called_up_on_threads(
+    session: &Arc<Session>,
+    call_up: &CallUp,
+    controls: &[Control],
+    observers: &[Arc<dyn Observer>],
+    memories: &mut [Option<Engine>],
+) -> Result<Vec<Result<Outcome, GenerationError>>> {
+    let CallUp { generation, start, purpose, leaves } = call_up;
     let world = controls.len();
     let networks = (0..world).map(|_| Network::listen("127.0.0.1:0")).collect::<std::io::Result<Vec<_>>>()?;
     let member = |(rank, network): (usize, &Network)| Peer {
@@ -111,12 +136,14 @@ pub fn generation_on_threads(
     std::thread::scope(|scope| {
         let mut threads = Vec::with_capacity(world);
         for (rank, memory) in memories.iter_mut().enumerate() {
-            let membership = Membership { generation, rank, members: members.clone(), key };
+            let membership = Membership { generation: *generation, rank, members: members.clone(), key };
             let assignment = Assignment {
                 membership,
                 nodes: nodes.clone(),
                 start: start.clone(),
-                canary: world > 1,
+                purpose: *purpose,
+                leaves: leaves.clone(),
+                canary: world > 1 && *purpose == Purpose::Train,
                 between_interruptions: DAY,
             };
             let (network, control, observer) = (&networks[rank], &controls[rank], &observers[rank]);

@@ -94,6 +94,8 @@ struct Current {
     step: Arc<AtomicU64>,
     /// The coordinator waits to hear that it has ended.
     stopping: bool,
+    /// … and somebody is about to go.
+    hurried: bool,
 }
 
 struct Ending {
@@ -266,7 +268,7 @@ impl Life {
         if self.current.as_ref().is_some_and(|current| current.generation >= form.generation) {
             return;
         }
-        let (generation, saves) = (form.generation, form.saves);
+        let generation = form.generation;
         let Some(assignment) = assignment(form) else {
             tracing::error!(generation, "the call-up is malformed");
             return;
@@ -277,8 +279,9 @@ impl Life {
         let former = self.former_thread();
         self.link.enter(generation, assignment.start.step());
         self.status.metrics.generation.set(generation as i64);
-        tracing::info!(generation, rank = assignment.membership.rank, "called up");
-        self.current = Some(self.start(session, assignment, Control { saves, ..Control::default() }, former));
+        let purpose = assignment.purpose.as_str_name();
+        tracing::info!(generation, rank = assignment.membership.rank, purpose, "called up");
+        self.current = Some(self.start(session, assignment, Control::default(), former));
     }
 
     fn start(
@@ -310,7 +313,7 @@ impl Life {
             // Nobody listens when the rank is ending.
             drop(end.send(Ending { outcome, memory }));
         });
-        Current { generation, control, thread: Some(thread), ended: Some(ended), step, stopping: false }
+        Current { generation, control, thread: Some(thread), ended: Some(ended), step, stopping: false, hurried: false }
     }
 
     /// Gives the present generation up; its thread ends soon, without being heard.
@@ -328,14 +331,17 @@ impl Life {
 
     /// The answer is given once the generation has ended, since only then it is known what is in memory.
     async fn stop(&mut self, stop: &wire::Stop) {
-        let wire::Stop { generation, planned, reason, leaves, checkpoint, .. } = stop;
-        tracing::info!(generation, planned, reason, leaves, checkpoint, "stop");
+        let wire::Stop { generation, planned, reason, leaves, checkpoint, time_left_ms, .. } = stop;
+        tracing::info!(generation, planned, reason, leaves, checkpoint, time_left_ms, "stop");
         let running = self.in_generation(*generation).filter(|current| current.ended.is_some());
         let Some(current) = running else {
-            self.list().await;
+            if *time_left_ms == 0 {
+                self.list().await;
+            }
             return self.say_stopped(*generation, Vec::new());
         };
         current.stopping = true;
+        current.hurried = *time_left_ms > 0;
         if !planned {
             current.control.abort.cancel();
             return;
@@ -347,6 +353,9 @@ impl Life {
             current.control.save.cancel();
         }
         current.control.stop.cancel();
+        if *time_left_ms > 0 {
+            tokio::spawn(give_up_in_time(current.control.clone(), stop.clone()));
+        }
     }
 
     fn say_stopped(&mut self, generation: u64, lost: Vec<String>) {
@@ -406,10 +415,14 @@ impl Life {
     async fn broke(&mut self, generation: u64, error: GenerationError) -> Next {
         match error {
             GenerationError::Collective(CollectiveError::Aborted) => {
-                if self.in_generation(generation).is_some_and(|current| current.stopping) {
+                let Some(current) = self.in_generation(generation).filter(|current| current.stopping) else {
+                    return Next::Live;
+                };
+                // The store may be slow, and what is in memory is what counts.
+                if !current.hurried {
                     self.list().await;
-                    self.say_stopped(generation, Vec::new());
                 }
+                self.say_stopped(generation, Vec::new());
             }
             GenerationError::Collective(_) | GenerationError::Checkpoint(_) => {
                 tracing::warn!(generation, %error, "the generation broke; waiting for the coordinator");
@@ -466,6 +479,17 @@ impl Life {
     }
 }
 
+/// Ends a planned stop that does not come to its end before the first rank is gone, and a step that leaves no time for what
+/// comes after it. The generation is told to end at once; what it held stays.
+async fn give_up_in_time(control: Control, stop: wire::Stop) {
+    let (step, all) = (Duration::from_millis(stop.step_time_ms), Duration::from_millis(stop.time_left_ms));
+    tokio::time::sleep(step.min(all)).await;
+    if control.parting.is_cancelled() {
+        tokio::time::sleep(all.saturating_sub(step)).await;
+    }
+    control.abort.cancel();
+}
+
 /// Tries until everything is in reach, and says what is missing meanwhile.
 async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Session {
     let mut pause = FIRST_PAUSE;
@@ -500,7 +524,9 @@ async fn prepare_once(job: &TrainingJob, place: &Place, link: &Link) -> Result<S
 /// `None`: it contradicts itself.
 fn assignment(form: wire::Form) -> Option<Assignment> {
     let rank = form.rank as usize;
+    let purpose = form.purpose();
     let nodes: Vec<String> = form.members.iter().map(|member| member.node.clone()).collect();
+    let leaves = form.members.iter().map(|member| member.leaves).collect();
     let members = form.members.into_iter();
     let members: Vec<Peer> = members.map(|member| Peer { name: member.pod_name, address: member.address }).collect();
     let key = form.key.try_into().ok()?;
@@ -514,6 +540,8 @@ fn assignment(form: wire::Form) -> Option<Assignment> {
         membership: Membership { generation: form.generation, rank, members, key },
         nodes,
         start,
+        purpose,
+        leaves,
         canary: form.canary,
         between_interruptions: Duration::from_millis(form.between_interruptions_ms),
     })
@@ -589,6 +617,12 @@ impl Observer for Reporter {
         let seconds = report.duration.as_secs_f64();
         tracing::info!(step = report.step, loss = report.loss, seconds, tokens = report.tokens, "step");
         self.say(Body::Progress(progress(&self.session, self.generation, report, last_of_generation)));
+    }
+
+    fn parting(&self, last: Option<&StepReport>) {
+        if let Some(report) = last {
+            self.say(Body::Progress(progress(&self.session, self.generation, report, true)));
+        }
     }
 
     fn evaluating(&self, stage: Stage) {

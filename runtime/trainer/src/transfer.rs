@@ -4,6 +4,7 @@
 //! what to whom, and that is a pure function of what everybody knows.
 
 use crate::batch::Dataset;
+use crate::blocks::BlockTable;
 use crate::collective::{Kind, Tag};
 use crate::layout::{Holders, Layout};
 use crate::state::BlockState;
@@ -21,6 +22,23 @@ pub fn spread(engine: &mut Engine, holders: &Holders, peers: Peers<'_>) -> Resul
 pub fn evacuate(engine: &mut Engine, leaving: &[bool], peers: Peers<'_>) -> Result<(), StepError> {
     let moves = rescues(&engine.layout, leaving);
     carry_out(engine, &moves, peers)
+}
+
+/// In a generation that some only came along with: what nobody holds who stays goes to its owner in the engine's layout.
+pub fn hand_over(
+    engine: &mut Engine,
+    holders: &mut Holders,
+    leaves: &[bool],
+    peers: Peers<'_>,
+) -> Result<(), StepError> {
+    let moves = rescues_of(holders, leaves, |block| engine.layout.owner(block));
+    moves.iter().for_each(|it| holders[it.block].push(it.to));
+    carry_out(engine, &moves, peers)
+}
+
+/// What may come upon a rank at once where it is the only one to take everything.
+pub fn most_bytes(table: &BlockTable) -> usize {
+    12 * table.elements()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +72,19 @@ fn rescues(layout: &Layout, leaving: &[bool]) -> Vec<Move> {
     endangered.map(|block| Move { block, from: layout.owner(block), to: staying[block % staying.len()] }).collect()
 }
 
+/// Holders take turns.
+fn rescues_of(holders: &Holders, leaves: &[bool], to: impl Fn(usize) -> usize) -> Vec<Move> {
+    if leaves.iter().all(|leaves| *leaves) {
+        return Vec::new();
+    }
+    let endangered = |(_, holding): &(usize, &Vec<usize>)| holding.iter().all(|rank| leaves[*rank]);
+    let rescue = |(block, holding): (usize, &Vec<usize>)| {
+        let from = *holding.get(block % holding.len().max(1))?;
+        Some(Move { block, from, to: to(block) })
+    };
+    holders.iter().enumerate().filter(endangered).filter_map(rescue).collect()
+}
+
 fn carry_out(engine: &mut Engine, moves: &[Move], peers: Peers<'_>) -> Result<(), StepError> {
     let rank = peers.collective.rank();
     let tag = |block: usize| Tag::new(Kind::State, engine.step).block(block);
@@ -63,14 +94,13 @@ fn carry_out(engine: &mut Engine, moves: &[Move], peers: Peers<'_>) -> Result<()
         };
         peers.collective.send(*to, tag(*block), &state.to_bytes())?;
     }
-    let mut received = Vec::new();
     for Move { block, from, .. } in moves.iter().filter(|it| it.to == rank) {
         let bytes = peers.collective.receive(*from, tag(*block), peers.abort)?;
         let state = BlockState::from_bytes(&bytes, engine.table.blocks[*block].elements);
         let state = state.ok_or_else(|| StepError::malformed(*from, "a block of the wrong size"))?;
-        received.push((*block, state));
+        // At once: what has come is of use even if the rest does not.
+        engine.blocks.insert(*block, state);
     }
-    engine.blocks.extend(received);
     Ok(())
 }
 
@@ -125,6 +155,15 @@ mod tests {
         assert!(!rescues(&layout, &leaving).is_empty());
         assert!(rescues(&layout, &[true; 4]).is_empty(), "there is nobody to take it");
         assert!(rescues(&layout, &[true, false, false, false]).is_empty(), "twins have it");
+    }
+
+    #[test]
+    fn only_what_nobody_has_who_stays_is_handed_over() {
+        let holders = vec![vec![0, 1], vec![1, 2], vec![0, 3], vec![0, 1]];
+        let leaves = [true, true, false, false];
+        let moves = rescues_of(&holders, &leaves, |block| 2 + block % 2);
+        assert_eq!(moves, [Move { block: 0, from: 0, to: 2 }, Move { block: 3, from: 1, to: 3 }]);
+        assert!(rescues_of(&holders, &[true; 4], |_| 0).is_empty(), "there is nobody to take it");
     }
 
     proptest! {

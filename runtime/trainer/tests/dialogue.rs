@@ -159,6 +159,7 @@ impl Play {
                 pod_name: (*pod).to_owned(),
                 node: "node".to_owned(),
                 address: self.peers[*pod].clone(),
+                leaves: false,
             })
             .collect();
         for (rank, pod) in pods.iter().enumerate() {

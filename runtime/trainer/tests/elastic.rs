@@ -15,6 +15,7 @@ use tch::Device;
 use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{ManifestRef, Store, StoreError};
 use vicuna_model::lora::Adapter;
+use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::coordinator::{Holding, MemoryBase};
 use vicuna_protocol::job::{Base, Lora, Method, Precision, Recompute, RopeScaling, Scaling, TrainingJob};
 use vicuna_trainer::checkpoint::Published;
@@ -23,7 +24,7 @@ use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Networ
 use vicuna_trainer::evaluation::{Evaluation, Stage};
 use vicuna_trainer::generation::{Control, Finished, GenerationError, Observer, Outcome, Start};
 use vicuna_trainer::inputs;
-use vicuna_trainer::local::generation_on_threads;
+use vicuna_trainer::local::{CallUp, called_up_on_threads, generation_on_threads};
 use vicuna_trainer::log::{Line, What};
 use vicuna_trainer::prepare::{Place, Session, prepare};
 use vicuna_trainer::step::commit::Wishes;
@@ -643,19 +644,55 @@ fn ranks_that_come_together_only_to_write_down_what_they_hold_train_no_step() {
     let paused = continued(&session, 1, &Start::Model, vec![None, None], End::Paused(3)).memories;
     assert!(manifests(&fixture, &session).is_empty());
 
-    let controls: Vec<Control> = paused.iter().map(|_| Control { saves: true, ..Control::default() }).collect();
-    // One hears of the end, the other of the beginning.
-    controls[0].stop.cancel();
-    controls[1].go.cancel();
-    let observers: Vec<Arc<dyn Observer>> = paused.iter().map(|_| Arc::new(Watch::default()) as _).collect();
-    let (start, mut memories) = (from_memory(&session, &paused), paused);
-    let outcomes = generation_on_threads(&session, 2, &start, &controls, &observers, &mut memories).unwrap();
+    let (outcomes, memories) = called_up(&session, Purpose::Save, &[false, true], paused);
     for outcome in outcomes {
         assert!(matches!(outcome, Ok(Outcome::Stopped { step: 3, manifest: Some(manifest) }) if manifest.step == 3));
     }
     let base = manifests(&fixture, &session).remove(0);
+    // Asserts that every block is there.
+    from_memory(&session, &memories[..1]);
     drop(memories);
     assert_eq!(generation(&session, 3, Some(base), None).result().digest, undisturbed);
+}
+
+/// A second generation that trains no step. The first rank hears of the end, the others of the beginning.
+fn called_up(
+    session: &Arc<Session>,
+    purpose: Purpose,
+    leaves: &[bool],
+    memories: Vec<Option<Engine>>,
+) -> (Vec<Result<Outcome, GenerationError>>, Vec<Option<Engine>>) {
+    let mut memories = memories;
+    let controls: Vec<Control> = memories.iter().map(|_| Control::default()).collect();
+    controls[0].stop.cancel();
+    controls[1..].iter().for_each(|control| control.go.cancel());
+    let observers: Vec<Arc<dyn Observer>> = memories.iter().map(|_| Arc::new(Watch::default()) as _).collect();
+    let (start, leaves) = (from_memory(session, &memories), leaves.to_vec());
+    let call_up = CallUp { generation: 2, start, purpose, leaves };
+    (called_up_on_threads(session, &call_up, &controls, &observers, &mut memories).unwrap(), memories)
+}
+
+#[test]
+fn what_only_leavers_hold_is_handed_over_without_a_step() {
+    let fixture = Fixture::new();
+    let undisturbed = generation(&fixture.session(fixture.job("undisturbed")), 1, None, None).result().digest.clone();
+    // Those leave who share blocks; the last one is a newcomer, who stays with one who trained, or alone.
+    for (index, leaves) in [[true, true, false, false], [true, true, true, false]].iter().enumerate() {
+        let session = fixture.session(fixture.job(&format!("disturbed-{index}")));
+        let mut memories = continued(&session, 1, &Start::Model, vec![None, None, None], End::Paused(3)).memories;
+        memories.push(None);
+        let (outcomes, memories) = called_up(&session, Purpose::HandOver, leaves, memories);
+        for outcome in outcomes {
+            assert!(matches!(outcome, Ok(Outcome::Stopped { step: 3, manifest: None })), "{outcome:?}");
+        }
+        let staying = memories.into_iter().zip(leaves).filter(|(_, leaves)| !**leaves).map(|(memory, _)| memory);
+        let staying: Vec<Option<Engine>> = staying.collect();
+        let start = from_memory(&session, &staying);
+        assert_eq!(start.step(), 3);
+        assert_eq!(continued(&session, 3, &start, staying, End::Complete).result().digest, undisturbed);
+        assert_eq!(manifests(&fixture, &session).len(), 1, "but for the last one nothing went through the store");
+        assert_whole(&fixture.runtime.block_on(session.log()).unwrap());
+    }
 }
 
 #[test]
@@ -733,7 +770,7 @@ fn broken_step(session: &Session, memories: &mut [Option<Engine>], at: Kind) {
                 let at = (rank == world - 1).then_some((at, engine.step + 1));
                 let collective = Breaks { mesh: &mesh, at, commits };
                 let peers = Peers { collective: &collective, abort };
-                let made = engine.advance(&session.job.recipe, &session.data, peers, Wishes::default());
+                let made = engine.advance(&session.job.recipe, &session.data, peers, &Wishes::default);
                 assert!(rank < world - 1 || made.is_err());
                 let deadline = Instant::now() + Duration::from_secs(60);
                 while commits.load(Ordering::SeqCst) < sent {

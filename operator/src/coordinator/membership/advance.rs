@@ -1,7 +1,9 @@
 //! What follows from what is known: one function for each state of design.md's table.
 
 use super::base::HeldState;
-use super::{Body, Effect, Formation, Happening, Membership, Millis, Move, PodUid, Stages, State};
+use super::notice::time_left;
+use super::rank::Rank;
+use super::{Body, Effect, Formation, Happening, Membership, Millis, Move, PodUid, Purpose, Stages, State};
 use crate::coordinator::manifest::{Base, extend_history};
 use crate::coordinator::record::{Member, Record};
 use std::collections::{BTreeMap, BTreeSet};
@@ -91,7 +93,7 @@ impl Membership {
         }
         let since = enough_since.unwrap_or(now);
         let settled = eager || candidates.len() >= self.max() || self.is_settled(now, since);
-        if now < not_before || !settled || self.awaits_memory(now, &candidates) {
+        if now < self.due(now, not_before, since, &candidates) || !settled || self.awaits_memory(now, &candidates) {
             self.state = State::Held { not_before, enough_since: Some(since), eager };
             return false;
         }
@@ -108,12 +110,27 @@ impl Membership {
         self.record.as_ref().map_or_else(|| self.manifests.generation(), |record| record.generation)
     }
 
-    /// Ranks hold what the store does not have, and are about to go without anyone to hand it to.
+    /// Ranks hold what the store does not have, and some of them are about to go; those who stay are too few.
     fn is_to_be_saved(&self, now: Millis, candidates: &[PodUid]) -> bool {
         let Some(held) = self.held_state(now, candidates) else { return false };
         let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
         let stored = self.manifests.newest_valid(self.issued(), history).map_or(0, |manifest| manifest.step);
-        held.step > stored && (self.is_suspended() || held.members.iter().any(|pod| self.leaves_in_a_hurry(pod)))
+        let goes = |pod: &PodUid, rank: &Rank| {
+            let here = rank.connected && !self.is_gone(pod) && !self.is_late(now, pod);
+            rank.holding.is_some() && here && self.leaves_in_a_hurry(pod)
+        };
+        held.step > stored && (self.is_suspended() || self.ranks.iter().any(|(pod, rank)| goes(pod, rank)))
+    }
+
+    /// When the next generation may form: failures of before do not keep those waiting for long who are about to go with what
+    /// only they hold.
+    fn due(&self, now: Millis, not_before: Millis, since: Millis, candidates: &[PodUid]) -> Millis {
+        let soon = not_before.min(since.saturating_add(self.limits.settle_ms));
+        let hurried = |held: HeldState| held.members.iter().any(|pod| self.leaves_in_a_hurry(pod));
+        if now >= not_before || now < soon || !self.held_state(now, candidates).is_some_and(hurried) {
+            return not_before;
+        }
+        soon
     }
 
     /// A rank that only lost its stream is about to be back with what the others do not have.
@@ -168,7 +185,13 @@ impl Membership {
         let held = self.held_state(now, &candidates).filter(|held| held.step >= stored_step);
         let (base_step, base, members, memory) = match held {
             Some(HeldState { step, members, memory }) => (step, None, members, Some(memory)),
-            None => (stored_step, manifest, candidates, None),
+            None => (stored_step, manifest, candidates.clone(), None),
+        };
+        let leavers: BTreeSet<PodUid> = members.iter().filter(|pod| !candidates.contains(pod)).cloned().collect();
+        let purpose = match (saves, leavers.is_empty()) {
+            (true, _) => Purpose::Save,
+            (false, true) => Purpose::Train,
+            (false, false) => Purpose::HandOver,
         };
         self.committed = memory.as_ref().map(|memory| wire::Holding {
             step: base_step,
@@ -195,11 +218,16 @@ impl Membership {
             history,
             finish: None,
         };
-        let newcomers = memory.as_ref().is_none_or(|memory| memory.holdings.iter().any(|it| it.blocks.is_empty()));
-        let canary = newcomers && record.members.len() > 1;
+        let newcomers = memory.is_none() || members.iter().any(|pod| !self.is_proven(pod));
+        let canary = purpose == Purpose::Train && newcomers && record.members.len() > 1;
         self.effects.push(Effect::WriteRecord(record.clone()));
         let between_interruptions_ms = self.between_interruptions_ms(now);
-        self.state = State::Planning(Formation { record, memory, canary, saves, between_interruptions_ms });
+        let formation = Formation { record, memory, canary, purpose, leavers, between_interruptions_ms };
+        self.state = State::Planning(formation);
+    }
+
+    fn is_proven(&self, pod: &str) -> bool {
+        self.ranks.get(pod).is_some_and(|rank| rank.proven)
     }
 
     fn member(&self, pod: &str) -> Option<Member> {
@@ -230,35 +258,43 @@ impl Membership {
             generation: record.generation,
             members: record.members.len(),
             base_step: record.base_step,
+            purpose: formation.purpose,
         });
-        let members = || record.members.iter().map(|member| member.pod_uid.clone());
-        let leavers = members().filter(|pod| self.leaves_in_a_hurry(pod)).collect();
-        let holdings = formation.memory.iter().flat_map(|memory| &memory.holdings);
-        let holders = members().zip(holdings).filter(|(_, holding)| !holding.blocks.is_empty());
-        let holders = holders.map(|(pod, _)| pod).collect();
-        let limit = now + if record.in_memory { self.limits.move_ms } else { self.limits.store_ms };
-        let saves = formation.saves;
+        let leavers = record.members.iter().map(|member| member.pod_uid.clone());
+        let leavers = leavers.filter(|pod| self.leaves_in_a_hurry(pod)).collect();
+        let holders = self.holders(&formation);
+        let (purpose, limit) = (formation.purpose, self.moving_limit(now, &formation));
         self.effects.push(Effect::Form(formation));
-        self.state = State::Moving(Move { ready: BTreeMap::new(), leavers, holders, saves, limit });
+        let (ready, since) = (BTreeMap::new(), now);
+        self.state = State::Moving(Move { ready, leavers, holders, purpose, since, limit });
+    }
+
+    /// Members that computed with the others before or, where nobody is known to have done, that hold something.
+    fn holders(&self, formation: &Formation) -> BTreeSet<PodUid> {
+        let members = || formation.record.members.iter().map(|member| member.pod_uid.clone());
+        let proven: BTreeSet<PodUid> = members().filter(|pod| self.is_proven(pod)).collect();
+        if !proven.is_empty() {
+            return proven;
+        }
+        let holdings = formation.memory.iter().flat_map(|memory| &memory.holdings);
+        members().zip(holdings).filter(|(_, holding)| !holding.blocks.is_empty()).map(|(pod, _)| pod).collect()
     }
 
     fn moving(&mut self, now: Millis, moving: &Move) -> bool {
-        let Move { ready, holders, saves, limit, .. } = moving;
+        let Move { ready, holders, purpose, since, limit, .. } = moving;
         let members = self.members().to_vec();
         if let Some(reason) = self.obstacle(now, &members, moving) {
             self.fruitless += 1;
-            self.collect(now, false, reason, 0);
+            self.collect(now, false, reason, self.earliest_deadline(&members));
             return true;
         }
         if members.iter().all(|member| ready.contains_key(&member.pod_uid)) {
-            let digests: BTreeSet<&String> = ready.values().collect();
-            if digests.len() <= 1 && *saves {
-                let deadline_ms = self.earliest_deadline(&members);
-                self.collect(now, true, "what ranks hold is written down".to_owned(), deadline_ms);
-                return true;
+            if self.record.as_ref().is_some_and(|record| record.in_memory) {
+                self.moved(now.saturating_sub(*since));
             }
+            let digests: BTreeSet<&String> = ready.values().collect();
             if digests.len() <= 1 {
-                return self.go(now);
+                return self.all_ready(now, &members, *purpose);
             }
             self.fruitless += 1;
             self.keep_out_who_differs(ready, holders);
@@ -276,11 +312,22 @@ impl Membership {
         overdue
     }
 
-    /// What keeps a generation from starting. That those leave who were known to is not: they came along because only
-    /// they hold something, and hand it over once it has started. Nor is anyone's leaving where all that is wanted is
-    /// to write down what is held.
+    /// A generation that was not formed to train has done what it was formed for, or does once it is stopped.
+    fn all_ready(&mut self, now: Millis, members: &[Member], purpose: Purpose) -> bool {
+        let reason = match purpose {
+            Purpose::Train => return self.go(now),
+            Purpose::Save => "what ranks hold is written down",
+            Purpose::HandOver => "what only leavers held is handed over",
+        };
+        let deadline_ms = self.earliest_deadline(members);
+        self.collect(now, true, reason.to_owned(), deadline_ms);
+        true
+    }
+
+    /// What keeps a generation from starting. That those leave who were known to is not: their notice came while it was
+    /// being recorded. Nor is anyone's leaving where all that is wanted is to write down or hand over what is held.
     fn obstacle(&mut self, now: Millis, members: &[Member], moving: &Move) -> Option<String> {
-        if self.is_suspended() && !moving.saves {
+        if self.is_suspended() && moving.purpose != Purpose::Save {
             return Some("the training is suspended".to_owned());
         }
         if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
@@ -295,7 +342,8 @@ impl Membership {
             return Some("a rank is out of reach".to_owned());
         }
         let leaves = |pod: &PodUid| self.leaves_in_a_hurry(pod) && !moving.leavers.contains(pod);
-        let leaver = members.iter().find(|member| !moving.saves && leaves(&member.pod_uid))?;
+        let trains = moving.purpose == Purpose::Train;
+        let leaver = members.iter().find(|member| trains && leaves(&member.pod_uid))?;
         self.interrupt(now);
         Some(self.why_it_leaves(leaver))
     }
@@ -335,7 +383,7 @@ impl Membership {
             return true;
         }
         if let Some((reason, deadline_ms)) = self.wish(now, &members, progressed) {
-            self.collect(now, true, reason, deadline_ms);
+            self.stop_for_a_reason(now, since, reason, deadline_ms);
             return true;
         }
         self.release_surplus(&members);
@@ -365,7 +413,7 @@ impl Membership {
         format!("{} on node {} leaves: {source}", member.pod_name, member.node)
     }
 
-    fn earliest_deadline(&self, members: &[Member]) -> Millis {
+    pub(super) fn earliest_deadline(&self, members: &[Member]) -> Millis {
         members
             .iter()
             .filter_map(|member| self.departure(&member.pod_uid))
@@ -414,12 +462,26 @@ impl Membership {
         }
     }
 
+    /// A planned stop, but where the step under way would end too late for what has to be done after it.
+    fn stop_for_a_reason(&mut self, now: Millis, since: Millis, reason: String, deadline_ms: Millis) {
+        if self.step_fits(now, since, deadline_ms) {
+            return self.collect(now, true, reason, deadline_ms);
+        }
+        if self.needs_checkpoint(&self.candidates()) {
+            self.warn_of_a_late_checkpoint(now, deadline_ms, 0);
+        }
+        self.collect(now, false, format!("{reason}; the step would end too late"), deadline_ms);
+    }
+
     fn is_stalled(&self, now: Millis, since: Millis) -> bool {
         // Ranks that are all out of reach may well be training: it is we who are cut off.
         let in_reach = |member: &Member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.connected);
-        if !self.members().iter().any(in_reach) {
-            return false;
-        }
+        let last = self.last_step_at.max(since).max(self.evaluated_at);
+        self.members().iter().any(in_reach) && now >= last.saturating_add(self.patience(now))
+    }
+
+    /// After so long without a step a rank is taken to hang.
+    pub(super) fn patience(&self, now: Millis) -> Millis {
         let patience = match self.step_ms {
             // After the last step the result is written.
             Some(_) if self.steps > 0 && self.step >= self.steps => self.limits.store_ms,
@@ -428,8 +490,7 @@ impl Membership {
             None => self.limits.first_step_ms,
         };
         // A step may just take longer than those before: with fewer ranks, on other nodes.
-        let patience = patience << self.stalls.min(6);
-        now >= self.last_step_at.max(since).max(self.evaluated_at).saturating_add(patience)
+        patience << self.stalls.min(6)
     }
 
     /// A member is out of reach, and not just for a moment.
@@ -470,20 +531,36 @@ impl Membership {
     pub(super) fn collect(&mut self, now: Millis, planned: bool, reason: String, deadline_ms: Millis) {
         let generation = self.generation();
         let answered = BTreeSet::new();
-        self.send_stop(planned, &reason, deadline_ms, &answered);
-        self.happened(Happening::Stopping { generation, planned, reason: reason.clone() });
-        let saves = planned && self.needs_checkpoint(&self.candidates());
-        if saves {
-            self.warn_of_a_late_checkpoint(now, deadline_ms);
+        let saves = planned && self.saves_when_stopped(&self.candidates());
+        self.send_stop(now, planned, &reason, deadline_ms, &answered);
+        // One that trains nothing ends as it was formed to, which has been told.
+        if !planned || !matches!(self.state, State::Moving(_)) {
+            self.happened(Happening::Stopping { generation, planned, reason: reason.clone() });
         }
-        let limit = if planned { self.planned_limit(now, deadline_ms, saves) } else { now + self.limits.collect_ms };
-        self.state = State::Collecting { planned, limit, deadline: deadline_ms, reason, answered };
+        if saves {
+            let trains = !matches!(self.state, State::Moving(_));
+            self.warn_of_a_late_checkpoint(now, deadline_ms, self.step_ms.filter(|_| trains).unwrap_or(0));
+        }
+        let limit = match (&self.state, planned) {
+            (_, false) => self.unplanned_limit(now, deadline_ms),
+            (State::Moving(_), true) => self.parting_limit(now, deadline_ms, saves),
+            (_, true) => self.last_step_limit(now, deadline_ms),
+        };
+        self.state = State::Collecting { planned, saves, limit, deadline: deadline_ms, reason, answered };
+    }
+
+    /// Where nothing is trained only a generation that was formed for it writes anything down.
+    fn saves_when_stopped(&self, staying: &[PodUid]) -> bool {
+        match &self.state {
+            State::Moving(moving) => moving.purpose == Purpose::Save,
+            _ => self.needs_checkpoint(staying),
+        }
     }
 
     /// Said beforehand, by what the last checkpoint took: those who stay are too few to hold the state.
-    fn warn_of_a_late_checkpoint(&mut self, now: Millis, deadline_ms: Millis) {
+    fn warn_of_a_late_checkpoint(&mut self, now: Millis, deadline_ms: Millis, step_ms: Millis) {
         let Some(last) = &self.checkpoint else { return };
-        let needs_ms = self.step_ms.unwrap_or(0) + last.stall_ms + last.upload_ms;
+        let needs_ms = step_ms + last.stall_ms + last.upload_ms;
         let has_ms = deadline_ms.saturating_sub(now);
         if deadline_ms > 0 && needs_ms > has_ms {
             let durable_step = last.step;
@@ -491,26 +568,23 @@ impl Membership {
         }
     }
 
-    fn needs_checkpoint(&self, staying: &[PodUid]) -> bool {
+    pub(super) fn needs_checkpoint(&self, staying: &[PodUid]) -> bool {
         self.is_suspended() || staying.len() < self.fewest()
     }
 
-    fn planned_limit(&self, now: Millis, deadline_ms: Millis, saves: bool) -> Millis {
-        let patience = if saves { self.limits.store_ms } else { self.limits.planned_ms };
-        let limit = now.saturating_add(patience + 5 * self.step_ms.unwrap_or(0));
-        match deadline_ms {
-            0 => limit,
-            // What cannot be finished in time is not waited for, so that the others go on at once.
-            deadline => deadline.clamp(now, limit),
-        }
-    }
-
-    fn send_stop(&mut self, planned: bool, reason: &str, deadline_ms: Millis, answered: &BTreeSet<PodUid>) {
+    fn send_stop(
+        &mut self,
+        now: Millis,
+        planned: bool,
+        reason: &str,
+        deadline_ms: Millis,
+        answered: &BTreeSet<PodUid>,
+    ) {
         let members = self.record.as_ref().map_or(Vec::new(), |record| record.members.clone());
         let staying = self.candidates();
         for member in members {
             if !answered.contains(&member.pod_uid) {
-                let stop = self.stop_for(&member.pod_uid, &staying, planned, reason, deadline_ms);
+                let stop = self.stop_for(now, &member.pod_uid, &staying, planned, reason, deadline_ms);
                 self.send(&member.pod_uid, Body::Stop(stop));
             }
         }
@@ -519,6 +593,7 @@ impl Membership {
     /// Memory is enough for a change as long as enough ranks stay to hold it.
     pub(super) fn stop_for(
         &self,
+        now: Millis,
         pod: &str,
         staying: &[PodUid],
         planned: bool,
@@ -529,7 +604,8 @@ impl Membership {
             generation: self.generation(),
             planned,
             reason: reason.to_owned(),
-            deadline_ms,
+            time_left_ms: time_left(now, deadline_ms),
+            step_time_ms: time_left(now, self.last_step_due(deadline_ms, staying)),
             checkpoint: self.needs_checkpoint(staying),
             leaves: !staying.iter().any(|stays| stays == pod),
         }
@@ -543,10 +619,14 @@ impl Membership {
             .filter(|pod| !answered.contains(*pod))
             .cloned()
             .collect();
-        let (gone, waiting): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|pod| self.is_gone(pod));
+        let (gone, mut waiting): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|pod| self.is_gone(pod));
         if planned && !waiting.is_empty() && !gone.is_empty() {
             self.interrupt(now);
             return self.cut_short(now, "a rank went during the planned stop");
+        }
+        if !planned {
+            // Whose notice is over is gone, or as good as gone.
+            waiting.retain(|pod| !self.is_late(now, pod));
         }
         if waiting.is_empty() {
             return self.disband(now);
@@ -590,9 +670,9 @@ impl Membership {
             return false;
         };
         let reason = format!("{reason}; {why}");
-        self.send_stop(false, &reason, deadline, &answered);
-        let limit = now + self.limits.collect_ms;
-        self.state = State::Collecting { planned: false, limit, deadline, reason, answered };
+        self.send_stop(now, false, &reason, deadline, &answered);
+        let limit = self.unplanned_limit(now, deadline);
+        self.state = State::Collecting { planned: false, saves: false, limit, deadline, reason, answered };
         true
     }
 

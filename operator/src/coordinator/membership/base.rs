@@ -14,8 +14,8 @@ pub(super) struct HeldState {
 }
 
 impl Membership {
-    /// What the candidates hold or, failing that, they together with those who are to leave: these are still here, come
-    /// along for a step, and hand over what only they have.
+    /// What the candidates hold or, failing that, they together with those who are to leave: these are still here, and
+    /// hand over what only they have.
     pub(super) fn held_state(&self, now: Millis, candidates: &[PodUid]) -> Option<HeldState> {
         let with = |members: Vec<PodUid>| {
             let (step, memory) = self.memory_base(&members)?;
@@ -49,9 +49,12 @@ impl Membership {
 
     /// Ranks that are to leave, or to be replaced, and hold state.
     fn leavers_with_memory(&self, now: Millis, staying: &[PodUid]) -> Vec<PodUid> {
-        let late = |pod: &str| self.departure(pod).is_some_and(|it| it.deadline_ms > 0 && it.deadline_ms <= now);
         let leaving = self.ranks.iter().filter(|(pod, rank)| {
-            rank.is_fit() && rank.holding.is_some() && !staying.contains(pod) && !self.is_gone(pod) && !late(pod)
+            rank.is_fit()
+                && rank.holding.is_some()
+                && !staying.contains(pod)
+                && !self.is_gone(pod)
+                && !self.is_late(now, pod)
         });
         leaving.map(|(pod, _)| pod.clone()).collect()
     }

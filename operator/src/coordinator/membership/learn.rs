@@ -138,7 +138,7 @@ impl Membership {
             }
             State::Collecting { planned, deadline, reason, answered, .. } if !answered.contains(pod) => {
                 let (planned, reason, deadline) = (*planned, reason.clone(), *deadline);
-                let stop = self.stop_for(pod, &self.candidates(), planned, &reason, deadline);
+                let stop = self.stop_for(now, pod, &self.candidates(), planned, &reason, deadline);
                 self.send(pod, Body::Stop(stop));
             }
             _ => {}
@@ -170,6 +170,7 @@ impl Membership {
             reported_lost: false,
             numerics_class: String::new(),
             mismatched: false,
+            proven: false,
         });
         rank.connected = true;
         rank.away_since = None;
@@ -180,6 +181,7 @@ impl Membership {
             rank.holding = None;
             rank.prepared = false;
             rank.blocked = None;
+            rank.proven = false;
         }
     }
 
@@ -272,6 +274,9 @@ impl Membership {
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.step = rank.step.max(Some(said.step));
         }
+        if said.last_of_generation {
+            self.parting(now);
+        }
         if matches!(self.state, State::Moving(_)) || said.step <= self.step {
             return;
         }
@@ -295,11 +300,22 @@ impl Membership {
         self.step_ms = Some((report.step_seconds * 1000.0).clamp(0.0, 1e9) as u64);
         self.fruitless = 0;
         self.stalls = 0;
-        if let State::Steady { progressed, .. } = &mut self.state {
-            *progressed = true;
+        if let State::Steady { progressed, .. } = &mut self.state
+            && !std::mem::replace(progressed, true)
+        {
+            self.proved();
         }
         self.progress = Some(report.clone());
         self.happened(Happening::Stepped(report));
+    }
+
+    /// All members have computed a step together.
+    fn proved(&mut self) {
+        for member in self.members().to_vec() {
+            if let Some(rank) = self.ranks.get_mut(&member.pod_uid) {
+                rank.proven = true;
+            }
+        }
     }
 
     /// Steps are made again. What befell a training before its first step is no recovery.

@@ -6,13 +6,16 @@
 //! event does no harm: the next tick decides the same.
 //!
 //! A generation starts from what ranks hold in memory wherever every block has a holder (`base.rs`);
-//! else from the newest manifest in the bucket, or the base model.
+//! else from the newest manifest in the bucket, or the base model. Where only ranks that leave hold something, they and
+//! those who stay form a generation that trains no step and hands it over. How long all that may take before a notice is
+//! over is in `notice.rs`.
 
 mod advance;
 mod base;
 #[cfg(test)]
 mod exhaustive;
 mod learn;
+mod notice;
 mod rank;
 #[cfg(test)]
 mod simulation;
@@ -28,6 +31,7 @@ use rank::Rank;
 use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator as wire;
 use vicuna_protocol::coordinator::coordinator_message::Body;
+use vicuna_protocol::coordinator::form::Purpose;
 
 /// Unix time in ms, from a clock that never goes back.
 pub type Millis = u64;
@@ -48,8 +52,10 @@ pub struct Limits {
     pub collect_ms: Millis,
     /// … of which those whom a peer has lost get this much.
     pub lost_ms: Millis,
-    /// Answers to a planned stop without a deadline, beside five steps.
+    /// Answers to a planned stop once its last step is made, beside five steps.
     pub planned_ms: Millis,
+    /// Handing over what only leavers hold, at least: what it took last is reckoned with.
+    pub hand_over_ms: Millis,
     /// No step for so long, and for five steps, means that a rank hangs.
     pub stall_ms: Millis,
     /// The first step of a run may take so long.
@@ -76,6 +82,7 @@ impl Default for Limits {
             collect_ms: 5_000,
             lost_ms: 2_500,
             planned_ms: 120_000,
+            hand_over_ms: 2_000,
             stall_ms: 30_000,
             first_step_ms: 300_000,
             move_ms: 600_000,
@@ -151,8 +158,9 @@ pub struct Formation {
     pub memory: Option<wire::MemoryBase>,
     /// Members prove that they compute alike.
     pub canary: bool,
-    /// Its members write down what they hold, and train no step.
-    pub saves: bool,
+    pub purpose: Purpose,
+    /// Members that will not be in the next generation.
+    pub leavers: BTreeSet<PodUid>,
     pub between_interruptions_ms: Millis,
 }
 
@@ -165,8 +173,8 @@ struct Move {
     leavers: BTreeSet<PodUid>,
     /// Members that had state before: what they come to is right.
     holders: BTreeSet<PodUid>,
-    /// As [`Formation::saves`].
-    saves: bool,
+    purpose: Purpose,
+    since: Millis,
     limit: Millis,
 }
 
@@ -194,6 +202,8 @@ enum State {
     },
     Collecting {
         planned: bool,
+        /// What ranks hold is written down before they answer.
+        saves: bool,
         limit: Millis,
         deadline: Millis,
         reason: String,
@@ -232,6 +242,8 @@ pub struct Membership {
     /// gradients can follow.
     committed: Option<wire::Holding>,
     step_ms: Option<u64>,
+    /// How long it took last until all members stood at a base that was in memory.
+    moved_ms: Millis,
     /// The membership was broken up since the last step, by what counts as a disruption.
     interrupted: bool,
     /// When each stage of the recovery under way was reached.
@@ -274,6 +286,7 @@ impl Membership {
             last_step_at: 0,
             committed: None,
             step_ms: None,
+            moved_ms: 0,
             interrupted: false,
             recovery: Stages::default(),
             micro_batches: None,
@@ -455,16 +468,13 @@ impl Membership {
                 format!("{} of at least {min} ranks are ready to train", self.candidates().len())
             }
             State::Planning(formation) => format!("records generation {}", formation.record.generation),
-            State::Moving(Move { ready, saves: true, .. }) => {
-                format!("ranks gather to write down what they hold: {} of {} ready", ready.len(), self.members().len())
-            }
-            State::Moving(Move { ready, .. }) => {
-                format!(
-                    "ranks load the base of generation {}: {} of {} ready",
-                    self.generation(),
-                    ready.len(),
-                    self.members().len()
-                )
+            State::Moving(Move { ready, purpose, .. }) => {
+                let does = match purpose {
+                    Purpose::Train => format!("load the base of generation {}", self.generation()),
+                    Purpose::Save => "gather to write down what they hold".to_owned(),
+                    Purpose::HandOver => "hand over what only leavers hold".to_owned(),
+                };
+                format!("ranks {does}: {} of {} ready", ready.len(), self.members().len())
             }
             State::Steady { .. } => {
                 format!("generation {} trains with {} ranks", self.generation(), self.members().len())

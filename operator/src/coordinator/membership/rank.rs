@@ -40,6 +40,8 @@ pub(super) struct Rank {
     pub numerics_class: String,
     /// It computed other bits than the rest.
     pub mismatched: bool,
+    /// It made a step in a generation that we led: it computes what the others do.
+    pub proven: bool,
 }
 
 impl Rank {

@@ -34,8 +34,8 @@ struct SimRank {
     /// … with these words.
     leaves: bool,
     saves: bool,
-    /// It was called up for nothing else.
-    only_saves: bool,
+    /// What it was called up for.
+    purpose: Purpose,
     memory: Option<SimMemory>,
     /// The generation that it was in last, and what is in memory is of.
     left: u64,
@@ -50,7 +50,7 @@ impl SimRank {
             stopping: false,
             leaves: false,
             saves: false,
-            only_saves: false,
+            purpose: Purpose::Train,
             memory: None,
             left: 0,
         }
@@ -85,8 +85,11 @@ struct World {
     /// The step up to which each step has been counted once.
     counted: u64,
     lost: u64,
-    /// Generations that went on from memory.
+    /// Generations that went on from memory, and of them those that only handed over.
     from_memory: u64,
+    handed_over: u64,
+    /// Who was not to be in the generation after this one.
+    leavers: BTreeMap<u64, BTreeSet<PodUid>>,
     finished: bool,
 }
 
@@ -116,6 +119,8 @@ impl World {
             counted: 0,
             lost: 0,
             from_memory: 0,
+            handed_over: 0,
+            leavers: BTreeMap::new(),
             finished: false,
         };
         world.retarget();
@@ -157,9 +162,11 @@ impl World {
                 self.hear(&pod, body);
                 None
             }
-            Effect::Form(Formation { record, memory, saves, .. }) => {
+            Effect::Form(Formation { record, memory, purpose, leavers, .. }) => {
                 assert_eq!(self.stored.as_ref(), Some(&record), "the record comes first");
                 self.check_memory(&record, memory.as_ref());
+                self.handed_over += u64::from(purpose == Purpose::HandOver);
+                self.leavers.insert(record.generation, leavers);
                 for member in &record.members {
                     if let Some(rank) = self.ranks.get_mut(&member.pod_uid)
                         && rank.connected
@@ -167,7 +174,7 @@ impl World {
                         rank.doing = Doing::Loading(record.clone());
                         rank.stopping = false;
                         (rank.leaves, rank.saves, rank.left) = (false, false, 0);
-                        rank.only_saves = saves;
+                        rank.purpose = purpose;
                     }
                 }
                 None
@@ -221,9 +228,11 @@ impl World {
         let last = self.stored.as_ref().map_or(0, |record| record.generation);
         if record.finish.is_none() {
             assert_eq!(record.generation, last + 1, "generations are issued once, in order");
-            // Some who leave may come along for a step, with what only they have.
-            let saves = matches!(&self.membership.state, State::Planning(formation) if formation.saves);
-            assert!(saves || record.members.len() >= MIN);
+            // Some who leave may come along with what only they have.
+            let State::Planning(formation) = &self.membership.state else { panic!("nothing is planned") };
+            let staying = record.members.len() - formation.leavers.len();
+            assert!(formation.purpose == Purpose::Save || staying >= MIN);
+            assert!(formation.purpose != Purpose::Train || formation.leavers.is_empty(), "leavers train no step");
             assert!(record.in_memory || record.members.len() <= MAX);
             if let Some(base) = &record.base {
                 assert!(self.written.contains(base), "a rank wrote the base");
@@ -242,12 +251,17 @@ impl World {
                 if let Doing::Ready(record) = &rank.doing
                     && record.generation == go.generation
                 {
-                    rank.doing = Doing::Training(record.clone());
+                    // A new leader does not know what the generation was formed for, and the ranks do.
+                    match rank.purpose {
+                        Purpose::Train => rank.doing = Doing::Training(record.clone()),
+                        Purpose::Save => rank.stopping = true,
+                        Purpose::HandOver => self.leave(pod, go.generation),
+                    }
                 }
             }
             Body::Stop(stop) => {
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
-                let writes = rank.only_saves
+                let writes = rank.purpose == Purpose::Save
                     && matches!(&rank.doing, Doing::Ready(record) if record.generation == stop.generation);
                 let trains = matches!(&rank.doing, Doing::Training(record) if record.generation == stop.generation);
                 if stop.planned && (trains || writes) {
@@ -445,7 +459,9 @@ impl World {
     }
 
     fn notice(&mut self, pod: &str, hurry: bool) {
-        let departure = Departure { source: "test".into(), deadline_ms: self.now + 20_000, hurry, reclaim: true };
+        // The short ones leave no time for a step.
+        let in_ms = if self.chance(50) { 20_000 } else { 2_000 };
+        let departure = Departure { source: "test".into(), deadline_ms: self.now + in_ms, hurry, reclaim: true };
         self.facts.insert(pod.to_owned(), PodFact { departure: Some(departure), ended: false });
     }
 
@@ -516,8 +532,18 @@ impl World {
         if !record.in_memory {
             return Some(SimMemory { step, blocks: kept, advancing: 0 });
         }
-        let offered = record.members.iter().map(|member| at_base(&member.pod_uid)).fold(0, |all, one| all | one);
-        (offered & kept == kept).then(|| SimMemory { step, blocks: at_base(pod) | kept, advancing: 0 })
+        let all = |pods: &mut dyn Iterator<Item = &Member>| pods.fold(0, |all, one| all | at_base(&one.pod_uid));
+        let offered = all(&mut record.members.iter());
+        let stays = |member: &&Member| !self.leavers[&record.generation].contains(&member.pod_uid);
+        // What only leavers hold goes to the first one who stays.
+        let first = record.members.iter().find(stays).is_some_and(|member| member.pod_uid == pod);
+        let rescued = if first { ALL & !all(&mut record.members.iter().filter(stays)) } else { 0 };
+        let wanted = match self.ranks[pod].purpose {
+            Purpose::Train => kept,
+            Purpose::Save => kept | rescued,
+            Purpose::HandOver => rescued,
+        };
+        (offered & wanted == wanted).then(|| SimMemory { step, blocks: at_base(pod) | wanted, advancing: 0 })
     }
 
     /// Each generation whose members all train makes a step; there must be one such at most that counts.
@@ -538,7 +564,9 @@ impl World {
     /// Members that came together only for it write down what they hold.
     fn save(&mut self) {
         let waits = |rank: &SimRank, record: &Record| {
-            rank.stopping && rank.only_saves && matches!(&rank.doing, Doing::Ready(theirs) if theirs == record)
+            rank.stopping
+                && rank.purpose == Purpose::Save
+                && matches!(&rank.doing, Doing::Ready(theirs) if theirs == record)
         };
         let Some(record) = self.stored.clone() else { return };
         let here = |pod: &PodUid| self.ranks.get(pod).is_some_and(|rank| waits(rank, &record));
@@ -721,34 +749,41 @@ fn run_to_the_end(seed: u64, trouble: Trouble) -> World {
 #[test]
 fn every_random_run_keeps_the_invariants_and_ends() {
     let seeds = seeds(2_000);
-    let (mut lost, mut generations, mut from_memory, runs) = (0, 0, 0, seeds.end - seeds.start);
+    let (mut lost, mut generations, mut from_memory, mut handed_over) = (0, 0, 0, 0);
+    let runs = seeds.end - seeds.start;
     for seed in seeds {
         let world = run_to_the_end(seed, Trouble::All);
         lost += world.lost;
+        handed_over += world.handed_over;
         from_memory += world.from_memory;
         generations += world.membership.generation();
     }
-    println!("{runs} runs, {generations} generations, {from_memory} from memory, {lost} steps lost");
+    println!(
+        "{runs} runs, {generations} generations, {from_memory} from memory, {handed_over} to hand over, {lost} steps lost"
+    );
     // What only many runs are sure to meet.
     if runs >= 400 {
         assert!(lost > 0 && generations > 4 * runs, "there was no trouble: {lost} lost, {generations} generations");
         assert!(from_memory > generations / 4, "{from_memory} of {generations} generations went on from memory");
+        assert!(handed_over > runs / 50, "only {handed_over} generations handed over");
     }
 }
 
 #[test]
 fn reclaims_with_and_without_notice_lose_no_completed_step() {
     let seeds = seeds(2_000);
-    let (mut generations, mut from_memory, runs) = (0, 0, seeds.end - seeds.start);
+    let (mut generations, mut from_memory, mut handed_over, runs) = (0, 0, 0, seeds.end - seeds.start);
     for seed in seeds {
         let world = run_to_the_end(seed, Trouble::Reclaims);
         assert_eq!(world.lost, 0, "seed {seed}: VICUNA_SEEDS=={seed} runs it alone");
+        handed_over += world.handed_over;
         from_memory += world.from_memory;
         generations += world.membership.generation();
     }
-    println!("{runs} runs, {generations} generations, {from_memory} from memory");
+    println!("{runs} runs, {generations} generations, {from_memory} from memory, {handed_over} to hand over");
     if runs >= 400 {
         assert!(from_memory > 2 * runs, "there was no trouble: {from_memory} of {generations} generations");
+        assert!(handed_over > runs / 50, "only {handed_over} generations handed over");
     }
 }
 

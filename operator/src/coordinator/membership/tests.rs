@@ -167,7 +167,7 @@ fn record_of(effects: &[Effect]) -> Record {
 
 fn stops(effects: &[Effect]) -> Vec<(String, bool, Millis)> {
     let stop = |effect: &Effect| match effect {
-        Effect::Send(pod, Body::Stop(stop)) => Some((pod.clone(), stop.planned, stop.deadline_ms)),
+        Effect::Send(pod, Body::Stop(stop)) => Some((pod.clone(), stop.planned, stop.time_left_ms)),
         _ => None,
     };
     effects.iter().filter_map(stop).collect()
@@ -186,9 +186,9 @@ fn no_rank_hears_of_a_generation_before_the_record_is_written() {
     assert_eq!((record.generation, record.members.len(), record.base.as_ref()), (1, 2, None));
     assert!(!forms(&effects));
     fixture.written();
-    let form =
-        Effect::Form(Formation { record, memory: None, canary: true, saves: false, between_interruptions_ms: 0 });
-    assert_eq!(fixture.take().last(), Some(&form));
+    let (purpose, leavers) = (Purpose::Train, BTreeSet::new());
+    let formation = Formation { record, memory: None, canary: true, purpose, leavers, between_interruptions_ms: 0 };
+    assert_eq!(fixture.take().last(), Some(&Effect::Form(formation)));
     fixture.ready("a");
     assert!(fixture.take().is_empty());
     fixture.ready("b");
@@ -226,9 +226,8 @@ fn ranks_wait_for_more_where_so_few_have_too_little_memory() {
 fn a_reclaim_with_notice_loses_no_step_and_goes_on_without_the_rank() {
     let mut fixture = Fixture::training(1, 2);
     fixture.progress("a", 7).notice("a", 30_000);
-    let deadline = fixture.now + 30_000;
     let effects = fixture.take();
-    assert_eq!(stops(&effects), [("a".into(), true, deadline), ("b".into(), true, deadline)]);
+    assert_eq!(stops(&effects), [("a".into(), true, 30_000), ("b".into(), true, 30_000)]);
     fixture.progress("b", 8).stopped("a", 8, vec![]).stopped("b", 8, vec![manifest(1, 8)]);
     let record = record_of(&fixture.take());
     assert_eq!((record.generation, record.base_step), (2, 8));
@@ -543,7 +542,7 @@ fn a_checkpoint_that_will_be_late_is_said_to_be_beforehand() {
             }
             _ => None,
         });
-        assert_eq!(warned, late.then_some((21_500, 10_000, 1)));
+        assert_eq!(warned, late.then_some((20_500, 10_000, 1)));
     }
 }
 
@@ -738,17 +737,17 @@ fn alone_below_min() -> Fixture {
     fixture
 }
 
-fn saves(fixture: &mut Fixture, deadline_ms: Millis) {
-    let Formation { record, saves, memory, .. } = fixture.formation();
-    assert!(saves && memory.is_some());
+fn saves(fixture: &mut Fixture, time_left_ms: Millis) {
+    let Formation { record, purpose, memory, .. } = fixture.formation();
+    assert!(purpose == Purpose::Save && memory.is_some());
     assert_eq!((record.base_step, record.members.len()), (5, 1));
     fixture.ready("a");
     let stop = |effect: &Effect| match effect {
-        Effect::Send(_, Body::Stop(stop)) => Some((stop.planned, stop.checkpoint, stop.deadline_ms)),
+        Effect::Send(_, Body::Stop(stop)) => Some((stop.planned, stop.checkpoint, stop.time_left_ms)),
         _ => None,
     };
     let effects = fixture.take();
-    assert_eq!(effects.iter().filter_map(stop).collect::<Vec<_>>(), [(true, true, deadline_ms)]);
+    assert_eq!(effects.iter().filter_map(stop).collect::<Vec<_>>(), [(true, true, time_left_ms)]);
     assert!(!effects.iter().any(|effect| matches!(effect, Effect::Send(_, Body::Go(_)))), "nobody trains");
     let (generation, base) = (record.generation, manifest(record.generation, 5));
     let holding = wire::Holding { step: 5, updates: 5, blocks: vec![0b11], ..Default::default() };
@@ -761,8 +760,7 @@ fn saves(fixture: &mut Fixture, deadline_ms: Millis) {
 fn what_only_leavers_hold_is_written_down_when_too_few_are_left() {
     let mut fixture = alone_below_min();
     fixture.notice("a", 120_000);
-    let deadline_ms = fixture.now + 120_000;
-    saves(&mut fixture, deadline_ms);
+    saves(&mut fixture, 120_000);
     assert_eq!(fixture.phase(), Phase::Held);
     fixture.lose("a").join("c", 0).join("d", 0).prepare("c", vec![]).prepare("d", vec![]).after(5_000);
     assert_eq!(fixture.formation().record.base_step, 5);
@@ -816,4 +814,86 @@ fn a_checkpoint_that_waits_behind_the_training_is_told_once_and_keeps_nobody_out
         wire::Checkpointed { generation: 1, manifest: Some(manifest(1, 1).into()), ..Default::default() };
     fixture.say("a", Said::Checkpointed(checkpointed));
     assert!(view(&fixture).held_up.is_none());
+}
+
+/// What a rank says that is stopped and holds both blocks.
+fn hold_all(fixture: &mut Fixture, pods: &[&str], step: u64) {
+    for pod in pods {
+        fixture.holds(pod, step, 0);
+    }
+}
+
+/// `a` and `b` hold everything and leave before a step of 10 s can end; `c` and `d` have just come.
+fn leaving_too_soon() -> Fixture {
+    let mut fixture = Fixture::training(2, 4);
+    fixture.membership.step_ms = Some(10_000);
+    fixture.join("c", 0).join("d", 0).prepare("c", vec![]).prepare("d", vec![]);
+    fixture.notice("a", 5_000).notice("b", 6_000);
+    fixture
+}
+
+#[test]
+fn a_step_that_does_not_fit_its_notice_is_given_up_and_what_only_leavers_hold_is_handed_over() {
+    let mut fixture = leaving_too_soon();
+    assert_eq!(stops(&fixture.take()), [("a".into(), false, 5_000), ("b".into(), false, 5_000)]);
+    hold_all(&mut fixture, &["a", "b"], 1);
+    let Formation { record, purpose, leavers, canary, .. } = fixture.formation();
+    assert_eq!((purpose, record.base_step, record.members.len()), (Purpose::HandOver, 1, 4));
+    assert_eq!(leavers, ["a", "b"].map(str::to_owned).into());
+    assert!(!canary, "nobody computes");
+    fixture.ready("a").ready("b").ready("c").ready("d");
+    let told = fixture.take();
+    assert_eq!(stops(&told).iter().filter(|(_, planned, left)| *planned && *left == 5_000).count(), 4);
+    assert!(!told.iter().any(|effect| matches!(effect, Effect::Send(_, Body::Go(_)))), "nobody trains");
+
+    hold_all(&mut fixture, &["a", "b", "c", "d"], 1);
+    let Formation { record, purpose, leavers, canary, .. } = fixture.formation();
+    assert_eq!((purpose, record.in_memory, leavers.len()), (Purpose::Train, true, 0));
+    assert_eq!(record.members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["c", "d"]);
+    assert!(canary, "what newcomers hold was handed to them: they have yet to show that they compute alike");
+    assert_eq!(fixture.membership.counters.lost_steps, 0);
+}
+
+#[test]
+fn a_hand_over_is_not_waited_for_when_the_first_rank_is_gone() {
+    let mut fixture = leaving_too_soon();
+    hold_all(&mut fixture, &["a", "b"], 1);
+    fixture.written().ready("c").ready("d").after(4_999);
+    assert_eq!(fixture.phase(), Phase::Moving);
+    fixture.after(1);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    // b is there for another second, and has all; a is not waited for.
+    hold_all(&mut fixture, &["b", "c", "d"], 1);
+    assert_eq!(fixture.formation().record.members.len(), 2, "c and d have what came before");
+}
+
+#[test]
+fn a_planned_stop_ends_in_time_to_hand_over_and_never_after_the_notice() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 7).notice("b", 10_000).after(7_999);
+    assert!(matches!(fixture.membership.state, State::Collecting { planned: true, .. }));
+    fixture.after(1);
+    assert!(matches!(fixture.membership.state, State::Collecting { planned: false, .. }), "the step hangs");
+    fixture.holds("a", 7, 0).after(1_999);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.after(1);
+    assert_eq!(fixture.phase(), Phase::Planning, "b is gone by now");
+    assert!(fixture.membership.ranks["b"].suspect_since.is_none(), "it was about to go");
+}
+
+#[test]
+fn a_stop_without_a_deadline_does_not_wait_long_for_a_rank_that_hangs() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true }));
+    let stall_ms = fixture.membership.limits.stall_ms;
+    fixture.after(stall_ms - 1);
+    assert!(matches!(fixture.membership.state, State::Collecting { planned: true, saves: true, .. }));
+    fixture.after(1);
+    assert!(matches!(fixture.membership.state, State::Collecting { planned: false, .. }));
+    // Once the last step is made, writing it down may take its time.
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true }));
+    let last = wire::Progress { generation: 1, step: 8, last_of_generation: true, ..Default::default() };
+    fixture.say("a", Said::Progress(last)).after(1_700_000);
+    assert!(matches!(fixture.membership.state, State::Collecting { planned: true, .. }));
 }

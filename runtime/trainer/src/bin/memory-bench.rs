@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use vicuna_checkpoint::StoreError;
+use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::gigabytes;
 use vicuna_protocol::job::{
     Base, Checkpointing, DatasetSource, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute, RunLength,
@@ -219,11 +220,13 @@ fn run_rank(options: &Options, rank: usize, folder: &Path) -> Result<()> {
     let peer =
         |(rank, port): (usize, &u16)| Peer { name: format!("rank-{rank}"), address: format!("127.0.0.1:{port}") };
     let members: Vec<Peer> = options.ports.iter().enumerate().map(peer).collect();
-    let nodes = members.iter().map(|member| member.name.clone()).collect();
+    let nodes: Vec<String> = members.iter().map(|member| member.name.clone()).collect();
     // The processes are each other's only company, on this machine and for a moment.
     let membership = Membership { generation: 1, rank, members, key: [7; 32] };
     let between_interruptions = Duration::from_secs(3600);
-    let assignment = Assignment { membership, nodes, start: Start::Model, canary: false, between_interruptions };
+    let (purpose, leaves) = (Purpose::Train, vec![false; nodes.len()]);
+    let start = Start::Model;
+    let assignment = Assignment { membership, nodes, start, purpose, leaves, canary: false, between_interruptions };
     let control = Control::default();
     control.go.cancel();
     generation::run(&session, &network, &assignment, &control, &(Arc::new(Silent) as Arc<dyn Observer>), &mut None)

@@ -47,6 +47,8 @@ pub enum Kind {
     Evaluation = 9,
     /// Digests of what a rank has read, to all.
     Inputs = 10,
+    /// Lines of the log, to a newcomer.
+    Log = 11,
 }
 
 impl Tag {

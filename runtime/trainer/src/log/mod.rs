@@ -6,6 +6,7 @@
 //! lost: a newcomer lacks no line, since what was made before it joined was written when it did.
 
 pub mod events;
+pub mod inherit;
 pub mod plot;
 pub mod record;
 pub mod scribe;
@@ -186,6 +187,11 @@ impl Log {
             self.lines.remove(0);
             self.marked = self.marked.saturating_sub(1);
         }
+    }
+
+    /// Takes over what another rank kept.
+    pub fn inherit(&mut self, lines: Vec<Line>) {
+        lines.into_iter().for_each(|line| self.push(line));
     }
 
     pub fn lines(&self) -> &[Line] {

@@ -181,25 +181,26 @@ impl Engine {
     }
 
     /// Runs the step after the last one. If it fails, the engine stands where it stood before or, once
-    /// the step is committed, after it.
+    /// the step is committed, after it. `wishes` is asked when the gradients are there.
     pub fn advance(
         &mut self,
         recipe: &Recipe,
         data: &Dataset,
         peers: Peers<'_>,
-        wishes: Wishes,
+        wishes: &dyn Fn() -> Wishes,
     ) -> Result<StepReport, StepError> {
         let started = Instant::now();
         let plan = data.plan(self.step + 1);
         let trains = plan.trained_tokens > 0;
         let shares = self.pace.shares(plan.micro_batches.len() as u32);
         self.pending.clear();
-        let mut own = Contribution { wishes, ..Contribution::default() };
+        let mut own = Contribution::default();
         let mut communication = Duration::ZERO;
         if trains {
             communication = self.gradients(&plan, data, peers, &shares, &mut own)?;
         }
         let exchanged = Instant::now();
+        own.wishes = wishes();
         let terms = Terms { step: plan.step, layout: &self.layout, shares: &shares, trains };
         let commit = commit::exchange(terms, peers.collective, peers.abort, &own)?;
         communication += exchanged.elapsed();
