@@ -235,24 +235,26 @@ impl Publisher {
     }
 }
 
-/// What a rank loads of a checkpoint.
-#[derive(Debug)]
-pub struct Loaded {
-    pub manifest: Manifest,
-    /// The blocks that were asked for.
-    pub blocks: BTreeMap<usize, BlockState>,
-}
-
-/// Reads and verifies some blocks, whatever world wrote them.
-pub async fn load(
+/// Reads a manifest, which must be of this model and recipe.
+pub async fn open(
     store: &Store,
     reference: &ManifestRef,
     table: &BlockTable,
     recipe_digest: &str,
-    blocks: &[usize],
-) -> Result<Loaded, ManifestError> {
+) -> Result<Manifest, ManifestError> {
     let manifest = manifest::open(store, reference).await?;
     check_fits(store, reference, &manifest, table, recipe_digest)?;
+    Ok(manifest)
+}
+
+/// Reads and verifies some of its blocks, whatever world wrote them.
+pub async fn load(
+    store: &Store,
+    reference: &ManifestRef,
+    manifest: &Manifest,
+    table: &BlockTable,
+    blocks: &[usize],
+) -> Result<BTreeMap<usize, BlockState>, ManifestError> {
     let fetch = |index: usize| {
         let (entry, elements) = (&manifest.blocks[index], table.blocks[index].elements);
         async move {
@@ -263,8 +265,7 @@ pub async fn load(
         }
     };
     let fetched = futures::stream::iter(blocks.iter().copied().map(fetch));
-    let blocks = fetched.buffered(TRANSFERS).try_collect().await?;
-    Ok(Loaded { manifest, blocks })
+    fetched.buffered(TRANSFERS).try_collect().await
 }
 
 fn check_fits(

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
-use vicuna_checkpoint::{Cursor, ManifestRef, StoreError};
+use vicuna_checkpoint::{Cursor, Manifest, ManifestRef, StoreError};
 use vicuna_model::ModelError;
 use vicuna_protocol::coordinator::MemoryBase;
 use vicuna_protocol::coordinator::form::Purpose;
@@ -253,8 +253,10 @@ impl<'a> Generation<'a> {
         let limit = limit + transfer::most_bytes(&session.table);
         let mesh = Arc::new(Mesh::connect(network, membership, limit, CONNECT_PATIENCE, &control.abort)?);
         let peers = Peers { collective: &*mesh, abort: &control.abort };
-        inputs::agree(session, start, peers)?;
-        let engine = stand_at_start(session, assignment, peers, observer, memory)?;
+        let manifest = open_base(session, start, &control.abort, observer)?;
+        inputs::agree(session, start, manifest.as_ref(), peers)?;
+        let base = Base { session, assignment, manifest, observer };
+        let engine = base.stand_at_start(peers, memory)?;
         if *purpose == Purpose::Train {
             let names = membership.members.iter().map(|member| member.name.clone()).collect();
             engine.log.enter(membership.generation, names);
@@ -530,49 +532,103 @@ fn abandon<T>(upload: Option<Upload<T>>) {
     }
 }
 
-/// Brings the state that the assignment names to every rank that is to have it.
-fn stand_at_start<'a>(
-    session: &Session,
-    assignment: &Assignment,
-    peers: Peers<'_>,
-    observer: &Arc<dyn Observer>,
-    memory: &'a mut Option<Engine>,
-) -> Result<&'a mut Engine, GenerationError> {
-    let rank = assignment.membership.rank;
-    let Assignment { nodes, leaves, purpose, .. } = assignment;
-    let world = nodes.len();
-    let (engine, holders, lacking) = match &assignment.start {
-        Start::Model => {
-            let layout = Layout::fresh(&session.table, nodes);
-            let engine = memory.insert(from_model(session, layout, rank)?);
-            (engine, Holders::new(), vec![false; world])
-        }
-        Start::Manifest(base) => {
-            // What it holds is not wanted any more, and its room is.
-            let mut log = memory.take().map_or_else(Log::default, |former| former.log);
-            log.rewind(base.step);
-            let layout = Layout::fresh(&session.table, nodes);
-            let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
-            let engine = memory.insert(from_manifest(session, base, layout, rank, peers.abort, observer)?);
-            engine.log = log;
-            (engine, holders, vec![true; world])
-        }
-        Start::Memory { step, base } => {
-            let mut holders = transfer::holders(&base.holdings, *step, session.table.blocks.len());
-            if *purpose != Purpose::Train {
-                let layout = Layout::among(&holders, nodes, leaves);
-                let engine = from_memory(session, *step, base, layout, memory)?;
-                hand_over(engine, base, &mut holders, assignment, peers)?;
-                return Ok(engine);
+/// Where a generation starts, and what is known of it.
+struct Base<'s> {
+    session: &'s Session,
+    assignment: &'s Assignment,
+    /// Of a base in the store.
+    manifest: Option<Manifest>,
+    observer: &'s Arc<dyn Observer>,
+}
+
+impl Base<'_> {
+    /// Brings the state that the assignment names to every rank that is to have it.
+    fn stand_at_start<'a>(
+        &self,
+        peers: Peers<'_>,
+        memory: &'a mut Option<Engine>,
+    ) -> Result<&'a mut Engine, GenerationError> {
+        let Self { session, assignment, .. } = self;
+        let rank = assignment.membership.rank;
+        let Assignment { nodes, leaves, purpose, .. } = assignment;
+        let world = nodes.len();
+        let (engine, holders, lacking) = match (&assignment.start, &self.manifest) {
+            (Start::Memory { step, base }, _) => {
+                let mut holders = transfer::holders(&base.holdings, *step, session.table.blocks.len());
+                if *purpose != Purpose::Train {
+                    let layout = Layout::among(&holders, nodes, leaves);
+                    let engine = from_memory(session, *step, base, layout, memory)?;
+                    hand_over(engine, base, &mut holders, assignment, peers)?;
+                    return Ok(engine);
+                }
+                let layout = Layout::new(&holders, nodes);
+                let lacking = base.holdings.iter().map(|holding| !holding.weights || holding.step != *step).collect();
+                (from_memory(session, *step, base, layout, memory)?, holders, lacking)
             }
-            let layout = Layout::new(&holders, nodes);
-            let lacking = base.holdings.iter().map(|holding| !holding.weights || holding.step != *step).collect();
-            (from_memory(session, *step, base, layout, memory)?, holders, lacking)
+            (Start::Manifest(base), Some(manifest)) => {
+                // What it holds is not wanted any more, and its room is.
+                let mut log = memory.take().map_or_else(Log::default, |former| former.log);
+                log.rewind(base.step);
+                let layout = Layout::fresh(&session.table, nodes);
+                let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
+                let engine = memory.insert(self.from_manifest(base, manifest, layout, peers.abort)?);
+                engine.log = log;
+                (engine, holders, vec![true; world])
+            }
+            (Start::Model | Start::Manifest(_), _) => {
+                let layout = Layout::fresh(&session.table, nodes);
+                let engine = memory.insert(from_model(session, layout, rank)?);
+                (engine, Holders::new(), vec![false; world])
+            }
+        };
+        transfer::spread(engine, &holders, peers)?;
+        engine.gather(peers, &lacking)?;
+        Ok(engine)
+    }
+
+    /// Each rank reads what it owns, and twins get it from there; waits for the store, if need be.
+    fn from_manifest(
+        &self,
+        base: &ManifestRef,
+        manifest: &Manifest,
+        layout: Layout,
+        abort: &CancellationToken,
+    ) -> Result<Engine, GenerationError> {
+        let Self { session, assignment, observer, .. } = self;
+        let owned: Vec<usize> = layout.owned(assignment.membership.rank).collect();
+        let blocks = checkpoint::retry_manifest(&session.runtime, abort, &|error| observer.blocked(error), || {
+            checkpoint::load(&session.store, base, manifest, &session.table, &owned)
+        });
+        let blocks = blocks.map_err(|error| unloadable(base, error))?;
+        let mut engine = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout);
+        engine.blocks = blocks;
+        engine.step = manifest.step;
+        engine.updates = manifest.updates;
+        Ok(engine)
+    }
+}
+
+/// Opened before anything else: it tells what the training's data and frozen base are.
+fn open_base(
+    session: &Session,
+    start: &Start,
+    abort: &CancellationToken,
+    observer: &Arc<dyn Observer>,
+) -> Result<Option<Manifest>, GenerationError> {
+    let Some(base) = start.manifest() else { return Ok(None) };
+    let opened = checkpoint::retry_manifest(&session.runtime, abort, &|error| observer.blocked(error), || {
+        checkpoint::open(&session.store, base, &session.table, &session.recipe_digest)
+    });
+    opened.map(Some).map_err(|error| unloadable(base, error))
+}
+
+fn unloadable(base: &ManifestRef, error: CheckpointError) -> GenerationError {
+    match error {
+        CheckpointError::Manifest(error) => {
+            GenerationError::Load { manifest: base.clone(), message: error.to_string() }
         }
-    };
-    transfer::spread(engine, &holders, peers)?;
-    engine.gather(peers, &lacking)?;
-    Ok(engine)
+        other => other.into(),
+    }
 }
 
 /// What only those have who leave goes to those who stay: state first, since time may be short, then lines of the log. Where
@@ -603,33 +659,6 @@ fn from_model(session: &Session, layout: Layout, rank: usize) -> Result<Engine, 
     let mut engine = engine(session, masters.to(session.kind(), session.device), layout);
     engine.blocks = blocks;
     engine.weights_step = Some(0);
-    Ok(engine)
-}
-
-/// Each rank reads what it owns, and twins get it from there; waits for the store, if need be.
-fn from_manifest(
-    session: &Session,
-    base: &ManifestRef,
-    layout: Layout,
-    rank: usize,
-    abort: &CancellationToken,
-    observer: &Arc<dyn Observer>,
-) -> Result<Engine, GenerationError> {
-    let owned: Vec<usize> = layout.owned(rank).collect();
-    let loaded = checkpoint::retry_manifest(&session.runtime, abort, &|error| observer.blocked(error), || {
-        checkpoint::load(&session.store, base, &session.table, &session.recipe_digest, &owned)
-    });
-    let loaded = loaded.map_err(|error| match error {
-        CheckpointError::Manifest(error) => {
-            GenerationError::Load { manifest: base.clone(), message: error.to_string() }
-        }
-        other => other.into(),
-    })?;
-    inputs::check_manifest(session, base, &loaded.manifest)?;
-    let mut engine = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout);
-    engine.blocks = loaded.blocks;
-    engine.step = loaded.manifest.step;
-    engine.updates = loaded.manifest.updates;
     Ok(engine)
 }
 

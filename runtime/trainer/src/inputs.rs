@@ -6,22 +6,21 @@ use crate::generation::{GenerationError, Start};
 use crate::prepare::{Session, Trouble};
 use crate::step::Peers;
 use std::collections::BTreeMap;
-use vicuna_checkpoint::{Inputs, Manifest, ManifestRef};
+use vicuna_checkpoint::{Inputs, Manifest};
 use vicuna_protocol::coordinator::Cause;
 use vicuna_protocol::job::TrainingJob;
 
 /// Letters of a digest that people are shown.
 const SHORT: usize = 12;
 
-/// The checkpoint `base` must have been written with these inputs.
-pub fn check_manifest(session: &Session, base: &ManifestRef, manifest: &Manifest) -> Result<(), GenerationError> {
-    let uri = session.store.uri_of(&base.key);
-    compare(&session.job, &session.inputs, &manifest.inputs, &format!("the checkpoint {uri} has"))
-}
-
-/// All ranks must have the same. One that has something else says so and ends; those that hold the training's state, or
-/// else most, are right.
-pub fn agree(session: &Session, start: &Start, peers: Peers<'_>) -> Result<(), GenerationError> {
+/// All ranks must have the same. One that has something else says so and ends. The checkpoint that the generation starts
+/// from is right, or those that hold the training's state; where neither says anything, most are.
+pub fn agree(
+    session: &Session,
+    start: &Start,
+    manifest: Option<&Manifest>,
+    peers: Peers<'_>,
+) -> Result<(), GenerationError> {
     let Peers { collective, abort } = peers;
     let tag = Tag::new(Kind::Inputs, start.step());
     // Plain structs of strings always serialise.
@@ -30,6 +29,11 @@ pub fn agree(session: &Session, start: &Start, peers: Peers<'_>) -> Result<(), G
     for rank in 0..collective.world() {
         let own = rank == collective.rank();
         all.push(if own { session.inputs.clone() } else { decode(rank, &collective.receive(rank, tag, abort)?)? });
+    }
+    if let (Start::Manifest(base), Some(manifest)) = (start, manifest) {
+        let whose = format!("the checkpoint {} has", session.store.uri_of(&base.key));
+        compare(&session.job, &session.inputs, &manifest.inputs, &whose)?;
+        all.retain(|inputs| difference(inputs, &manifest.inputs).is_none());
     }
     let right = match start {
         Start::Memory { .. } => &all[start.scribe()],
@@ -52,22 +56,30 @@ fn most(all: &[Inputs]) -> &Inputs {
     first_of_most.unwrap_or(&all[0])
 }
 
-/// Says in words what was read otherwise; what one of the two does not know is not compared.
+/// What was read otherwise than it should have been, and both digests; what one of the two does not know is not compared.
+fn difference<'a>(found: &'a Inputs, expected: &'a Inputs) -> Option<(Cause, [&'a str; 2])> {
+    let parts = [(Cause::Data, &found.data, &expected.data), (Cause::Model, &found.base, &expected.base)];
+    parts.into_iter().find_map(|(cause, found, expected)| {
+        let (found, expected) = found.as_deref().zip(expected.as_deref())?;
+        (found != expected).then_some((cause, [found, expected]))
+    })
+}
+
+/// Says it in words.
 fn compare(job: &TrainingJob, found: &Inputs, expected: &Inputs, whose: &str) -> Result<(), GenerationError> {
-    let sets: Vec<&str> = job.dataset.iter().map(|set| set.from.as_str()).collect();
-    let parts = [
-        (Cause::Data, "the prepared data", sets.join(", "), &found.data, &expected.data),
-        (Cause::Model, "the frozen base model", job.model.from.clone(), &found.base, &expected.base),
-    ];
-    let changed = parts.into_iter().find_map(|(cause, what, from, found, expected)| {
-        let (found, expected) = found.as_ref().zip(expected.as_ref()).filter(|(found, expected)| found != expected)?;
-        let [found, expected] = [found, expected].map(|digest| digest.chars().take(SHORT).collect::<String>());
-        let message = format!(
-            "{what} changed since the training began: this worker read {found} from {from}, and {whose} {expected}; put there what was there before, or start a new training with another checkpoint.to"
-        );
-        Some(Trouble { cause, message })
-    });
-    changed.map_or(Ok(()), |trouble| Err(GenerationError::Inputs(trouble)))
+    let Some((cause, digests)) = difference(found, expected) else { return Ok(()) };
+    let (what, from) = match cause {
+        Cause::Data => {
+            let sets: Vec<&str> = job.dataset.iter().map(|set| set.from.as_str()).collect();
+            ("the prepared data", sets.join(", "))
+        }
+        _ => ("the frozen base model", job.model.from.clone()),
+    };
+    let [found, expected] = digests.map(|digest| digest.chars().take(SHORT).collect::<String>());
+    let message = format!(
+        "{what} changed since the training began: this worker read {found} from {from}, and {whose} {expected}; put there what was there before, or start a new training with another checkpoint.to"
+    );
+    Err(GenerationError::Inputs(Trouble { cause, message }))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use support::{Fixture, STEPS, url};
 use tch::Device;
 use tokio_util::sync::CancellationToken;
-use vicuna_checkpoint::{ManifestRef, Store, StoreError};
+use vicuna_checkpoint::{Manifest, ManifestRef, Store, StoreError};
 use vicuna_model::lora::Adapter;
 use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::coordinator::{Holding, MemoryBase};
@@ -356,7 +356,7 @@ fn data_or_a_frozen_base_that_changed_under_their_uris_are_not_gone_on_with() {
 }
 
 /// Whether each rank of a generation is content with what the others have read.
-fn agreed(sessions: &[Arc<Session>], start: &Start) -> Vec<bool> {
+fn agreed(sessions: &[Arc<Session>], start: &Start, manifest: Option<&Manifest>) -> Vec<bool> {
     let networks: Vec<Network> = sessions.iter().map(|_| Network::listen("127.0.0.1:0").unwrap()).collect();
     let peer = |network: &Network| Peer { name: "rank".to_owned(), address: network.address().to_string() };
     let members: Vec<Peer> = networks.iter().map(peer).collect();
@@ -367,7 +367,7 @@ fn agreed(sessions: &[Arc<Session>], start: &Start) -> Vec<bool> {
             scope.spawn(move || {
                 let abort = CancellationToken::new();
                 let mesh = Mesh::connect(network, &membership, 1 << 20, Duration::from_secs(30), &abort).unwrap();
-                let agreed = inputs::agree(session, start, Peers { collective: &mesh, abort: &abort });
+                let agreed = inputs::agree(session, start, manifest, Peers { collective: &mesh, abort: &abort });
                 mesh.leave();
                 agreed.is_ok()
             })
@@ -384,13 +384,26 @@ fn a_rank_that_has_read_something_else_is_told_before_it_trains() {
     fixture.write_data(41);
     let odd = fixture.session(fixture.job("bucket"));
     let sessions = [&odd, &most, &most].map(Arc::clone);
-    assert_eq!(agreed(&sessions, &Start::Model), [false, true, true]);
-    assert_eq!(agreed(&sessions[..2], &Start::Model), [true, false]);
-    assert_eq!(agreed(&sessions[1..], &Start::Model), [true, true]);
+    assert_eq!(agreed(&sessions, &Start::Model, None), [false, true, true]);
+    assert_eq!(agreed(&sessions[..2], &Start::Model, None), [true, false]);
+    assert_eq!(agreed(&sessions[1..], &Start::Model, None), [true, true]);
     // Who holds the state is right, however few they are.
     let holding = |blocks: &[u8]| Holding { blocks: blocks.to_vec(), ..Holding::default() };
     let base = MemoryBase { holdings: vec![holding(&[0]), holding(&[]), holding(&[])], ..MemoryBase::default() };
-    assert_eq!(agreed(&sessions, &Start::Memory { step: 3, base }), [true, false, false]);
+    assert_eq!(agreed(&sessions, &Start::Memory { step: 3, base }, None), [true, false, false]);
+}
+
+#[test]
+fn newcomers_do_not_outvote_who_has_read_what_the_checkpoint_was_written_with() {
+    let fixture = Fixture::new();
+    let right = fixture.session(fixture.job("bucket"));
+    let (_, base) = generation(&right, 1, None, Some(2)).stopped();
+    let store = Store::open(&url(&fixture.path("bucket"))).unwrap();
+    let manifest = fixture.runtime.block_on(vicuna_checkpoint::manifest::open(&store, &base)).unwrap();
+    fixture.write_data(41);
+    let changed = fixture.session(fixture.job("bucket"));
+    let sessions = [&changed, &right, &changed].map(Arc::clone);
+    assert_eq!(agreed(&sessions, &Start::Manifest(base), Some(&manifest)), [false, true, false]);
 }
 
 #[test]
