@@ -232,6 +232,9 @@ pub struct Recipe {
     /// What memory is spent on.
     #[serde(default)]
     pub memory: Memory,
+    /// Exact: the weights are the same bits whatever becomes of the nodes; workers whose numbers differ in the last bits are kept out. Fast trades this away: nodes of different kinds train together, and GPUs use kernels whose results differ from run to run. No completed step or sample is lost either way.
+    #[serde(default)]
+    pub reproducibility: Reproducibility,
     /// What shuffles are drawn from.
     #[serde(default)]
     #[schemars(range(min = 0, max = 9_007_199_254_740_991u64))]
@@ -399,6 +402,14 @@ pub enum Recompute {
     Auto,
     Always,
     Never,
+}
+
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Reproducibility {
+    #[default]
+    Exact,
+    Fast,
 }
 
 #[allow(missing_docs)]

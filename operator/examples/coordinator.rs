@@ -124,7 +124,15 @@ fn open(job: String, target: Target, told: Told) -> Result<SessionHandle> {
         uid: "bench".to_owned(),
         reference: Default::default(),
     };
-    let opening = Opening { owner, job, target, counters: Default::default(), began_at: None, checkpoint: None };
+    let opening = Opening {
+        owner,
+        job,
+        target,
+        reproducibility: Default::default(),
+        counters: Default::default(),
+        began_at: None,
+        checkpoint: None,
+    };
     let metrics = Arc::new(Metrics::new()?);
     let session = Session::start((namespace, name), opening, Box::<InMemory>::default(), Clock::start(), metrics, told);
     // Who says hello is there; who is gone is not said.

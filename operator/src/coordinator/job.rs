@@ -5,7 +5,7 @@ use vicuna_crds::training as spec;
 use vicuna_crds::{Interval, VicunaTraining};
 use vicuna_protocol::job::{
     Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute,
-    RopeScaling, RunLength, Scaling, Schedule, TrainingJob,
+    Reproducibility, RopeScaling, RunLength, Scaling, Schedule, TrainingJob,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +89,7 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
             spec::Recompute::Always => Recompute::Always,
             spec::Recompute::Never => Recompute::Never,
         },
+        reproducibility: reproducibility(recipe),
         rope_scaling: recipe.rope_scaling.as_ref().map(|scaling| RopeScaling {
             kind: match scaling.kind {
                 spec::Scaling::Linear => Scaling::Linear,
@@ -98,6 +99,14 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
             factor: scaling.factor,
         }),
     })
+}
+
+/// Whether every bit is promised.
+pub fn reproducibility(recipe: &spec::Recipe) -> Reproducibility {
+    match recipe.reproducibility {
+        spec::Reproducibility::Exact => Reproducibility::Exact,
+        spec::Reproducibility::Fast => Reproducibility::Fast,
+    }
 }
 
 fn method(recipe: &spec::Recipe) -> Method {
@@ -142,6 +151,15 @@ mod tests {
         assert_eq!(job.checkpoint.to, "s3://bucket/run");
         let text = serde_json::to_string(&job).unwrap();
         assert_eq!(serde_json::from_str::<TrainingJob>(&text).unwrap(), job);
+    }
+
+    #[test]
+    fn that_bits_may_differ_is_passed_on_and_exactness_is_not_said() {
+        let mut training = crate::training::tests::training("t");
+        let said = |training: &VicunaTraining| serde_json::to_value(job(training).unwrap().recipe).unwrap();
+        assert_eq!(said(&training).get("reproducibility"), None, "digests of older recipes stay as they are");
+        training.spec.recipe.reproducibility = spec::Reproducibility::Fast;
+        assert_eq!(said(&training)["reproducibility"], "Fast");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 use tokio::sync::mpsc;
 use vicuna_crds::VicunaTraining;
+use vicuna_protocol::job::Reproducibility;
 
 /// Trainings coordinated at a time, at most.
 const MAX_SESSIONS: usize = 4096;
@@ -46,6 +47,7 @@ pub struct Opening {
     /// The job as JSON.
     pub job: String,
     pub target: Target,
+    pub reproducibility: Reproducibility,
     pub counters: Counters,
     /// Absent: just now.
     pub began_at: Option<Millis>,

@@ -127,13 +127,14 @@ impl Session {
             pods: Arc::new(pods),
             report: reports,
         };
-        let Opening { counters, began_at, checkpoint, .. } = opening;
+        let Opening { counters, began_at, checkpoint, reproducibility, .. } = opening;
         tokio::spawn(async move {
             let mut store = store;
             let Some(record) = read_until_known(&mut *store, &key).await else { return };
             let now = clock.now_ms();
             let membership =
                 Membership::new(now, Limits::default(), record, counters).after(began_at.unwrap_or(now), checkpoint);
+            let membership = membership.reproducing(reproducibility);
             let session = Self {
                 key,
                 job: opening.job,

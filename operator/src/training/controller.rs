@@ -210,6 +210,7 @@ impl Controller {
             owner: owner(training)?,
             job,
             target: target(training),
+            reproducibility: job::reproducibility(&training.spec.recipe),
             counters: counters(training.status.as_ref()),
             began_at: training.status.as_ref().and_then(|status| unix_ms(status.start_time.as_ref()?)),
             checkpoint: training.status.as_ref().and_then(checkpoint),

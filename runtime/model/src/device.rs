@@ -26,9 +26,14 @@ pub fn open(name: Option<&str>) -> Result<Device, ModelError> {
 pub fn open_exact(name: Option<&str>) -> Result<Device, ModelError> {
     let device = open(name)?;
     if device.is_cuda() {
-        crate::cuda::be_deterministic()?;
+        crate::cuda::be_deterministic(true)?;
     }
     Ok(device)
+}
+
+/// Gives up what [`open_exact`] promised, for speed.
+pub fn be_fast(device: Device) -> Result<(), ModelError> {
+    if device.is_cuda() { crate::cuda::be_deterministic(false) } else { Ok(()) }
 }
 
 /// Bytes of memory of the GPU that [`open`] opened: those that nobody uses, and all.

@@ -94,6 +94,8 @@ pub struct Recipe {
     pub precision: Precision,
     #[serde(default, skip_serializing_if = "Recompute::is_default")]
     pub recompute: Recompute,
+    #[serde(default, skip_serializing_if = "Reproducibility::is_default")]
+    pub reproducibility: Reproducibility,
     /// Absent: the base model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
@@ -133,6 +135,25 @@ pub enum Recompute {
 impl Recompute {
     fn is_default(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+/// Whether every bit of the result is promised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reproducibility {
+    #[default]
+    Exact,
+    /// Ranks of different numerics classes train together, with kernels whose results differ from run to run.
+    Fast,
+}
+
+impl Reproducibility {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    pub fn is_exact(self) -> bool {
+        self == Self::Exact
     }
 }
 

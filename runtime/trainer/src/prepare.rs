@@ -291,6 +291,10 @@ fn assemble(
     runtime: Handle,
 ) -> Result<Session, Trouble> {
     tch::set_num_threads(place.threads);
+    if !job.recipe.reproducibility.is_exact() {
+        let fast = vicuna_model::device::be_fast(place.device);
+        fast.map_err(|error| Trouble::new(Cause::Application, error.to_string()))?;
+    }
     let lora = adapters::lora(&job.recipe.method);
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
     let mut model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;

@@ -23,7 +23,7 @@ pub fn learning_rate(recipe: &Recipe, step: u64, steps: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vicuna_protocol::job::{Method, Precision, Recompute, RunLength};
+    use vicuna_protocol::job::{Method, Precision, Recompute, Reproducibility, RunLength};
 
     fn recipe(schedule: Schedule, warmup_ratio: f64) -> Recipe {
         Recipe {
@@ -43,6 +43,7 @@ mod tests {
             recompute: Recompute::Auto,
             packing: false,
             rope_scaling: None,
+            reproducibility: Reproducibility::default(),
         }
     }
 

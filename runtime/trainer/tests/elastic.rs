@@ -17,7 +17,9 @@ use vicuna_checkpoint::{Manifest, ManifestRef, Store, StoreError};
 use vicuna_model::lora::Adapter;
 use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::coordinator::{Holding, MemoryBase};
-use vicuna_protocol::job::{Base, Lora, Method, Precision, Recompute, RopeScaling, Scaling, TrainingJob};
+use vicuna_protocol::job::{
+    Base, Lora, Method, Precision, Recompute, Reproducibility, RopeScaling, Scaling, TrainingJob,
+};
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
@@ -573,6 +575,31 @@ fn keeping_layers_instead_of_running_them_again_changes_no_bit() {
             assert_eq!(digest(Recompute::Never, ranks), expected, "{method:?}, {ranks} ranks");
         }
     }
+}
+
+#[test]
+fn where_bits_may_differ_a_training_survives_what_befalls_it_and_is_another_recipe() {
+    let fixture = Fixture::new();
+    let job = |bucket: &str| {
+        let mut job = fixture.job(bucket);
+        job.recipe.reproducibility = Reproducibility::Fast;
+        job
+    };
+    let session = fixture.session(job("bucket"));
+    let mut memories = continued(&session, 1, &Start::Model, vec![None, None, None], End::Left(2)).memories;
+    memories.truncate(2);
+    let start = from_memory(&session, &memories);
+    let (step, manifest) = continued(&session, 2, &start, memories, End::Saved(4)).stopped();
+    assert_eq!(step, 4);
+    // Elsewhere it may be taken for exact only by another recipe's name.
+    let go = Control::default();
+    go.go.cancel();
+    let exact = fixture.session(fixture.job("bucket"));
+    let refused = attempt(&exact, manifest.clone(), go, Arc::new(Watch::default())).unwrap_err();
+    assert!(refused.to_string().contains("another recipe"), "{refused}");
+    let last = generation(&session, 2, Some(manifest), None);
+    assert_whole(&fixture.runtime.block_on(session.log()).unwrap());
+    assert!(last.result().loss.is_finite());
 }
 
 #[test]

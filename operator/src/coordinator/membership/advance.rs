@@ -166,7 +166,7 @@ impl Membership {
             .ranks
             .iter()
             .filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod))
-            .filter(|(_, rank)| rank.numerics_class == class)
+            .filter(|(_, rank)| !self.reproducibility.is_exact() || rank.numerics_class == class)
             .map(|(pod, rank)| {
                 let place = former.get(pod.as_str()).copied().unwrap_or(usize::MAX);
                 (self.departure(pod).is_some(), place, rank.order, pod)
@@ -219,7 +219,8 @@ impl Membership {
             finish: None,
         };
         let newcomers = memory.is_none() || members.iter().any(|pod| !self.is_proven(pod));
-        let canary = purpose == Purpose::Train && newcomers && record.members.len() > 1;
+        let alike = self.reproducibility.is_exact() && newcomers && record.members.len() > 1;
+        let canary = purpose == Purpose::Train && alike;
         self.effects.push(Effect::WriteRecord(record.clone()));
         let between_interruptions_ms = self.between_interruptions_ms(now);
         let formation = Formation { record, memory, canary, purpose, leavers, between_interruptions_ms };

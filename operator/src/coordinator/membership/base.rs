@@ -59,8 +59,11 @@ impl Membership {
         leaving.map(|(pod, _)| pod.clone()).collect()
     }
 
-    /// The class of the record or, before there is one, of the rank that was fit first.
+    /// The class of the record or, before there is one, of the rank that was fit first; empty where any will do.
     pub(super) fn numerics_class(&self) -> &str {
+        if !self.reproducibility.is_exact() {
+            return "";
+        }
         let recorded = self.record.as_ref().map(|record| &record.numerics_class).filter(|class| !class.is_empty());
         let first = || {
             let fit = self.ranks.iter().filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod));

@@ -32,6 +32,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator as wire;
 use vicuna_protocol::coordinator::coordinator_message::Body;
 use vicuna_protocol::coordinator::form::Purpose;
+use vicuna_protocol::job::Reproducibility;
 
 /// Unix time in ms, from a clock that never goes back.
 pub type Millis = u64;
@@ -228,6 +229,7 @@ struct Stages {
 pub struct Membership {
     limits: Limits,
     target: Option<Target>,
+    reproducibility: Reproducibility,
     record: Option<Record>,
     state: State,
     ranks: BTreeMap<PodUid, Rank>,
@@ -278,6 +280,7 @@ impl Membership {
         let mut membership = Self {
             limits,
             target: None,
+            reproducibility: Reproducibility::Exact,
             state: State::held(now),
             ranks: BTreeMap::new(),
             pods: None,
@@ -314,6 +317,11 @@ impl Membership {
     /// What is known of the time before we led: when the training began, and its last checkpoint.
     pub fn after(self, began_at: Millis, checkpoint: Option<CheckpointReport>) -> Self {
         Self { began_at, checkpoint, ..self }
+    }
+
+    /// Whether ranks that compute other bits are kept out.
+    pub fn reproducing(self, reproducibility: Reproducibility) -> Self {
+        Self { reproducibility, ..self }
     }
 
     /// Mean time between interruptions so far; the next one is reckoned with now.

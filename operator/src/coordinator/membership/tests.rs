@@ -673,6 +673,21 @@ fn a_rank_of_another_numerics_class_is_kept_out_by_name() {
 }
 
 #[test]
+fn where_bits_may_differ_ranks_of_any_class_train_together_and_prove_nothing() {
+    let mut fixture = Fixture::new(1, 2);
+    fixture.membership = fixture.membership.clone().reproducing(Reproducibility::Fast);
+    for (pod, class) in [("a", "avx2"), ("b", "avx512")] {
+        fixture.pods.insert(pod.to_owned(), PodFact::default());
+        let hello = wire::Hello { pod_uid: pod.into(), numerics_class: class.into(), ..Default::default() };
+        fixture.sync().apply(Event::Joined(hello)).prepare(pod, vec![]);
+    }
+    fixture.after(2_000);
+    let Formation { record, canary, .. } = fixture.formation();
+    assert!(record.members.len() == 2 && !canary && record.numerics_class.is_empty());
+    assert!(fixture.membership.report(fixture.now).ranks.values().all(|rank| rank.blocked.is_none()));
+}
+
+#[test]
 fn a_rank_that_computes_other_bits_is_kept_out() {
     let mut fixture = Fixture::new(1, 3);
     fixture.join("a", 0).join("b", 0).join("c", 0);

@@ -32,6 +32,7 @@ fn start(store: &SharedStore) -> (SessionHandle, mpsc::Receiver<Told>) {
         },
         job: "{}".into(),
         target: Target { min: 1, max: 1, suspend: false },
+        reproducibility: Default::default(),
         counters: Default::default(),
         began_at: None,
         checkpoint: None,

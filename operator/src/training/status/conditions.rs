@@ -6,7 +6,7 @@ use crate::coordinator::report::MemoryNeed;
 use crate::training::observe::Observed;
 use crate::training::plan::Plan;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use vicuna_crds::training::{TrainingState, VicunaTrainingStatus, condition};
+use vicuna_crds::training::{Reproducibility, TrainingState, VicunaTrainingStatus, condition};
 use vicuna_protocol::gigabytes;
 
 /// A condition before it has its time.
@@ -60,10 +60,23 @@ fn dated(verdict: Verdict, before: &VicunaTrainingStatus, generation: Option<i64
 fn admitted(observed: &Observed) -> Verdict {
     match crate::coordinator::job::job(&observed.training) {
         Ok(_) => match too_few(observed) {
-            None => verdict(condition::ADMITTED, true, "Valid", "The spec can be run."),
+            None => admitted_as(observed.training.spec.recipe.reproducibility),
             Some(message) => verdict(condition::ADMITTED, false, "DoesNotFit", message),
         },
         Err(error) => verdict(condition::ADMITTED, false, "InvalidSpec", error.to_string()),
+    }
+}
+
+/// What is promised, where it is not every bit.
+fn admitted_as(reproducibility: Reproducibility) -> Verdict {
+    match reproducibility {
+        Reproducibility::Exact => verdict(condition::ADMITTED, true, "Valid", "The spec can be run."),
+        Reproducibility::Fast => verdict(
+            condition::ADMITTED,
+            true,
+            "ValidButNotExact",
+            "The spec can be run. recipe.reproducibility is Fast: another run, or this one with other nodes, gives weights that differ in their last bits.",
+        ),
     }
 }
 

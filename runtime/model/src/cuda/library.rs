@@ -35,7 +35,7 @@ pub struct Library {
     pub graph_end: unsafe extern "C" fn(*mut Graph) -> Failure,
     pub graph_replay: unsafe extern "C" fn(*mut Graph) -> Failure,
     pub graph_free: unsafe extern "C" fn(*mut Graph),
-    pub deterministic: unsafe extern "C" fn() -> Failure,
+    pub deterministic: unsafe extern "C" fn(bool) -> Failure,
     pub device_memory: unsafe extern "C" fn(*mut usize, *mut usize) -> Failure,
 }
 

@@ -7,11 +7,11 @@ use crate::ModelError;
 use library::{Graph as RawGraph, Library};
 use std::ptr;
 
-/// Has torch choose kernels that give the same bits each time. Before the first CUDA computation.
-pub fn be_deterministic() -> Result<(), ModelError> {
+/// Has torch choose kernels that give the same bits each time, or any. The first before the first CUDA computation.
+pub fn be_deterministic(exact: bool) -> Result<(), ModelError> {
     let library = Library::open()?;
-    // SAFETY: takes no arguments.
-    library::check(unsafe { (library.deterministic)() })
+    // SAFETY: takes a number by value.
+    library::check(unsafe { (library.deterministic)(exact) })
 }
 
 /// Bytes of the current device: those that nobody uses, and all.

@@ -15,8 +15,8 @@ use vicuna_checkpoint::StoreError;
 use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::gigabytes;
 use vicuna_protocol::job::{
-    Base, Checkpointing, DatasetSource, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute, RunLength,
-    Schedule, TrainingJob,
+    Base, Checkpointing, DatasetSource, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute,
+    Reproducibility, RunLength, Schedule, TrainingJob,
 };
 use vicuna_trainer::adapters;
 use vicuna_trainer::blocks::BlockTable;
@@ -203,6 +203,7 @@ fn job(options: &Options, folder: &Path) -> Result<TrainingJob> {
             recompute: if options.memory[0] == Spent::Keep { Recompute::Never } else { Recompute::Always },
             packing: false,
             rope_scaling: None,
+            reproducibility: Reproducibility::default(),
         },
         checkpoint: Checkpointing { to: url(&folder.join("bucket"))?, interval_seconds: Some(1), keep: 1 },
     })

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use vicuna_data::read;
 use vicuna_model::{Config, load_config};
 use vicuna_protocol::gigabytes;
-use vicuna_protocol::job::{Base, Lora, Method, Precision, Recipe, Recompute, RunLength, Schedule};
+use vicuna_protocol::job::{Base, Lora, Method, Precision, Recipe, Recompute, Reproducibility, RunLength, Schedule};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
@@ -255,6 +255,7 @@ fn recipe(arguments: &Arguments) -> Recipe {
         evaluate_every: None,
         packing: false,
         rope_scaling: None,
+        reproducibility: Reproducibility::default(),
     }
 }
 

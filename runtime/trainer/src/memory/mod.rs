@@ -276,7 +276,7 @@ impl fmt::Display for Need {
 mod tests {
     use super::*;
     use vicuna_model::tiny;
-    use vicuna_protocol::job::{Lora, RunLength, Schedule};
+    use vicuna_protocol::job::{Lora, Reproducibility, RunLength, Schedule};
 
     fn recipe(method: Method, precision: Precision) -> Recipe {
         Recipe {
@@ -296,6 +296,7 @@ mod tests {
             recompute: Recompute::Auto,
             packing: false,
             rope_scaling: None,
+            reproducibility: Reproducibility::default(),
         }
     }
 

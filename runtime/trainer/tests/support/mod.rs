@@ -5,8 +5,8 @@ use std::sync::Arc;
 use tch::Device;
 use vicuna_data::{Conversation, identity};
 use vicuna_protocol::job::{
-    Checkpointing, DatasetSource, Method, ModelSource, Precision, Prepare, Recipe, Recompute, RunLength, Schedule,
-    TrainingJob,
+    Checkpointing, DatasetSource, Method, ModelSource, Precision, Prepare, Recipe, Recompute, Reproducibility,
+    RunLength, Schedule, TrainingJob,
 };
 use vicuna_trainer::prepare::{Place, Session, prepare};
 
@@ -85,6 +85,7 @@ impl Fixture {
                 recompute: Recompute::default(),
                 packing: false,
                 rope_scaling: None,
+                reproducibility: Reproducibility::default(),
             },
             checkpoint: Checkpointing { to: url(&self.path(bucket)), interval_seconds: Some(DAY), keep: 3 },
         }
