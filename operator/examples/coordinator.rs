@@ -96,7 +96,7 @@ async fn main() -> Result<()> {
     std::fs::write(&options.ca, certificate.cert.pem())?;
     let identity = Identity::from_pem(certificate.cert.pem(), certificate.signing_key.serialize_pem());
     let (told, mut happenings) = mpsc::channel(1024);
-    let session = open(job, Target { min: options.min, max: options.max, suspend: false }, told)?;
+    let session = open(job, Target { min: options.min, max: options.max, suspend: false, any_class: false }, told)?;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     println!("{}", json!({ "port": listener.local_addr()?.port() }));
     tokio::spawn(async move {

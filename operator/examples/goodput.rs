@@ -206,7 +206,12 @@ impl<'a> Elastic<'a> {
             outcome: Outcome::default(),
         };
         run.feed(Event::Pods(BTreeMap::new()));
-        run.feed(Event::Target(Target { min: options.min, max: MICRO_BATCHES as usize, suspend: false }));
+        run.feed(Event::Target(Target {
+            min: options.min,
+            max: MICRO_BATCHES as usize,
+            suspend: false,
+            any_class: false,
+        }));
         let end = changes.last().map_or(0, |change| change.at) + start;
         for change in changes {
             let (at, node) = (change.at + start, change.node.clone());

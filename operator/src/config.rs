@@ -16,6 +16,8 @@ pub const SERVING_LABEL: &str = "vicuna.dev/serving";
 pub const POOL_LABEL: &str = "vicuna.dev/pool";
 /// On a training's pod that is to take over from another one: the other's UID.
 pub const REPLACES_ANNOTATION: &str = "vicuna.dev/replaces";
+/// On a training, an image that it is bound to and that cannot be pulled any more: it takes the operator's instead.
+pub const GIVE_UP_IMAGE_ANNOTATION: &str = "vicuna.dev/give-up-image";
 /// On the pod of the leader, for the coordinator's Service to select.
 pub const LEADER_LABEL: &str = "vicuna.dev/leader";
 

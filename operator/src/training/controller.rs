@@ -7,7 +7,7 @@ use super::observe::{self, Observed};
 use super::plan::{self, Plan};
 use super::status::{self, Write};
 use super::time::{millis, unix_ms};
-use crate::config::MANAGER;
+use crate::config::{GIVE_UP_IMAGE_ANNOTATION, MANAGER};
 use crate::context::Context;
 use crate::coordinator::job::{self, JobError};
 use crate::coordinator::membership::{Millis, Target};
@@ -305,6 +305,14 @@ impl Controller {
             return;
         }
         let events = &self.context.events;
+        let pinned = observed.training.status.as_ref().and_then(|status| status.image.as_ref());
+        if let Some(image) = pinned.filter(|image| status.image.as_ref() != Some(image)) {
+            let other = &self.context.config.runtime_image;
+            let note = format!(
+                "The image {image} is given up, as {GIVE_UP_IMAGE_ANNOTATION} asks: pods are made with {other} from now on. Their ranks join if they compute the same bits."
+            );
+            events.warning(&about, "ImageGivenUp", "Reconcile", note);
+        }
         if let Some(obstacle) = status::obstacle(observed, applied) {
             events.warning(&about, obstacle.reason, "Reconcile", obstacle.message);
         }
@@ -407,6 +415,7 @@ fn target(training: &VicunaTraining) -> Target {
         min: training.spec.workers.min as usize,
         max: training.spec.workers.max as usize,
         suspend: training.spec.suspend,
+        any_class: super::build::pod::given_up_image(training).is_some(),
     }
 }
 

@@ -54,7 +54,7 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
         disruptions: report
             .map(|report| disruptions(report, before.disruptions.as_ref()))
             .or(before.disruptions.clone()),
-        image: before.image.or_else(|| report.and_then(|report| image(observed, report))),
+        image: image(observed, report),
         memory: report
             .map(|report| memory(observed, report))
             .filter(|known| !known.is_empty())
@@ -73,11 +73,16 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
     }
 }
 
-/// Of the pods that made the first step.
-fn image(observed: &Observed, report: &Report) -> Option<String> {
-    report.progress.as_ref()?;
+/// That of the pods that made the first step, until it is given up; then of those that make the next one with another.
+fn image(observed: &Observed, report: Option<&Report>) -> Option<String> {
+    let training = &observed.training;
+    if let Some(pinned) = build::pod::pinned_image(training) {
+        return Some(pinned.to_owned());
+    }
+    let report = report.filter(|report| report.progress.is_some())?;
     let is_member = |pod: &&PodView| report.members.iter().any(|member| member.pod_uid == pod.uid);
-    observed.pods.iter().find(is_member)?.image.clone()
+    let images = observed.pods.iter().filter(is_member).filter_map(|pod| pod.image.as_deref());
+    images.into_iter().find(|image| build::pod::given_up_image(training) != Some(image)).map(str::to_owned)
 }
 
 fn memory(observed: &Observed, report: &Report) -> Vec<MemoryEstimate> {

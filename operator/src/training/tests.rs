@@ -642,6 +642,41 @@ fn a_training_keeps_the_image_that_made_its_first_step() {
 }
 
 #[test]
+fn an_image_that_is_given_up_by_its_name_makes_way_for_the_operator_s() {
+    let mut seen = steady(&["spot"]);
+    seen.pods[0].image = Some("runtime:1".to_owned());
+    let status = told(&seen);
+    let mut config = crate::config::tests::sample();
+    config.runtime_image = "runtime:2".to_owned();
+    let mut training = (*seen.training).clone();
+    training.status = Some(status);
+    let give_up = |training: &mut VicunaTraining, image: &str| {
+        let annotation = crate::config::GIVE_UP_IMAGE_ANNOTATION.to_owned();
+        training.metadata.annotations.get_or_insert_default().insert(annotation, image.to_owned());
+        super::build::pod::image(training, &config).to_owned()
+    };
+    assert_eq!(give_up(&mut training, "runtime:0"), "runtime:1", "another one was meant");
+    assert_eq!(give_up(&mut training, "runtime:1"), "runtime:2");
+    seen.training = training.into();
+    assert_eq!(told(&seen).image, None, "who trains with it still does not bring it back");
+    seen.pods[0].image = Some("runtime:2".to_owned());
+    assert_eq!(told(&seen).image.as_deref(), Some("runtime:2"));
+}
+
+#[test]
+fn that_weights_are_not_exact_is_said_in_a_condition() {
+    let mut seen = steady(&["spot"]);
+    assert_eq!(reason(&told(&seen), "Admitted").1, "Valid");
+    let mut training = (*seen.training).clone();
+    training.spec.recipe.reproducibility = vicuna_crds::training::Reproducibility::Fast;
+    seen.training = training.into();
+    let status = told(&seen);
+    let (holds, why, said) = reason(&status, "Admitted");
+    assert_eq!((holds, why), ("True", "ValidButNotExact"));
+    assert!(said.contains("reproducibility is Fast"), "{said}");
+}
+
+#[test]
 fn a_checkpoint_that_waits_behind_the_training_is_a_condition() {
     let message = "the store of s3://b cannot be reached (x): check";
     let held_up = Some(Blockage { cause: Cause::Store, message: message.into() });

@@ -459,9 +459,13 @@ impl<'a> Generation<'a> {
         let (publisher, observer, part) = (self.publisher.clone(), self.observer.clone(), self.part());
         let runtime = self.session.runtime.clone();
         let cancel = self.control.abort.child_token();
-        let given_up = cancel.clone();
+        let (given_up, parting) = (cancel.clone(), self.control.parting.clone());
         let thread = std::thread::spawn(move || {
-            let trouble = |error: &StoreError| observer.held_up(error);
+            // Once the last step is made it is the generation that waits.
+            let trouble = |error: &StoreError| match parting.is_cancelled() {
+                true => observer.blocked(error),
+                false => observer.held_up(error),
+            };
             part.map_or(Ok(()), |part| part.write(&runtime, &given_up, &trouble))?;
             let published = publisher.publish(snapshot, &given_up, &trouble)?;
             observer.checkpointed(&published);

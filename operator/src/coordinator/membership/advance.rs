@@ -166,7 +166,7 @@ impl Membership {
             .ranks
             .iter()
             .filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod) && !self.leaves_in_a_hurry(pod))
-            .filter(|(_, rank)| !self.reproducibility.is_exact() || rank.numerics_class == class)
+            .filter(|(_, rank)| self.takes_any_class() || rank.numerics_class == class)
             .map(|(pod, rank)| {
                 let place = former.get(pod.as_str()).copied().unwrap_or(usize::MAX);
                 (self.departure(pod).is_some(), place, rank.order, pod)

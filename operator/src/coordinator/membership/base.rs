@@ -61,7 +61,7 @@ impl Membership {
 
     /// The class of the record or, before there is one, of the rank that was fit first; empty where any will do.
     pub(super) fn numerics_class(&self) -> &str {
-        if !self.reproducibility.is_exact() {
+        if self.takes_any_class() {
             return "";
         }
         let recorded = self.record.as_ref().map(|record| &record.numerics_class).filter(|class| !class.is_empty());
@@ -70,6 +70,10 @@ impl Membership {
             fit.min_by_key(|(_, rank)| rank.order).map(|(_, rank)| &rank.numerics_class)
         };
         recorded.or_else(first).map_or("", String::as_str)
+    }
+
+    pub(super) fn takes_any_class(&self) -> bool {
+        !self.reproducibility.is_exact() || self.target.is_some_and(|target| target.any_class)
     }
 
     /// What is in a rank's way, as far as we know; `class` is the training's.

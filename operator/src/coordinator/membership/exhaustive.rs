@@ -198,7 +198,7 @@ impl World {
     }
 
     fn retarget(&mut self) {
-        self.feed(Event::Target(Target { min: self.min, max: self.max, suspend: false }));
+        self.feed(Event::Target(Target { min: self.min, max: self.max, suspend: false, any_class: false }));
     }
 
     /// Without faults, the first thing that can happen, again and again.

@@ -241,7 +241,8 @@ impl Membership {
         let new = !self.ranks.values().any(|rank| rank.held_up.is_some());
         let Some(rank) = self.ranks.get_mut(pod) else { return };
         if !behind {
-            rank.blocked = blockage;
+            // The training does not go on any more.
+            (rank.blocked, rank.held_up) = (blockage, None);
             return;
         }
         rank.held_up = blockage;

@@ -102,6 +102,8 @@ pub struct Target {
     pub min: usize,
     pub max: usize,
     pub suspend: bool,
+    /// Ranks of any numerics class may join, if they show that they compute the same bits.
+    pub any_class: bool,
 }
 
 /// Why and by when a pod goes.

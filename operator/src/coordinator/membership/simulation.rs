@@ -128,7 +128,7 @@ impl World {
     }
 
     fn retarget(&mut self) {
-        self.feed(Event::Target(Target { min: MIN, max: MAX, suspend: false }));
+        self.feed(Event::Target(Target { min: MIN, max: MAX, suspend: false, any_class: false }));
     }
 
     fn chance(&mut self, percent: u32) -> bool {

@@ -25,7 +25,7 @@ impl Fixture {
             pods: BTreeMap::new(),
             effects: Vec::new(),
         };
-        fixture.apply(Event::Target(Target { min, max, suspend: false }));
+        fixture.apply(Event::Target(Target { min, max, suspend: false, any_class: false }));
         fixture
     }
 
@@ -418,7 +418,7 @@ fn a_lost_swap_reads_the_record_again_and_issues_a_higher_generation() {
 #[test]
 fn suspension_checkpoints_then_sends_everyone_home_and_resume_goes_on() {
     let mut fixture = Fixture::training(1, 2);
-    fixture.apply(Event::Target(Target { min: 1, max: 2, suspend: true }));
+    fixture.apply(Event::Target(Target { min: 1, max: 2, suspend: true, any_class: false }));
     assert_eq!(stops(&fixture.take()).len(), 2);
     fixture.stopped("a", 4, vec![manifest(1, 4)]).stopped("b", 4, vec![]);
     assert_eq!(fixture.phase(), Phase::Stopped);
@@ -427,7 +427,7 @@ fn suspension_checkpoints_then_sends_everyone_home_and_resume_goes_on() {
     for pod in ["a", "b"] {
         fixture.apply(Event::Disconnected(pod.into())).lose(pod);
     }
-    fixture.apply(Event::Target(Target { min: 1, max: 2, suspend: false }));
+    fixture.apply(Event::Target(Target { min: 1, max: 2, suspend: false, any_class: false }));
     fixture.join("c", 0).prepare("c", vec![]).after(2_000);
     assert_eq!(record_of(&fixture.take()).base_step, 4);
 }
@@ -785,7 +785,7 @@ fn what_only_leavers_hold_is_written_down_when_too_few_are_left() {
 #[test]
 fn a_suspension_that_comes_between_generations_writes_down_what_is_held() {
     let mut fixture = alone_below_min();
-    fixture.apply(Event::Target(Target { min: 2, max: 2, suspend: true }));
+    fixture.apply(Event::Target(Target { min: 2, max: 2, suspend: true, any_class: false }));
     saves(&mut fixture, 0);
     assert_eq!(fixture.phase(), Phase::Stopped);
 }
@@ -899,7 +899,7 @@ fn a_planned_stop_ends_in_time_to_hand_over_and_never_after_the_notice() {
 #[test]
 fn a_stop_without_a_deadline_does_not_wait_long_for_a_rank_that_hangs() {
     let mut fixture = Fixture::training(1, 2);
-    fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true }));
+    fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true, any_class: false }));
     let stall_ms = fixture.membership.limits.stall_ms;
     fixture.after(stall_ms - 1);
     assert!(matches!(fixture.membership.state, State::Collecting { planned: true, saves: true, .. }));
@@ -907,7 +907,7 @@ fn a_stop_without_a_deadline_does_not_wait_long_for_a_rank_that_hangs() {
     assert!(matches!(fixture.membership.state, State::Collecting { planned: false, .. }));
     // Once the last step is made, writing it down may take its time.
     let mut fixture = Fixture::training(1, 2);
-    fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true }));
+    fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true, any_class: false }));
     let last = wire::Progress { generation: 1, step: 8, last_of_generation: true, ..Default::default() };
     fixture.say("a", Said::Progress(last)).after(1_700_000);
     assert!(matches!(fixture.membership.state, State::Collecting { planned: true, .. }));

@@ -31,7 +31,7 @@ fn start(store: &SharedStore) -> (SessionHandle, mpsc::Receiver<Told>) {
             reference: OwnerReference::default(),
         },
         job: "{}".into(),
-        target: Target { min: 1, max: 1, suspend: false },
+        target: Target { min: 1, max: 1, suspend: false, any_class: false },
         reproducibility: Default::default(),
         counters: Default::default(),
         began_at: None,

@@ -2,7 +2,7 @@
 //! kubelet reads.
 
 use super::{labels, owner, service_account};
-use crate::config::{Config, METRICS_PORT, POOL_LABEL, REPLACES_ANNOTATION, TRAINING_LABEL};
+use crate::config::{Config, GIVE_UP_IMAGE_ANNOTATION, METRICS_PORT, POOL_LABEL, REPLACES_ANNOTATION, TRAINING_LABEL};
 use crate::cpu;
 use crate::spot::notices::NOTICE_ANNOTATION;
 use k8s_openapi::api::core::v1::Pod;
@@ -148,8 +148,18 @@ fn elsewhere(nodes: &BTreeSet<String>) -> Vec<Value> {
 
 /// Once a step is made it stays what it was, whatever the operator was upgraded to: exact weights need one program.
 pub fn image<'a>(training: &'a VicunaTraining, config: &'a Config) -> &'a str {
+    pinned_image(training).unwrap_or(&config.runtime_image)
+}
+
+/// The image that the training is bound to, unless just that was given up.
+pub fn pinned_image(training: &VicunaTraining) -> Option<&str> {
     let pinned = training.status.as_ref().and_then(|status| status.image.as_deref());
-    pinned.unwrap_or(&config.runtime_image)
+    pinned.filter(|image| given_up_image(training) != Some(image))
+}
+
+/// The image that somebody has given up.
+pub fn given_up_image(training: &VicunaTraining) -> Option<&str> {
+    training.annotations().get(GIVE_UP_IMAGE_ANNOTATION).map(String::as_str)
 }
 
 fn container(training: &VicunaTraining, config: &Config, pool: &Pool) -> Value {

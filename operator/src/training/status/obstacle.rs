@@ -1,5 +1,6 @@
 //! What is in the way, said so that somebody can remove it.
 
+use crate::config::GIVE_UP_IMAGE_ANNOTATION;
 use crate::coordinator::report::Blockage;
 use crate::training::apply::{Applied, ApplyError};
 use crate::training::observe::{Observed, PodView, Trouble};
@@ -85,7 +86,7 @@ fn troubled_pod(observed: &Observed) -> Option<Obstacle> {
         Trouble::ImagePull { image, message } => (
             "ImagePullFailed",
             format!(
-                "The image {image} of pod {name} cannot be pulled: {message} Check the operator's runtime image and the node's access to its registry."
+                "The image {image} of pod {name} cannot be pulled: {message} Check the operator's runtime image and the node's access to its registry. If it is gone for good and the training is bound to it, annotate the training with {GIVE_UP_IMAGE_ANNOTATION}={image}."
             ),
         ),
         Trouble::Configuration { message } => ("PodMisconfigured", configuration(observed, name, message)),
