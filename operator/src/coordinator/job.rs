@@ -4,8 +4,8 @@ use kube::{Resource, ResourceExt};
 use vicuna_crds::training as spec;
 use vicuna_crds::{Interval, VicunaTraining};
 use vicuna_protocol::job::{
-    Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute,
-    RopeScaling, RunLength, Scaling, Schedule, TrainingJob,
+    Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Parameters, Precision, Prepare, Recipe,
+    Recompute, RopeScaling, RunLength, Scaling, Schedule, TrainingJob,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +88,11 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
             spec::Recompute::Auto => Recompute::Auto,
             spec::Recompute::Always => Recompute::Always,
             spec::Recompute::Never => Recompute::Never,
+        },
+        parameters: match recipe.memory.parameters {
+            spec::Parameters::Auto => Parameters::Auto,
+            spec::Parameters::Replicated => Parameters::Replicated,
+            spec::Parameters::Sharded => Parameters::Sharded,
         },
         rope_scaling: recipe.rope_scaling.as_ref().map(|scaling| RopeScaling {
             kind: match scaling.kind {

@@ -94,6 +94,8 @@ pub struct Recipe {
     pub precision: Precision,
     #[serde(default, skip_serializing_if = "Recompute::is_default")]
     pub recompute: Recompute,
+    #[serde(default, skip_serializing_if = "Parameters::is_default")]
+    pub parameters: Parameters,
     /// Absent: the base model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
@@ -131,6 +133,24 @@ pub enum Recompute {
 }
 
 impl Recompute {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Where the weights are that passes compute with. It does not change a bit of the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Parameters {
+    /// Replicated where every rank has the memory for it, else sharded.
+    #[default]
+    Auto,
+    /// All that is trained is on every rank.
+    Replicated,
+    /// A rank has its blocks alone, and gathers each layer from the others when a pass comes to it.
+    Sharded,
+}
+
+impl Parameters {
     fn is_default(&self) -> bool {
         *self == Self::default()
     }

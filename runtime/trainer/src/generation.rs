@@ -12,10 +12,12 @@ use crate::interval;
 use crate::layout::{Holders, Layout};
 use crate::log::Log;
 use crate::log::scribe::{Part, Scribe};
+use crate::memory::agreement::{self, Agreement};
 use crate::prepare::{Session, Trouble};
 use crate::result;
-use crate::state::{BlockState, Weights};
+use crate::state::BlockState;
 use crate::step::commit::{Commit, Wishes};
+use crate::step::weights::Held;
 use crate::step::{Committed, Engine, Peers, StepError, StepReport, unread_limit_bytes};
 use crate::transfer;
 use std::sync::Arc;
@@ -246,13 +248,14 @@ impl<'a> Generation<'a> {
         let mesh = Arc::new(Mesh::connect(network, membership, limit, CONNECT_PATIENCE, &control.abort)?);
         let peers = Peers { collective: &*mesh, abort: &control.abort };
         inputs::agree(session, start, peers)?;
-        let engine = stand_at_start(session, assignment, peers, observer, memory)?;
+        let agreement = agreement::agree(session, start.step(), peers)?;
+        let engine = stand_at_start(session, assignment, agreement, peers, observer, memory)?;
         let names = membership.members.iter().map(|member| member.name.clone()).collect();
         engine.log.enter(membership.generation, names);
-        engine.room = session.room(world as u32);
-        let digest = state_digest(session, engine, assignment, &control.abort)?;
+        engine.room = agreement.room;
+        let digest = state_digest(session, engine, assignment, peers)?;
         let (generation, rank) = (membership.generation, membership.rank);
-        tracing::info!(generation, rank, world, step = engine.step, digest, "ready");
+        tracing::info!(generation, rank, world, step = engine.step, sharded = agreement.sharded, digest, "ready");
         observer.ready(&digest);
         Ok(Self {
             scribe: (rank == start.scribe()).then(|| Arc::new(session.scribe(start.step_in_store()))),
@@ -496,14 +499,16 @@ impl<'a> Generation<'a> {
     fn complete(&mut self) -> Result<Outcome, GenerationError> {
         self.write_log()?;
         let manifest = self.save()?;
-        let result = if self.mesh.rank() == 0 { Some(self.write_result()?) } else { None };
+        let result = self.write_result()?;
         Ok(Outcome::Complete { step: self.engine.step, manifest, result })
     }
 
-    fn write_result(&self) -> Result<Finished, GenerationError> {
-        let observer = self.observer;
-        let written = result::write(self.session, self.engine, &self.control.abort, &|error| observer.blocked(error))?;
-        Ok(Finished { uri: written.uri, digest: written.digest, loss: self.loss })
+    /// On rank 0, with what the others have of the weights.
+    fn write_result(&self) -> Result<Option<Finished>, GenerationError> {
+        let (observer, abort) = (self.observer, &self.control.abort);
+        let Some(weights) = self.engine.whole(Peers { collective: &*self.mesh, abort })? else { return Ok(None) };
+        let written = result::write(self.session, &weights, abort, &|error| observer.blocked(error))?;
+        Ok(Some(Finished { uri: written.uri, digest: written.digest, loss: self.loss }))
     }
 }
 
@@ -519,16 +524,20 @@ fn abandon<T>(upload: Option<Upload<T>>) {
 fn stand_at_start<'a>(
     session: &Session,
     assignment: &Assignment,
+    Agreement { sharded, .. }: Agreement,
     peers: Peers<'_>,
     observer: &Arc<dyn Observer>,
     memory: &'a mut Option<Engine>,
 ) -> Result<&'a mut Engine, GenerationError> {
     let rank = assignment.membership.rank;
     let world = assignment.nodes.len();
+    if !matches!(assignment.start, Start::Model) {
+        session.forget_base();
+    }
     let (engine, holders, lacking) = match &assignment.start {
         Start::Model => {
             let layout = Layout::fresh(&session.table, &assignment.nodes);
-            let engine = memory.insert(from_model(session, layout, rank)?);
+            let engine = memory.insert(from_model(session, layout, rank, sharded)?);
             (engine, Holders::new(), vec![false; world])
         }
         Start::Manifest(base) => {
@@ -538,6 +547,7 @@ fn stand_at_start<'a>(
             let layout = Layout::fresh(&session.table, &assignment.nodes);
             let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
             let engine = memory.insert(from_manifest(session, base, layout, rank, peers.abort, observer)?);
+            engine.hold(sharded);
             engine.log = log;
             (engine, holders, vec![true; world])
         }
@@ -545,7 +555,9 @@ fn stand_at_start<'a>(
             let holders = transfer::holders(&base.holdings, *step, session.table.blocks.len());
             let layout = Layout::new(&holders, &assignment.nodes);
             let lacking = base.holdings.iter().map(|holding| !holding.weights || holding.step != *step).collect();
-            (from_memory(session, *step, base, layout, memory)?, holders, lacking)
+            let engine = from_memory(session, *step, base, layout, memory);
+            engine.hold(sharded);
+            (engine, holders, lacking)
         }
     };
     transfer::spread(engine, &holders, peers)?;
@@ -553,13 +565,16 @@ fn stand_at_start<'a>(
     Ok(engine)
 }
 
-fn from_model(session: &Session, layout: Layout, rank: usize) -> Result<Engine, GenerationError> {
+fn from_model(session: &Session, layout: Layout, rank: usize, sharded: bool) -> Result<Engine, GenerationError> {
     let masters = session.first_weights()?;
     let state = |block: usize| Ok((block, BlockState::new(masters.read(&session.table.blocks[block])?)));
     let blocks = layout.kept(rank).map(state).collect::<Result<_, GenerationError>>()?;
-    let mut engine = engine(session, masters.to(session.kind(), session.device), layout);
+    let held = match sharded {
+        true => Held::Own,
+        false => Held::All { weights: masters.to(session.kind(), session.device), step: Some(0) },
+    };
+    let mut engine = engine(session, held, layout);
     engine.blocks = blocks;
-    engine.weights_step = Some(0);
     Ok(engine)
 }
 
@@ -583,7 +598,7 @@ fn from_manifest(
         other => other.into(),
     })?;
     inputs::check_manifest(session, base, &loaded.manifest)?;
-    let mut engine = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout);
+    let mut engine = engine(session, Held::Own, layout);
     engine.blocks = loaded.blocks;
     engine.step = loaded.manifest.step;
     engine.updates = loaded.manifest.updates;
@@ -598,7 +613,7 @@ fn from_memory<'a>(
     base: &MemoryBase,
     layout: Layout,
     memory: &'a mut Option<Engine>,
-) -> Result<&'a mut Engine, GenerationError> {
+) -> &'a mut Engine {
     let committed = Committed { norm: base.norm, updated: base.updated };
     let kept = memory.take().map(|mut engine| {
         if engine.step + 1 == step {
@@ -609,19 +624,19 @@ fn from_memory<'a>(
     // A rank that holds something else has nothing to offer, and said so.
     let kept = kept.filter(|engine| (engine.step, engine.updates) == (step, base.updates));
     let mut engine = kept.unwrap_or_else(|| {
-        let mut empty = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout.clone());
+        let mut empty = engine(session, Held::Own, layout.clone());
         (empty.step, empty.updates) = (step, base.updates);
         empty
     });
     engine.enter(layout);
-    Ok(memory.insert(engine))
+    memory.insert(engine)
 }
 
-fn engine(session: &Session, weights: Weights, layout: Layout) -> Engine {
+fn engine(session: &Session, held: Held, layout: Layout) -> Engine {
     let (config, table) = (session.config.clone(), session.table.clone());
     let longest = session.data.longest().max(session.held_out.longest());
     let adapted = session.adapted.as_ref().map(|base| base.lock().share());
-    Engine::new(config, table, weights, layout, longest, session.device, adapted)
+    Engine::new(config, table, held, layout, longest, (session.kind(), session.device), adapted)
 }
 
 /// Equal on ranks that stand at the same state and compute alike.
@@ -629,10 +644,10 @@ fn state_digest(
     session: &Session,
     engine: &Engine,
     assignment: &Assignment,
-    abort: &CancellationToken,
+    peers: Peers<'_>,
 ) -> Result<String, GenerationError> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(engine.digest()?.as_bytes());
+    hasher.update(engine.digest(peers)?.as_bytes());
     hasher.update(&engine.step.to_le_bytes());
     hasher.update(&engine.updates.to_le_bytes());
     if let Some(manifest) = assignment.start.manifest() {
@@ -640,7 +655,7 @@ fn state_digest(
         hasher.update(manifest.digest.as_bytes());
     }
     if assignment.canary {
-        hasher.update(engine.canary(&session.data, abort)?.as_bytes());
+        hasher.update(engine.canary(&session.data, peers)?.as_bytes());
     }
     Ok(hasher.finalize().to_hex().to_string())
 }

@@ -26,7 +26,9 @@ use vicuna_model::gguf::Gguf;
 use vicuna_model::{Config, ModelError, Pretrained, Stretch};
 use vicuna_protocol::coordinator::Cause;
 use vicuna_protocol::gigabytes;
-use vicuna_protocol::job::{Method, Precision, Recipe, Recompute, RopeScaling, RunLength, Scaling, TrainingJob};
+use vicuna_protocol::job::{
+    Method, Parameters, Precision, Recipe, Recompute, RopeScaling, RunLength, Scaling, TrainingJob,
+};
 
 /// Manifests that a rank reports, at most.
 pub const MANIFESTS: usize = 16;
@@ -181,9 +183,9 @@ async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<read::Fi
     Ok(all)
 }
 
-/// What a rank needs for each number of ranks from 1, from the model's configuration alone; `None` where that cannot be
+/// What a rank with this memory needs for each number of ranks from 1, from the model's configuration alone; `None` where that cannot be
 /// read: what is wrong is said when the model is.
-pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<Need>>, Trouble> {
+pub async fn preflight(job: &TrainingJob, device: Device, limits: Limits) -> Result<Option<Vec<Need>>, Trouble> {
     let store = Store::open(&job.model.from).map_err(|error| source_trouble(Cause::Model, "the base model", &error))?;
     let Some(config) = configuration(&store).await else { return Ok(None) };
     let config = stretched(job, config)?;
@@ -191,7 +193,7 @@ pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<N
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
     let table = BlockTable::of(&config, lora.as_ref());
     let workload = workload(job, &config, &table, device, data_size(job).await);
-    Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need(ranks)).collect()))
+    Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need_within(ranks, limits)).collect()))
 }
 
 /// Of a directory's `config.json`, or of the header of a GGUF file.
@@ -260,6 +262,9 @@ pub fn refuse_what_does_not_fit(job: &TrainingJob, needs: &[Need], limits: Limit
     let has = [has("on the host", limits.host), has("on the device", limits.device)];
     let has = has.into_iter().flatten().collect::<Vec<_>>().join(" and ");
     let advice = match (&job.recipe.method, job.recipe.recompute) {
+        (Method::Full, _) if job.recipe.parameters == Parameters::Replicated => {
+            "give workers.resources more memory, or set recipe.memory.parameters to Auto"
+        }
         (Method::Full | Method::LoRA(_), Recompute::Never) => {
             "give workers.resources more memory, or set recipe.memory.recompute to Auto"
         }
@@ -444,7 +449,8 @@ fn kind(job: &TrainingJob) -> Kind {
 
 /// Model, data, preparation and recipe, as the job writes them.
 fn recipe_digest(job: &TrainingJob) -> String {
-    let recipe = Recipe { evaluate_every: None, recompute: Recompute::default(), ..job.recipe.clone() };
+    let (recompute, parameters) = (Recompute::default(), Parameters::default());
+    let recipe = Recipe { evaluate_every: None, recompute, parameters, ..job.recipe.clone() };
     let parts = (&job.model, &job.dataset, &job.prepare, &recipe);
     // Plain structs always serialise.
     digest(&serde_json::to_vec(&parts).unwrap_or_default())
@@ -492,15 +498,24 @@ impl Session {
         self.data.bytes() + self.held_out.bytes()
     }
 
+    fn workload(&self) -> Workload<'_> {
+        workload(&self.job, &self.config, &self.table, self.device, self.data_bytes())
+    }
+
+    /// Whether a rank among `ranks` had better not hold all weights.
+    pub fn shards(&self, ranks: u32) -> bool {
+        self.workload().need_within(ranks, self.limits).sharded
+    }
+
     /// What a rank among `ranks` may keep of the way forward.
-    pub fn room(&self, ranks: u32) -> Room {
-        let workload = workload(&self.job, &self.config, &self.table, self.device, self.data_bytes());
+    pub fn room(&self, ranks: u32, sharded: bool) -> Room {
+        let workload = self.workload();
         let bytes = match (self.job.recipe.recompute, &self.job.recipe.method) {
             // Whole layers would hold their weights in full.
             (Recompute::Always, _) | (_, Method::QLoRA(..)) => 0,
             (Recompute::Never, _) => u64::MAX,
             (Recompute::Auto, _) => {
-                let need = workload.need(ranks);
+                let need = workload.need(ranks, sharded);
                 let (limit, need) = match self.device.is_cuda() {
                     true => (self.limits.device, need.device),
                     false => (self.limits.reserved, need.host),
@@ -508,7 +523,8 @@ impl Session {
                 limit.map_or(0, |limit| (limit - limit / 10).saturating_sub(need))
             }
         };
-        Room { bytes, bytes_a_token: workload.run_bytes_a_token() }
+        let (bytes_a_token, bytes_a_layer) = (workload.run_bytes_a_token(), workload.run_bytes_a_layer(sharded));
+        Room { bytes, bytes_a_token, bytes_a_layer }
     }
 
     /// What forward and backward passes compute in.
@@ -530,7 +546,7 @@ impl Session {
             .ok_or_else(|| ModelError::Config("the base model lacks parameters".to_owned()))
     }
 
-    /// Frees the base weights: a manifest is there to start from.
+    /// Frees the base weights: there is something else to start from, and they can be read again.
     pub fn forget_base(&self) {
         self.model.lock().tensors.clear();
     }

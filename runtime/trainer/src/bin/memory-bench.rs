@@ -14,8 +14,8 @@ use std::time::Duration;
 use vicuna_checkpoint::StoreError;
 use vicuna_protocol::gigabytes;
 use vicuna_protocol::job::{
-    Base, Checkpointing, DatasetSource, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute, RunLength,
-    Schedule, TrainingJob,
+    Base, Checkpointing, DatasetSource, Lora, Method, ModelSource, Parameters, Precision, Prepare, Recipe, Recompute,
+    RunLength, Schedule, TrainingJob,
 };
 use vicuna_trainer::adapters;
 use vicuna_trainer::blocks::BlockTable;
@@ -42,6 +42,8 @@ struct Options {
     /// Both ways if none is given.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "recompute,keep")]
     memory: Vec<Spent>,
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "replicated,sharded")]
+    parameters: Vec<Whose>,
     /// A chat template's name, if the model has none of its own.
     #[arg(long)]
     template: Option<String>,
@@ -75,21 +77,30 @@ enum Spent {
     Keep,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Whose {
+    Replicated,
+    Sharded,
+}
+
 fn main() -> Result<()> {
     let options = Options::parse();
     if let (Some(rank), Some(folder)) = (options.rank, options.folder.clone()) {
         return run_rank(&options, rank, &folder);
     }
-    println!("| method | ranks | layers | host peak | estimate | | device peak | estimate | |");
-    println!("|---|---|---|---|---|---|---|---|---|");
-    for method in &options.method {
-        for ranks in &options.ranks {
-            for memory in &options.memory {
-                row(&Options { method: vec![*method], memory: vec![*memory], ..options.clone() }, *ranks)?;
-            }
+    println!("| method | ranks | weights | layers | host peak | estimate | | device peak | estimate | |");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
+    for (method, ranks) in pairs(&options.method, &options.ranks) {
+        for (parameters, memory) in pairs(&options.parameters, &options.memory) {
+            let (method, parameters, memory) = (vec![method], vec![parameters], vec![memory]);
+            row(&Options { method, parameters, memory, ..options.clone() }, ranks)?;
         }
     }
     Ok(())
+}
+
+fn pairs<A: Copy, B: Copy>(first: &[A], second: &[B]) -> Vec<(A, B)> {
+    first.iter().flat_map(|one| second.iter().map(|other| (*one, *other))).collect()
 }
 
 /// Runs a training of so many processes; prints the largest peaks.
@@ -118,7 +129,9 @@ fn row(options: &Options, ranks: usize) -> Result<()> {
     };
     let layers = if options.memory[0] == Spent::Keep { "kept" } else { "run again" };
     let (host, device) = (compare(largest(0), largest(1)), compare(largest(2), largest(3)));
-    println!("| {:?} | {ranks} | {layers} {host}{device}|", options.method[0]);
+    let name = |value: &dyn ValueName| value.name();
+    let (method, weights) = (name(&options.method[0]), name(&options.parameters[0]));
+    println!("| {method} | {ranks} | {weights} | {layers} {host}{device}|");
     Ok(())
 }
 
@@ -133,6 +146,7 @@ fn start(options: &Options, rank: usize, ports: &[u16], folder: &Path) -> Result
         .arg("--model")
         .arg(&options.model)
         .args(["--method", &name(&options.method[0]), "--memory", &name(&options.memory[0])])
+        .args(["--parameters", &name(&options.parameters[0])])
         .args(["--global-batch", &options.global_batch.to_string()])
         .args(["--micro-batch", &options.micro_batch.to_string()])
         .args(["--max-length", &options.max_length.to_string()])
@@ -198,6 +212,10 @@ fn job(options: &Options, folder: &Path) -> Result<TrainingJob> {
             evaluate_every: None,
             precision: if options.bf16 { Precision::Bf16 } else { Precision::Fp32 },
             recompute: if options.memory[0] == Spent::Keep { Recompute::Never } else { Recompute::Always },
+            parameters: match options.parameters[0] {
+                Whose::Replicated => Parameters::Replicated,
+                Whose::Sharded => Parameters::Sharded,
+            },
             packing: false,
             rope_scaling: None,
         },
@@ -237,14 +255,8 @@ fn run_rank(options: &Options, rank: usize, folder: &Path) -> Result<()> {
         data: session.data_bytes(),
     };
     let ranks = options.ports.len() as u32;
-    let need = workload.need(ranks);
-    let kept = match options.memory[0] {
-        Spent::Keep if options.method[0] != Trained::Qlora => workload.kept_whole(ranks),
-        _ => 0,
-    };
-    let (host_estimate, device_estimate) =
-        if device.is_cuda() { (need.host, need.device + kept) } else { (need.host + kept, 0) };
-    println!("{}", json!([host, host_estimate, on_device, device_estimate]));
+    let need = workload.need(ranks, options.parameters[0] == Whose::Sharded);
+    println!("{}", json!([host, need.host, on_device, need.device]));
     Ok(())
 }
 

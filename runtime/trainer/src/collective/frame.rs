@@ -111,6 +111,7 @@ fn decode(bytes: &[u8]) -> Option<Tag> {
         8 => Kind::State,
         9 => Kind::Evaluation,
         10 => Kind::Inputs,
+        11 => Kind::Memory,
         _ => return None,
     };
     Some(Tag {

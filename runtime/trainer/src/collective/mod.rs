@@ -31,7 +31,7 @@ pub enum Kind {
     Partial = 1,
     /// Norms, losses and wishes of a rank, to all: having all of them is the commit.
     Commit = 2,
-    /// A block's new weights, to all.
+    /// A block's weights, to those who compute with them.
     Weights = 3,
     /// A rank's blocks of a checkpoint are in the store, to rank 0.
     Stored = 4,
@@ -47,6 +47,8 @@ pub enum Kind {
     Evaluation = 9,
     /// Digests of what a rank has read, to all.
     Inputs = 10,
+    /// What a rank has memory for, to all.
+    Memory = 11,
 }
 
 impl Tag {

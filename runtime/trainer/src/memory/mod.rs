@@ -2,6 +2,7 @@
 //! fetched. The parts are those of the step ([`crate::step`]): what is there all the time, and the most that any of
 //! its phases adds. `vicuna-memory-bench` measures what came of it.
 
+pub mod agreement;
 pub mod command;
 pub mod limits;
 
@@ -12,7 +13,7 @@ use std::fmt;
 use vicuna_model::Config;
 use vicuna_model::layers::Projection;
 use vicuna_protocol::gigabytes;
-use vicuna_protocol::job::{Base, Method, Precision, Recipe, Recompute};
+use vicuna_protocol::job::{Base, Method, Parameters, Precision, Recipe, Recompute};
 
 /// Bytes of code, libraries, tokenizer and small change on the host: what a rank of the tiny model takes.
 const PROGRAM: u64 = 120 << 20;
@@ -40,6 +41,8 @@ pub struct Workload<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Need {
     pub ranks: u32,
+    /// A rank has the weights of its blocks alone.
+    pub sharded: bool,
     pub host: u64,
     /// 0 without a GPU.
     pub device: u64,
@@ -62,12 +65,22 @@ impl Need {
 }
 
 impl Workload<'_> {
+    /// What each of `ranks` ranks needs where the recipe leaves it to what there is: replicated weights if they fit.
+    pub fn need_within(&self, ranks: u32, limits: Limits) -> Need {
+        let replicated = match self.recipe.parameters {
+            Parameters::Sharded => None,
+            Parameters::Replicated => Some(self.need(ranks, false)),
+            Parameters::Auto => Some(self.need(ranks, false)).filter(|need| need.fits(limits)),
+        };
+        replicated.unwrap_or_else(|| self.need(ranks, true))
+    }
+
     /// What each of `ranks` ranks needs: at least, or with all layers kept for the way back where the recipe says so.
-    pub fn need(&self, ranks: u32) -> Need {
+    pub fn need(&self, ranks: u32, sharded: bool) -> Need {
         let state = self.state(ranks);
-        let loading = self.loading(ranks);
+        let loading = self.loading(ranks, sharded);
         let mut parts = vec![
-            self.computed("weights", self.weights()),
+            self.computed("weights", self.weights(sharded)),
             self.computed("inputs of layers", self.inputs(ranks)),
             self.computed("the largest piece at work", self.work(ranks)),
             Part { what: "masters and moments", on_device: false, bytes: state },
@@ -81,7 +94,7 @@ impl Workload<'_> {
             parts.push(Part { what: "prepared data", on_device: false, bytes: self.data });
         }
         if self.keeps_whole() {
-            parts.push(self.computed("layers that are kept", self.kept_whole(ranks)));
+            parts.push(self.computed("layers that are kept", self.kept_whole(ranks, sharded)));
         }
         let sum = |on_device| parts.iter().filter(|part| part.on_device == on_device).map(|part| part.bytes).sum();
         let (training, device): (u64, u64) = (sum(false), sum(true));
@@ -89,7 +102,7 @@ impl Workload<'_> {
             parts.push(Part { what: "reading the model", on_device: false, bytes: loading - training });
         }
         parts.sort_by_key(|part| std::cmp::Reverse(part.bytes));
-        Need { ranks, host: training.max(loading), device, parts }
+        Need { ranks, sharded, host: training.max(loading), device, parts }
     }
 
     /// Bytes of one layer's run that is kept from the way forward to the way back, for one token
@@ -111,8 +124,14 @@ impl Workload<'_> {
     }
 
     /// Bytes that keeping all layers of all micro-batches takes.
-    pub fn kept_whole(&self, ranks: u32) -> u64 {
-        self.run_bytes_a_token() * self.tokens() * self.micro_batches(ranks) * self.config.layers as u64
+    pub fn kept_whole(&self, ranks: u32, sharded: bool) -> u64 {
+        let runs = self.run_bytes_a_token() * self.tokens() * self.micro_batches(ranks);
+        (runs + self.run_bytes_a_layer(sharded)) * self.config.layers as u64
+    }
+
+    /// Bytes of a kept layer's weights, which nobody would hold otherwise.
+    pub fn run_bytes_a_layer(&self, sharded: bool) -> u64 {
+        if sharded { self.compute_bytes() * self.trained_elements_of(BlockTable::layer_group(0)) } else { 0 }
     }
 
     /// Tokens of a full micro-batch.
@@ -151,6 +170,10 @@ impl Workload<'_> {
         self.table.elements() as u64
     }
 
+    fn trained_elements_of(&self, group: usize) -> u64 {
+        self.table.group_blocks(group).map(|block| self.table.blocks[block].elements as u64).sum()
+    }
+
     fn layer_elements(&self) -> u64 {
         let of = |projection: Projection| projection.size(self.config);
         let elements = Projection::ALL.into_iter().map(of).map(|(rows, columns)| (rows * columns) as u64);
@@ -167,14 +190,26 @@ impl Workload<'_> {
         (self.trained_elements() * copies).div_ceil(u64::from(ranks.max(1)))
     }
 
-    /// Weights that passes compute with: the model, or the frozen base and its adapters.
-    fn weights(&self) -> u64 {
+    /// Weights that passes compute with: the frozen base, and what is trained; of that no more than the group at work
+    /// and the next one where it is sharded.
+    fn weights(&self, sharded: bool) -> u64 {
+        let groups = 0..self.table.head_group();
+        let pair = |group| self.trained_elements_of(group) + self.trained_elements_of(group + 1);
+        let trained = match sharded {
+            true => groups.map(pair).max().unwrap_or(0),
+            false => self.trained_elements(),
+        };
+        self.frozen() + self.compute_bytes() * trained
+    }
+
+    /// The base of adapters.
+    fn frozen(&self) -> u64 {
         let compute = self.compute_bytes();
         let projections = self.layer_elements() * self.config.layers as u64;
         let rest = self.model_elements().saturating_sub(projections);
         match &self.recipe.method {
-            Method::Full => compute * self.model_elements(),
-            Method::LoRA(_) => compute * self.model_elements() + 4 * self.trained_elements(),
+            Method::Full => 0,
+            Method::LoRA(_) => compute * self.model_elements(),
             Method::QLoRA(_, base) => {
                 let held = match base {
                     // Half a byte, and a scale of four for 64 values.
@@ -182,7 +217,7 @@ impl Workload<'_> {
                     Base::Int8 => projections,
                 };
                 // One layer at a time is there in full.
-                held + compute * (rest + self.layer_elements()) + 4 * self.trained_elements()
+                held + compute * (rest + self.layer_elements())
             }
         }
     }
@@ -250,12 +285,13 @@ impl Workload<'_> {
     }
 
     /// The host's peak while the model is read: all of it in fp32, and the state that is made of it.
-    fn loading(&self, ranks: u32) -> u64 {
+    fn loading(&self, ranks: u32, sharded: bool) -> u64 {
         let whole = 4 * self.model_elements();
         let compute = match (self.gpu, self.recipe.precision, &self.recipe.method) {
             // The very tensors that were read.
             (true, ..) | (false, Precision::Fp32, Method::Full | Method::LoRA(_)) => 0,
-            _ => self.weights(),
+            (false, Precision::Bf16, Method::Full) if sharded => 0,
+            _ => self.weights(sharded),
         };
         PROGRAM + whole + compute + self.state(ranks) + self.data
     }
@@ -294,6 +330,7 @@ mod tests {
             evaluate_every: None,
             precision,
             recompute: Recompute::Auto,
+            parameters: Parameters::Auto,
             packing: false,
             rope_scaling: None,
         }
@@ -303,14 +340,14 @@ mod tests {
         let lora = crate::adapters::lora(&method).unwrap();
         let table = BlockTable::of(config, lora.as_ref());
         let recipe = recipe(method, Precision::Bf16);
-        Workload { config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(ranks)
+        Workload { config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(ranks, false)
     }
 
     #[test]
     fn the_data_are_on_the_host_of_every_rank() {
         let (config, table) = (tiny::config(), BlockTable::new(&tiny::config()));
         let recipe = recipe(Method::Full, Precision::Fp32);
-        let need = |data| Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data }.need(4);
+        let need = |data| Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data }.need(4, false);
         let (without, with) = (need(0), need(5 << 30));
         assert_eq!((with.host, with.device), (without.host + (5 << 30), without.device));
     }
@@ -324,7 +361,7 @@ mod tests {
             let table = BlockTable::of(&config, settings.as_ref());
             let device = |recompute| {
                 let recipe = Recipe { recompute, ..recipe(method.clone(), Precision::Bf16) };
-                Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(2).device
+                Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(2, false).device
             };
             device(Recompute::Never) - device(Recompute::Always)
         };
