@@ -393,6 +393,9 @@ pub struct Memory {
     /// Where the weights are that workers compute with. Replicated: all on every worker. Sharded: a worker has those of its own blocks and gathers each layer's from the others, on the way forward and again on the way back, which takes less memory and more of the network. Auto: Replicated where every worker has the memory for it, by the limit of its pod or the size of its GPU, else Sharded. With LoRA and QLoRA it is about the adapters alone: every worker holds the frozen base.
     #[serde(default)]
     pub parameters: Parameters,
+    /// Keep the inputs of layers that are computed again in pinned host memory until then, instead of in the GPU's. For workers with a GPU: others have no such second memory, and refuse it.
+    #[serde(default)]
+    pub offload: bool,
 }
 
 #[allow(missing_docs)]

@@ -94,6 +94,7 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
             spec::Parameters::Replicated => Parameters::Replicated,
             spec::Parameters::Sharded => Parameters::Sharded,
         },
+        offload: recipe.memory.offload,
         rope_scaling: recipe.rope_scaling.as_ref().map(|scaling| RopeScaling {
             kind: match scaling.kind {
                 spec::Scaling::Linear => Scaling::Linear,

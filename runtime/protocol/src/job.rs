@@ -96,6 +96,9 @@ pub struct Recipe {
     pub recompute: Recompute,
     #[serde(default, skip_serializing_if = "Parameters::is_default")]
     pub parameters: Parameters,
+    /// Layers' inputs wait in host memory for their way back, not in a GPU's. It does not change a bit of the result.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub offload: bool,
     /// Absent: the base model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,

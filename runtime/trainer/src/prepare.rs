@@ -97,7 +97,7 @@ pub struct Place {
 
 /// One attempt; nothing of it is lost that a further attempt could use.
 pub async fn prepare(job: TrainingJob, place: Place) -> Result<Session, Trouble> {
-    check(&job)?;
+    check(&job, place.device)?;
     let store = Store::open(&job.checkpoint.to).map_err(store_trouble)?;
     store.probe().await.map_err(store_trouble)?;
     let model_path = fetch_model(&job, &place).await?;
@@ -112,7 +112,7 @@ pub async fn prepare(job: TrainingJob, place: Place) -> Result<Session, Trouble>
 }
 
 /// What the API server does not check.
-fn check(job: &TrainingJob) -> Result<(), Trouble> {
+fn check(job: &TrainingJob, device: Device) -> Result<(), Trouble> {
     let recipe = &job.recipe;
     let wrong = if recipe.global_batch == 0 || recipe.micro_batch == 0 {
         "globalBatch and microBatch must be at least 1"
@@ -124,6 +124,8 @@ fn check(job: &TrainingJob) -> Result<(), Trouble> {
         "evaluateEvery needs data to evaluate on: set prepare.holdOut"
     } else if recipe.rope_scaling.is_some() && recipe.method != Method::Full {
         "ropeScaling changes the model itself, which adapters do not carry: set method to Full, or leave it out"
+    } else if recipe.offload && !device.is_cuda() {
+        "memory.offload moves layers' inputs from a GPU's memory to the host's, and this worker computes on the CPU: give workers.resources a GPU, or leave offload out"
     } else {
         return Ok(());
     };
@@ -284,7 +286,7 @@ fn workload<'a>(
     device: Device,
     data: u64,
 ) -> Workload<'a> {
-    Workload { config, table, recipe: &job.recipe, gpu: device.is_cuda(), data }
+    Workload { config, table, recipe: &job.recipe, gpu: device.is_cuda(), data, slow_store: true }
 }
 
 fn assemble(
@@ -298,7 +300,8 @@ fn assemble(
     tch::set_num_threads(place.threads);
     let lora = adapters::lora(&job.recipe.method);
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
-    let mut model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
+    let model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
+    let mut model = model.unpacked();
     model.config = stretched(&job, model.config)?;
     let template = template(&job, &model)?;
     let prepared = data(&job, files, &model, &template)?;
@@ -450,7 +453,7 @@ fn kind(job: &TrainingJob) -> Kind {
 /// Model, data, preparation and recipe, as the job writes them.
 fn recipe_digest(job: &TrainingJob) -> String {
     let (recompute, parameters) = (Recompute::default(), Parameters::default());
-    let recipe = Recipe { evaluate_every: None, recompute, parameters, ..job.recipe.clone() };
+    let recipe = Recipe { evaluate_every: None, recompute, parameters, offload: false, ..job.recipe.clone() };
     let parts = (&job.model, &job.dataset, &job.prepare, &recipe);
     // Plain structs always serialise.
     digest(&serde_json::to_vec(&parts).unwrap_or_default())

@@ -42,6 +42,7 @@ mod tests {
             precision: Precision::Fp32,
             recompute: Recompute::Auto,
             parameters: Parameters::Auto,
+            offload: false,
             packing: false,
             rope_scaling: None,
         }

@@ -121,6 +121,7 @@ fn first_gradients(session: &Session) -> BTreeMap<String, Tensor> {
         adapted: Some(&base),
         step: 1,
         whole_layers: 0,
+        offload: false,
         abort: &CancellationToken::new(),
     };
     let mut named = BTreeMap::new();

@@ -656,6 +656,25 @@ fn a_rank_that_needs_sharded_weights_has_all_shard_them() {
 }
 
 #[test]
+fn offloaded_inputs_change_no_bit_on_a_gpu_and_are_refused_on_a_cpu() {
+    let fixture = Fixture::new();
+    let job = |bucket: &str, offload| {
+        let mut job = fixture.job(bucket);
+        (job.recipe.offload, job.recipe.recompute) = (offload, Recompute::Always);
+        job
+    };
+    let plain = fixture.session(job("plain", false));
+    if plain.device.is_cuda() {
+        let digest = |session| generation(&session, 2, None, None).result().digest.clone();
+        assert_eq!(digest(fixture.session(job("offloaded", true))), digest(plain));
+        return;
+    }
+    let place = Place { scratch: fixture.path("scratch"), device: plain.device, threads: 1 };
+    let trouble = fixture.runtime.block_on(prepare(job("offloaded", true), place)).unwrap_err();
+    assert!(trouble.message.contains("memory.offload") && trouble.message.contains("GPU"), "{trouble}");
+}
+
+#[test]
 fn of_adapters_only_the_adapters_are_checkpointed_and_the_result() {
     let fixture = Fixture::new();
     let session = fixture.session(adapter_job(&fixture, "bucket", &Method::QLoRA(lora(), Base::Nf4)));

@@ -28,7 +28,9 @@ use vicuna_trainer::memory::Workload;
 use vicuna_trainer::prepare::{Place, prepare};
 use vicuna_trainer::step::StepReport;
 
-const STEPS: u64 = 3;
+const STEPS: u64 = 2;
+/// There is one at the end. During a step a checkpoint takes its very bytes besides, which needs no measuring.
+const BETWEEN_CHECKPOINTS: u64 = 3600;
 
 #[derive(Clone, Debug, Parser)]
 struct Options {
@@ -37,23 +39,26 @@ struct Options {
     model: PathBuf,
     #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
     ranks: Vec<usize>,
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "full")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "full,lora")]
     method: Vec<Trained>,
     /// Both ways if none is given.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "recompute,keep")]
     memory: Vec<Spent>,
     #[arg(long, value_enum, value_delimiter = ',', default_value = "replicated,sharded")]
     parameters: Vec<Whose>,
+    /// Layers' inputs wait in host memory, on a GPU.
+    #[arg(long)]
+    offload: bool,
     /// A chat template's name, if the model has none of its own.
     #[arg(long)]
     template: Option<String>,
     #[arg(long)]
     bf16: bool,
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     global_batch: u32,
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 2)]
     micro_batch: u32,
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 128)]
     max_length: u32,
     /// Of this process: its rank and everyone's ports.
     #[arg(long, hide = true)]
@@ -151,6 +156,9 @@ fn start(options: &Options, rank: usize, ports: &[u16], folder: &Path) -> Result
         .args(["--micro-batch", &options.micro_batch.to_string()])
         .args(["--max-length", &options.max_length.to_string()])
         .stdout(Stdio::piped());
+    if options.offload {
+        command.arg("--offload");
+    }
     if options.bf16 {
         command.arg("--bf16");
     }
@@ -216,10 +224,15 @@ fn job(options: &Options, folder: &Path) -> Result<TrainingJob> {
                 Whose::Replicated => Parameters::Replicated,
                 Whose::Sharded => Parameters::Sharded,
             },
+            offload: options.offload,
             packing: false,
             rope_scaling: None,
         },
-        checkpoint: Checkpointing { to: url(&folder.join("bucket"))?, interval_seconds: Some(1), keep: 1 },
+        checkpoint: Checkpointing {
+            to: url(&folder.join("bucket"))?,
+            interval_seconds: Some(BETWEEN_CHECKPOINTS),
+            keep: 1,
+        },
     })
 }
 
@@ -253,6 +266,7 @@ fn run_rank(options: &Options, rank: usize, folder: &Path) -> Result<()> {
         recipe: &session.job.recipe,
         gpu: device.is_cuda(),
         data: session.data_bytes(),
+        slow_store: false,
     };
     let ranks = options.ports.len() as u32;
     let need = workload.need(ranks, options.parameters[0] == Whose::Sharded);

@@ -75,6 +75,7 @@ fn main() -> Result<()> {
         adapted: None,
         step: 1,
         whole_layers: options.whole_layers,
+        offload: false,
         abort: &abort,
     };
     let batches: Vec<_> = (0..options.micro_batches).map(|index| batch(&options, index)).collect();

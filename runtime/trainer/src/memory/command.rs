@@ -41,6 +41,9 @@ pub struct Arguments {
     /// --device-memory there is always room for replicated ones.
     #[arg(long, value_enum, default_value_t = Whose::Auto)]
     parameters: Whose,
+    /// Layers' inputs wait in host memory, as recipe.memory.offload.
+    #[arg(long, requires = "gpu")]
+    offload: bool,
     /// Sequences of a step, over all ranks.
     #[arg(long, default_value_t = 128)]
     global_batch: u32,
@@ -98,7 +101,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 fn table(arguments: &Arguments, config: &Config) -> Result<String> {
     let (recipe, data) = (recipe(arguments), data_bytes(&arguments.data)?);
     let blocks = blocks(config, &recipe)?;
-    let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data };
+    let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data, slow_store: true };
     let mut text = String::new();
     writeln!(
         text,
@@ -162,7 +165,7 @@ fn remedies(arguments: &Arguments, config: &Config, data: u64) -> Result<String>
     let fewest = |changed: &Arguments, mut among: RangeInclusive<u32>| -> Result<Option<u32>> {
         let recipe = recipe(changed);
         let blocks = blocks(config, &recipe)?;
-        let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data };
+        let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data, slow_store: true };
         Ok(among.find(|ranks| workload.need_within(*ranks, limits(arguments)).fits(limits(arguments))))
     };
     let last = *arguments.ranks.end();
@@ -192,6 +195,9 @@ fn changes(arguments: &Arguments) -> Vec<(String, Arguments)> {
     }
     if arguments.parameters == Whose::Replicated {
         with("--parameters auto", &|it| it.parameters = Whose::Auto);
+    }
+    if arguments.gpu && !arguments.offload {
+        with("--offload", &|it| it.offload = true);
     }
     if arguments.micro_batch > 1 {
         with("--micro-batch 1", &|it| it.micro_batch = 1);
@@ -270,6 +276,7 @@ fn recipe(arguments: &Arguments) -> Recipe {
             Whose::Replicated => Parameters::Replicated,
             Whose::Sharded => Parameters::Sharded,
         },
+        offload: arguments.offload,
         // What does not take memory.
         length: RunLength::Steps(1),
         learning_rate: 1e-5,

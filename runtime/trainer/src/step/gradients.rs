@@ -12,7 +12,7 @@ use crate::batch::MicroBatch;
 use crate::blocks::{BlockTable, EMBEDDING_GROUP};
 use crate::collective::CollectiveError;
 use crate::tree::{Node, Summand, TreeSum};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use tokio_util::sync::CancellationToken;
 use vicuna_model::gradients::{LayerRun, embedding_backward, frozen_head_backward, head_backward};
 use vicuna_model::layers::{LayerWeights, Rope, cross_entropy_sum, embed, layer_forward};
@@ -65,6 +65,8 @@ pub struct Computation<'a> {
     pub step: u64,
     /// How many of the last layers are kept whole from the way forward to the way back. It does not change a bit.
     pub whole_layers: usize,
+    /// The other layers' inputs wait on the host for their way back. Nor does that.
+    pub offload: bool,
     /// Looked at between layers.
     pub abort: &'a CancellationToken,
 }
@@ -243,7 +245,8 @@ impl Computation<'_> {
             all.push(if index + self.whole_layers >= self.config.layers {
                 Passed::Whole(each.map(|((number, batch), x)| self.keep_whole(&layer, number, batch, x)).collect())
             } else {
-                Passed::Inputs(each.map(|((number, batch), x)| self.keep_input(&layer, number, batch, x)).collect())
+                let inputs = each.map(|((number, batch), x)| self.keep_input(&layer, number, batch, x));
+                Passed::Inputs(inputs.collect::<Result<_, TchError>>()?)
             });
         }
         Ok((all, hidden))
@@ -255,9 +258,17 @@ impl Computation<'_> {
         run
     }
 
-    fn keep_input(&self, layer: &Layer<'_>, micro_batch: u32, batch: &Batch, x: &mut Tensor) -> Tensor {
+    fn keep_input(
+        &self,
+        layer: &Layer<'_>,
+        micro_batch: u32,
+        batch: &Batch,
+        x: &mut Tensor,
+    ) -> Result<Tensor, TchError> {
         let y = self.layer_forward(layer, Some(micro_batch), x, &batch.rope);
-        std::mem::replace(x, y)
+        let x = std::mem::replace(x, y);
+        // Into pinned memory, and behind what the GPU has to do: nobody waits for it.
+        if self.offload { x.f_internal_to_copy((x.kind(), Device::Cpu), true) } else { Ok(x) }
     }
 
     /// Carries `upstream`, by micro-batch, back through a layer; the sums of the layer's gradients.
@@ -282,6 +293,7 @@ impl Computation<'_> {
             Passed::Inputs(inputs) => {
                 let layer = self.layer(weights, index)?;
                 for ((number, x), batch) in (first..).zip(inputs).zip(batches) {
+                    let x = x.f_to_dtype_layout((x.kind(), self.device), true, false)?;
                     back(number, self.layer_run(&layer, number, &x, &batch.rope));
                 }
             }

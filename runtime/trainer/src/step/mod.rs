@@ -217,7 +217,7 @@ impl Engine {
         let mut own = Contribution { wishes, ..Contribution::default() };
         let mut communication = Duration::ZERO;
         if trains {
-            communication = self.gradients(&plan, data, peers, &shares, &mut own)?;
+            communication = self.gradients(recipe, &plan, data, peers, &shares, &mut own)?;
         }
         let exchanged = Instant::now();
         let terms = Terms { step: plan.step, layout: &self.layout, shares: &shares, trains };
@@ -255,6 +255,7 @@ impl Engine {
     /// on communication.
     fn gradients(
         &mut self,
+        recipe: &Recipe,
         plan: &StepPlan,
         data: &Dataset,
         peers: Peers<'_>,
@@ -278,7 +279,7 @@ impl Engine {
             tokens: plan.trained_tokens,
             tied: self.config.tie_word_embeddings,
         });
-        let computation = Computation { whole_layers, ..self.computation(peers.abort) };
+        let computation = Computation { whole_layers, offload: recipe.offload, ..self.computation(peers.abort) };
         let route = self.route(whole_layers);
         let computed = self.owners(peers).pass(&self.held, Purpose::Step, &route, |weights| {
             let add = |partial| reduction.add(partial, &mut pending);
@@ -351,6 +352,7 @@ impl Engine {
             adapted: self.adapted.as_ref(),
             step: self.step + 1,
             whole_layers: 0,
+            offload: false,
             abort,
         }
     }

@@ -84,6 +84,7 @@ impl Fixture {
                 precision: Precision::Fp32,
                 recompute: Recompute::default(),
                 parameters: Parameters::default(),
+                offload: false,
                 packing: false,
                 rope_scaling: None,
             },
