@@ -393,6 +393,12 @@ pub struct Memory {
     /// Whether layers are computed again for their gradients, which takes a third more time, instead of keeping what they need. Auto: those that there is no room for, by the memory limit of the pod or the size of the GPU; without a limit all. Always: all. Never: none; with QLoRA all are computed again nevertheless.
     #[serde(default)]
     pub recompute: Recompute,
+    /// Where the weights are that workers compute with. Replicated: all on every worker. Sharded: a worker has those of its own blocks and gathers each layer's from the others, on the way forward and again on the way back, which takes less memory and more of the network. Auto: Replicated where every worker has the memory for it, by the limit of its pod or the size of its GPU, else Sharded. With LoRA and QLoRA it is about the adapters alone: every worker holds the frozen base.
+    #[serde(default)]
+    pub parameters: Parameters,
+    /// Keep the inputs of layers that are computed again in pinned host memory until then, instead of in the GPU's. For workers with a GPU: others have no such second memory, and refuse it.
+    #[serde(default)]
+    pub offload: bool,
 }
 
 #[allow(missing_docs)]
@@ -410,6 +416,15 @@ pub enum Reproducibility {
     #[default]
     Exact,
     Fast,
+}
+
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Parameters {
+    #[default]
+    Auto,
+    Replicated,
+    Sharded,
 }
 
 #[allow(missing_docs)]

@@ -4,8 +4,8 @@ use kube::{Resource, ResourceExt};
 use vicuna_crds::training as spec;
 use vicuna_crds::{Interval, VicunaTraining};
 use vicuna_protocol::job::{
-    Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute,
-    Reproducibility, RopeScaling, RunLength, Scaling, Schedule, TrainingJob,
+    Base, Checkpointing, DatasetSource, Identity, Lora, Method, ModelSource, Parameters, Precision, Prepare, Recipe,
+    Recompute, Reproducibility, RopeScaling, RunLength, Scaling, Schedule, TrainingJob,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +90,12 @@ fn recipe(recipe: &spec::Recipe) -> Result<Recipe, JobError> {
             spec::Recompute::Never => Recompute::Never,
         },
         reproducibility: reproducibility(recipe),
+        parameters: match recipe.memory.parameters {
+            spec::Parameters::Auto => Parameters::Auto,
+            spec::Parameters::Replicated => Parameters::Replicated,
+            spec::Parameters::Sharded => Parameters::Sharded,
+        },
+        offload: recipe.memory.offload,
         rope_scaling: recipe.rope_scaling.as_ref().map(|scaling| RopeScaling {
             kind: match scaling.kind {
                 spec::Scaling::Linear => Scaling::Linear,

@@ -26,6 +26,11 @@ pub struct Pretrained {
 }
 
 impl Pretrained {
+    /// With fp32 weights alone, for whoever does not run inference on quantised ones.
+    pub fn unpacked(self) -> Self {
+        Self { packed: BTreeMap::new(), ..self }
+    }
+
     /// Whether its weights were stored in bf16, which then loses nothing of them: told by the embedding, which no adapter
     /// changes.
     pub fn is_bf16(&self) -> bool {

@@ -96,6 +96,11 @@ pub struct Recipe {
     pub recompute: Recompute,
     #[serde(default, skip_serializing_if = "Reproducibility::is_default")]
     pub reproducibility: Reproducibility,
+    #[serde(default, skip_serializing_if = "Parameters::is_default")]
+    pub parameters: Parameters,
+    /// Layers' inputs wait in host memory for their way back, not in a GPU's. It does not change a bit of the result.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub offload: bool,
     /// Absent: the base model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
@@ -154,6 +159,24 @@ impl Reproducibility {
 
     pub fn is_exact(self) -> bool {
         self == Self::Exact
+    }
+}
+
+/// Where the weights are that passes compute with. It does not change a bit of the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Parameters {
+    /// Replicated where every rank has the memory for it, else sharded.
+    #[default]
+    Auto,
+    /// All that is trained is on every rank.
+    Replicated,
+    /// A rank has its blocks alone, and gathers each layer from the others when a pass comes to it.
+    Sharded,
+}
+
+impl Parameters {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 

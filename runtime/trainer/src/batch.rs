@@ -84,6 +84,12 @@ impl Dataset {
         }
     }
 
+    /// Tokens of a micro-batch of these sequences, padding included.
+    pub fn padded_tokens(&self, sequences: &[u32]) -> usize {
+        let lengths = sequences.iter().filter_map(|number| Some(self.examples.get(*number as usize)?.ids.len()));
+        lengths.clone().count() * padded(lengths.max().unwrap_or(0))
+    }
+
     /// Pads the sequences of one micro-batch.
     pub fn micro_batch(&self, sequences: &[u32]) -> MicroBatch {
         pad(&sequences.iter().filter_map(|number| self.examples.get(*number as usize)).collect::<Vec<_>>())

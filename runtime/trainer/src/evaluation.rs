@@ -6,7 +6,7 @@
 //! micro-batches, whoever ran them: the sum has the same bits for every number of ranks.
 
 use crate::batch::{MicroBatch, bytes, longest, pad};
-use crate::collective::{CollectiveError, Kind, Tag};
+use crate::collective::{Kind, Tag};
 use crate::step::commit::{self, Commit, Contribution, Wishes};
 use crate::step::{Engine, Peers, StepError};
 use std::time::{Duration, Instant};
@@ -123,14 +123,9 @@ fn one_round(
     wishes: Wishes,
 ) -> Result<Commit, StepError> {
     let shares = engine.shares_apart(size);
-    let computation = engine.computation(peers.abort);
-    let mut own = Contribution { wishes, ..Contribution::default() };
-    for index in shares[peers.collective.rank()].clone() {
-        if peers.abort.is_cancelled() {
-            return Err(CollectiveError::Aborted.into());
-        }
-        own.losses.push(computation.loss(&held_out.micro_batch(first + index)));
-    }
+    let mine = shares[peers.collective.rank()].clone();
+    let batches: Vec<MicroBatch> = mine.map(|index| held_out.micro_batch(first + index)).collect();
+    let own = Contribution { wishes, losses: engine.losses(first, &batches, peers)?, ..Contribution::default() };
     let tag = Tag::new(Kind::Evaluation, engine.step).block(first as usize);
     commit::tell_all(tag, peers.collective, peers.abort, &own, |rank| (shares[rank].len(), Vec::new()))
 }

@@ -12,10 +12,12 @@ use crate::interval;
 use crate::layout::{Holders, Layout};
 use crate::log::scribe::{Part, Scribe};
 use crate::log::{self, Log};
+use crate::memory::agreement;
 use crate::prepare::{Session, Trouble};
 use crate::result;
-use crate::state::{BlockState, Weights};
+use crate::state::BlockState;
 use crate::step::commit::{Commit, Wishes};
+use crate::step::weights::Held;
 use crate::step::{Committed, Engine, Peers, StepError, StepReport, unread_limit_bytes};
 use crate::transfer;
 use std::sync::Arc;
@@ -255,16 +257,19 @@ impl<'a> Generation<'a> {
         let peers = Peers { collective: &*mesh, abort: &control.abort };
         let manifest = open_base(session, start, &control.abort, observer)?;
         inputs::agree(session, start, manifest.as_ref(), peers)?;
-        let base = Base { session, assignment, manifest, observer };
+        let trains = *purpose == Purpose::Train;
+        let agreement = trains.then(|| agreement::agree(session, start.step(), peers)).transpose()?;
+        let sharded = agreement.is_some_and(|agreement| agreement.sharded);
+        let base = Base { session, assignment, manifest, sharded, observer };
         let engine = base.stand_at_start(peers, memory)?;
-        if *purpose == Purpose::Train {
+        if let Some(agreement) = agreement {
             let names = membership.members.iter().map(|member| member.name.clone()).collect();
             engine.log.enter(membership.generation, names);
-            engine.room = session.room(world as u32);
+            engine.room = agreement.room;
         }
-        let digest = state_digest(session, engine, assignment, &control.abort)?;
+        let digest = state_digest(session, engine, assignment, peers)?;
         let (generation, rank) = (membership.generation, membership.rank);
-        tracing::info!(generation, rank, world, step = engine.step, digest, "ready");
+        tracing::info!(generation, rank, world, step = engine.step, sharded, digest, "ready");
         observer.ready(&digest);
         Ok(Self {
             scribe: (rank == start.scribe()).then(|| Arc::new(session.scribe(start.step_in_store()))),
@@ -517,14 +522,16 @@ impl<'a> Generation<'a> {
         self.control.parting.cancel();
         self.write_log()?;
         let manifest = self.save()?;
-        let result = if self.mesh.rank() == 0 { Some(self.write_result()?) } else { None };
+        let result = self.write_result()?;
         Ok(Outcome::Complete { step: self.engine.step, manifest, result })
     }
 
-    fn write_result(&self) -> Result<Finished, GenerationError> {
-        let observer = self.observer;
-        let written = result::write(self.session, self.engine, &self.control.abort, &|error| observer.blocked(error))?;
-        Ok(Finished { uri: written.uri, digest: written.digest, loss: self.loss })
+    /// On rank 0, with what the others have of the weights.
+    fn write_result(&self) -> Result<Option<Finished>, GenerationError> {
+        let (observer, abort) = (self.observer, &self.control.abort);
+        let Some(weights) = self.engine.whole(Peers { collective: &*self.mesh, abort })? else { return Ok(None) };
+        let written = result::write(self.session, &weights, abort, &|error| observer.blocked(error))?;
+        Ok(Some(Finished { uri: written.uri, digest: written.digest, loss: self.loss }))
     }
 }
 
@@ -542,6 +549,8 @@ struct Base<'s> {
     assignment: &'s Assignment,
     /// Of a base in the store.
     manifest: Option<Manifest>,
+    /// Each rank is to have the weights of its blocks alone.
+    sharded: bool,
     observer: &'s Arc<dyn Observer>,
 }
 
@@ -556,18 +565,23 @@ impl Base<'_> {
         let rank = assignment.membership.rank;
         let Assignment { nodes, leaves, purpose, .. } = assignment;
         let world = nodes.len();
+        if !matches!(assignment.start, Start::Model) {
+            session.forget_base();
+        }
         let (engine, holders, lacking) = match (&assignment.start, &self.manifest) {
             (Start::Memory { step, base }, _) => {
                 let mut holders = transfer::holders(&base.holdings, *step, session.table.blocks.len());
                 if *purpose != Purpose::Train {
                     let layout = Layout::among(&holders, nodes, leaves);
-                    let engine = from_memory(session, *step, base, layout, memory)?;
+                    let engine = from_memory(session, *step, base, layout, memory);
                     hand_over(engine, base, &mut holders, assignment, peers)?;
                     return Ok(engine);
                 }
                 let layout = Layout::new(&holders, nodes);
                 let lacking = base.holdings.iter().map(|holding| !holding.weights || holding.step != *step).collect();
-                (from_memory(session, *step, base, layout, memory)?, holders, lacking)
+                let engine = from_memory(session, *step, base, layout, memory);
+                engine.hold(self.sharded);
+                (engine, holders, lacking)
             }
             (Start::Manifest(base), Some(manifest)) => {
                 // What it holds is not wanted any more, and its room is.
@@ -576,12 +590,13 @@ impl Base<'_> {
                 let layout = Layout::fresh(&session.table, nodes);
                 let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
                 let engine = memory.insert(self.from_manifest(base, manifest, layout, peers.abort)?);
+                engine.hold(self.sharded);
                 engine.log = log;
                 (engine, holders, vec![true; world])
             }
             (Start::Model | Start::Manifest(_), _) => {
                 let layout = Layout::fresh(&session.table, nodes);
-                let engine = memory.insert(from_model(session, layout, rank)?);
+                let engine = memory.insert(from_model(session, layout, rank, self.sharded)?);
                 (engine, Holders::new(), vec![false; world])
             }
         };
@@ -604,7 +619,7 @@ impl Base<'_> {
             checkpoint::load(&session.store, base, manifest, &session.table, &owned)
         });
         let blocks = blocks.map_err(|error| unloadable(base, error))?;
-        let mut engine = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout);
+        let mut engine = engine(session, Held::Own, layout);
         engine.blocks = blocks;
         engine.step = manifest.step;
         engine.updates = manifest.updates;
@@ -656,13 +671,16 @@ fn hand_over(
     Ok(())
 }
 
-fn from_model(session: &Session, layout: Layout, rank: usize) -> Result<Engine, GenerationError> {
+fn from_model(session: &Session, layout: Layout, rank: usize, sharded: bool) -> Result<Engine, GenerationError> {
     let masters = session.first_weights()?;
     let state = |block: usize| Ok((block, BlockState::new(masters.read(&session.table.blocks[block])?)));
     let blocks = layout.kept(rank).map(state).collect::<Result<_, GenerationError>>()?;
-    let mut engine = engine(session, masters.to(session.kind(), session.device), layout);
+    let held = match sharded {
+        true => Held::Own,
+        false => Held::All { weights: masters.to(session.kind(), session.device), step: Some(0) },
+    };
+    let mut engine = engine(session, held, layout);
     engine.blocks = blocks;
-    engine.weights_step = Some(0);
     Ok(engine)
 }
 
@@ -674,7 +692,7 @@ fn from_memory<'a>(
     base: &MemoryBase,
     layout: Layout,
     memory: &'a mut Option<Engine>,
-) -> Result<&'a mut Engine, GenerationError> {
+) -> &'a mut Engine {
     let committed = Committed { norm: base.norm, updated: base.updated };
     let kept = memory.take().map(|mut engine| {
         if engine.step + 1 == step {
@@ -685,19 +703,19 @@ fn from_memory<'a>(
     // A rank that holds something else has nothing to offer, and said so.
     let kept = kept.filter(|engine| (engine.step, engine.updates) == (step, base.updates));
     let mut engine = kept.unwrap_or_else(|| {
-        let mut empty = engine(session, Weights::zeros(&session.table, session.kind(), session.device), layout.clone());
+        let mut empty = engine(session, Held::Own, layout.clone());
         (empty.step, empty.updates) = (step, base.updates);
         empty
     });
     engine.enter(layout);
-    Ok(memory.insert(engine))
+    memory.insert(engine)
 }
 
-fn engine(session: &Session, weights: Weights, layout: Layout) -> Engine {
+fn engine(session: &Session, held: Held, layout: Layout) -> Engine {
     let (config, table) = (session.config.clone(), session.table.clone());
     let longest = session.data.longest().max(session.held_out.longest());
     let adapted = session.adapted.as_ref().map(|base| base.lock().share());
-    Engine::new(config, table, weights, layout, longest, session.device, adapted)
+    Engine::new(config, table, held, layout, longest, (session.kind(), session.device), adapted)
 }
 
 /// Equal on ranks that stand at the same state and compute alike.
@@ -705,12 +723,12 @@ fn state_digest(
     session: &Session,
     engine: &Engine,
     assignment: &Assignment,
-    abort: &CancellationToken,
+    peers: Peers<'_>,
 ) -> Result<String, GenerationError> {
     let mut hasher = blake3::Hasher::new();
     if assignment.purpose == Purpose::Train {
         // Else nobody computes with the weights, and newcomers have none.
-        hasher.update(engine.digest()?.as_bytes());
+        hasher.update(engine.digest(peers)?.as_bytes());
     }
     hasher.update(&engine.step.to_le_bytes());
     hasher.update(&engine.updates.to_le_bytes());
@@ -719,7 +737,7 @@ fn state_digest(
         hasher.update(manifest.digest.as_bytes());
     }
     if assignment.canary {
-        hasher.update(engine.canary(&session.data, abort)?.as_bytes());
+        hasher.update(engine.canary(&session.data, peers)?.as_bytes());
     }
     Ok(hasher.finalize().to_hex().to_string())
 }

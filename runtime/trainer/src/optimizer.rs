@@ -26,16 +26,46 @@ pub struct Slot<'a> {
     pub second: &'a mut [f32],
 }
 
+/// What is the same for all elements.
+#[derive(Clone, Copy)]
+struct Factors {
+    scale: f32,
+    step_size: f32,
+    second_root: f32,
+    keep: f32,
+}
+
 /// Applies one update.
 pub fn adamw(slot: Slot<'_>, gradient: &[f32], update: Update) {
     let count = i32::try_from(update.count).unwrap_or(i32::MAX);
-    let step_size = (update.learning_rate / (1.0 - BETA1.powi(count))) as f32;
-    let second_root = (1.0 - BETA2.powi(count)).sqrt() as f32;
-    let keep = (1.0 - update.learning_rate * update.weight_decay) as f32;
+    let factors = Factors {
+        scale: update.scale,
+        step_size: (update.learning_rate / (1.0 - BETA1.powi(count))) as f32,
+        second_root: (1.0 - BETA2.powi(count)).sqrt() as f32,
+        keep: (1.0 - update.learning_rate * update.weight_decay) as f32,
+    };
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has it.
+        return unsafe { apply_wide(slot, gradient, factors) };
+    }
+    apply(slot, gradient, factors);
+}
+
+/// Four times as fast: compilers leave square roots of four numbers at a time alone, and take those of eight. Each
+/// operation rounds as it does on one number.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn apply_wide(slot: Slot<'_>, gradient: &[f32], factors: Factors) {
+    apply(slot, gradient, factors);
+}
+
+#[inline(always)]
+fn apply(slot: Slot<'_>, gradient: &[f32], Factors { scale, step_size, second_root, keep }: Factors) {
     let (beta2, one_less_beta1, one_less_beta2) = (BETA2 as f32, (1.0 - BETA1) as f32, (1.0 - BETA2) as f32);
     let state = slot.weights.iter_mut().zip(slot.first).zip(slot.second);
     for (((weight, first), second), gradient) in state.zip(gradient) {
-        let gradient = gradient * update.scale;
+        let gradient = gradient * scale;
         *first += (gradient - *first) * one_less_beta1;
         *second = *second * beta2 + one_less_beta2 * gradient * gradient;
         let denominator = second.sqrt() / second_root + EPSILON;
@@ -95,6 +125,25 @@ mod tests {
         adamw(slot, &[8.0, -0.5], Update { learning_rate: 0.25, weight_decay: 0.0, scale: 0.5, count: 1 });
         assert!((weights[0] - 0.75).abs() < 1e-6 && (weights[1] - 1.25).abs() < 1e-6, "{weights:?}");
         assert!((first[0] - 0.4).abs() < 1e-6 && (second[0] - 0.016).abs() < 1e-6);
+    }
+
+    #[test]
+    fn elements_are_updated_to_the_same_bits_together_and_alone() {
+        let value = |seed: f32| (0..53).map(|i| (i as f32 * seed).sin()).collect::<Vec<f32>>();
+        let (weights, first, gradient) = (value(0.37), value(0.11), value(0.71));
+        let second: Vec<f32> = value(0.53).iter().map(|value| value * value).collect();
+        let update = Update { learning_rate: 1e-3, weight_decay: 0.1, scale: 0.3, count: 7 };
+        let run = |range: std::ops::Range<usize>| {
+            let part = |all: &[f32]| all[range.clone()].to_vec();
+            let [mut weights, mut first, mut second] = [part(&weights), part(&first), part(&second)];
+            let slot = Slot { weights: &mut weights, first: &mut first, second: &mut second };
+            adamw(slot, &gradient[range], update);
+            [weights, first, second].map(|values| values.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+        };
+        let together = run(0..53);
+        for i in 0..53 {
+            assert_eq!(run(i..i + 1), [0, 1, 2].map(|part: usize| vec![together[part][i]]), "{i}");
+        }
     }
 
     #[test]

@@ -26,7 +26,9 @@ use vicuna_model::gguf::Gguf;
 use vicuna_model::{Config, ModelError, Pretrained, Stretch};
 use vicuna_protocol::coordinator::Cause;
 use vicuna_protocol::gigabytes;
-use vicuna_protocol::job::{Method, Precision, Recipe, Recompute, RopeScaling, RunLength, Scaling, TrainingJob};
+use vicuna_protocol::job::{
+    Method, Parameters, Precision, Recipe, Recompute, RopeScaling, RunLength, Scaling, TrainingJob,
+};
 
 /// Manifests that a rank reports, at most.
 pub const MANIFESTS: usize = 16;
@@ -95,7 +97,7 @@ pub struct Place {
 
 /// One attempt; nothing of it is lost that a further attempt could use.
 pub async fn prepare(job: TrainingJob, place: Place) -> Result<Session, Trouble> {
-    check(&job)?;
+    check(&job, place.device)?;
     let store = Store::open(&job.checkpoint.to).map_err(store_trouble)?;
     store.probe().await.map_err(store_trouble)?;
     let model_path = fetch_model(&job, &place).await?;
@@ -110,7 +112,7 @@ pub async fn prepare(job: TrainingJob, place: Place) -> Result<Session, Trouble>
 }
 
 /// What the API server does not check.
-fn check(job: &TrainingJob) -> Result<(), Trouble> {
+fn check(job: &TrainingJob, device: Device) -> Result<(), Trouble> {
     let recipe = &job.recipe;
     let wrong = if recipe.global_batch == 0 || recipe.micro_batch == 0 {
         "globalBatch and microBatch must be at least 1"
@@ -122,6 +124,8 @@ fn check(job: &TrainingJob) -> Result<(), Trouble> {
         "evaluateEvery needs data to evaluate on: set prepare.holdOut"
     } else if recipe.rope_scaling.is_some() && recipe.method != Method::Full {
         "ropeScaling changes the model itself, which adapters do not carry: set method to Full, or leave it out"
+    } else if recipe.offload && !device.is_cuda() {
+        "memory.offload moves layers' inputs from a GPU's memory to the host's, and this worker computes on the CPU: give workers.resources a GPU, or leave offload out"
     } else {
         return Ok(());
     };
@@ -181,9 +185,9 @@ async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<read::Fi
     Ok(all)
 }
 
-/// What a rank needs for each number of ranks from 1, from the model's configuration alone; `None` where that cannot be
+/// What a rank with this memory needs for each number of ranks from 1, from the model's configuration alone; `None` where that cannot be
 /// read: what is wrong is said when the model is.
-pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<Need>>, Trouble> {
+pub async fn preflight(job: &TrainingJob, device: Device, limits: Limits) -> Result<Option<Vec<Need>>, Trouble> {
     let store = Store::open(&job.model.from).map_err(|error| source_trouble(Cause::Model, "the base model", &error))?;
     let Some(config) = configuration(&store).await else { return Ok(None) };
     let config = stretched(job, config)?;
@@ -191,7 +195,7 @@ pub async fn preflight(job: &TrainingJob, device: Device) -> Result<Option<Vec<N
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
     let table = BlockTable::of(&config, lora.as_ref());
     let workload = workload(job, &config, &table, device, data_size(job).await);
-    Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need(ranks)).collect()))
+    Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need_within(ranks, limits)).collect()))
 }
 
 /// Of a directory's `config.json`, or of the header of a GGUF file.
@@ -260,6 +264,9 @@ pub fn refuse_what_does_not_fit(job: &TrainingJob, needs: &[Need], limits: Limit
     let has = [has("on the host", limits.host), has("on the device", limits.device)];
     let has = has.into_iter().flatten().collect::<Vec<_>>().join(" and ");
     let advice = match (&job.recipe.method, job.recipe.recompute) {
+        (Method::Full, _) if job.recipe.parameters == Parameters::Replicated => {
+            "give workers.resources more memory, or set recipe.memory.parameters to Auto"
+        }
         (Method::Full | Method::LoRA(_), Recompute::Never) => {
             "give workers.resources more memory, or set recipe.memory.recompute to Auto"
         }
@@ -279,7 +286,7 @@ fn workload<'a>(
     device: Device,
     data: u64,
 ) -> Workload<'a> {
-    Workload { config, table, recipe: &job.recipe, gpu: device.is_cuda(), data }
+    Workload { config, table, recipe: &job.recipe, gpu: device.is_cuda(), data, slow_store: true }
 }
 
 fn assemble(
@@ -297,7 +304,8 @@ fn assemble(
     }
     let lora = adapters::lora(&job.recipe.method);
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
-    let mut model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
+    let model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
+    let mut model = model.unpacked();
     model.config = stretched(&job, model.config)?;
     let template = template(&job, &model)?;
     let prepared = data(&job, files, &model, &template)?;
@@ -448,7 +456,8 @@ fn kind(job: &TrainingJob) -> Kind {
 
 /// Model, data, preparation and recipe, as the job writes them.
 fn recipe_digest(job: &TrainingJob) -> String {
-    let recipe = Recipe { evaluate_every: None, recompute: Recompute::default(), ..job.recipe.clone() };
+    let (recompute, parameters) = (Recompute::default(), Parameters::default());
+    let recipe = Recipe { evaluate_every: None, recompute, parameters, offload: false, ..job.recipe.clone() };
     let parts = (&job.model, &job.dataset, &job.prepare, &recipe);
     // Plain structs always serialise.
     digest(&serde_json::to_vec(&parts).unwrap_or_default())
@@ -496,15 +505,24 @@ impl Session {
         self.data.bytes() + self.held_out.bytes()
     }
 
+    fn workload(&self) -> Workload<'_> {
+        workload(&self.job, &self.config, &self.table, self.device, self.data_bytes())
+    }
+
+    /// Whether a rank among `ranks` had better not hold all weights.
+    pub fn shards(&self, ranks: u32) -> bool {
+        self.workload().need_within(ranks, self.limits).sharded
+    }
+
     /// What a rank among `ranks` may keep of the way forward.
-    pub fn room(&self, ranks: u32) -> Room {
-        let workload = workload(&self.job, &self.config, &self.table, self.device, self.data_bytes());
+    pub fn room(&self, ranks: u32, sharded: bool) -> Room {
+        let workload = self.workload();
         let bytes = match (self.job.recipe.recompute, &self.job.recipe.method) {
             // Whole layers would hold their weights in full.
             (Recompute::Always, _) | (_, Method::QLoRA(..)) => 0,
             (Recompute::Never, _) => u64::MAX,
             (Recompute::Auto, _) => {
-                let need = workload.need(ranks);
+                let need = workload.need(ranks, sharded);
                 let (limit, need) = match self.device.is_cuda() {
                     true => (self.limits.device, need.device),
                     false => (self.limits.reserved, need.host),
@@ -512,7 +530,8 @@ impl Session {
                 limit.map_or(0, |limit| (limit - limit / 10).saturating_sub(need))
             }
         };
-        Room { bytes, bytes_a_token: workload.run_bytes_a_token() }
+        let (bytes_a_token, bytes_a_layer) = (workload.run_bytes_a_token(), workload.run_bytes_a_layer(sharded));
+        Room { bytes, bytes_a_token, bytes_a_layer }
     }
 
     /// What forward and backward passes compute in.
@@ -534,7 +553,7 @@ impl Session {
             .ok_or_else(|| ModelError::Config("the base model lacks parameters".to_owned()))
     }
 
-    /// Frees the base weights: a manifest is there to start from.
+    /// Frees the base weights: there is something else to start from, and they can be read again.
     pub fn forget_base(&self) {
         self.model.lock().tensors.clear();
     }

@@ -507,8 +507,8 @@ async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Sessi
 
 /// Says what the training needs in memory, and fetches nothing that cannot fit.
 async fn prepare_once(job: &TrainingJob, place: &Place, link: &Link) -> Result<Session, Trouble> {
-    if let Some(needs) = prepare::preflight(job, place.device).await? {
-        let limits = limits(place.device);
+    let limits = limits(place.device);
+    if let Some(needs) = prepare::preflight(job, place.device, limits).await? {
         let need = |need: &Need| wire::estimated::Need {
             ranks: need.ranks,
             host_bytes: need.host,

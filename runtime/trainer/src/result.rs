@@ -5,8 +5,9 @@ use crate::checkpoint::{CheckpointError, retry};
 use crate::generation::GenerationError;
 use crate::log::{Line, plot};
 use crate::prepare::Session;
-use crate::step::Engine;
+use std::collections::BTreeMap;
 use std::path::Path;
+use tch::Tensor;
 use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{StoreError, upload_dir};
 use vicuna_model::ModelError;
@@ -31,15 +32,15 @@ fn describe(session: &Session, log: &[Line], digest: &str, directory: &Path) -> 
     })
 }
 
-/// Saves what was trained to scratch and uploads it, trying until it works or `cancel` is called.
+/// Saves what was trained, by name, to scratch and uploads it, trying until it works or `cancel` is called.
 pub fn write(
     session: &Session,
-    engine: &Engine,
+    tensors: &BTreeMap<String, Tensor>,
     cancel: &CancellationToken,
     trouble: &dyn Fn(&StoreError),
 ) -> Result<Written, GenerationError> {
     let directory = session.scratch.join(RESULT);
-    let digest = save(session, engine, &directory)?;
+    let digest = save(session, tensors, &directory)?;
     let log = retry(&session.runtime, cancel, trouble, || session.log())?;
     describe(session, &log, &digest, &directory)?;
     let store = session.store.below(RESULT);
@@ -51,18 +52,17 @@ pub fn write(
 }
 
 /// The model, or the adapters for PEFT with their base's tokenizer; returns the digest of what was trained.
-fn save(session: &Session, engine: &Engine, directory: &Path) -> Result<String, GenerationError> {
-    let tensors = engine.weights.to_map(&engine.table);
+fn save(session: &Session, tensors: &BTreeMap<String, Tensor>, directory: &Path) -> Result<String, GenerationError> {
     let (config, template) = (&session.config, Some(session.chat_template.as_str()));
     let model = session.model.lock();
     match &session.adapted {
-        None => vicuna_model::save(directory, config, &tensors, &model.tokenizer, template)?,
+        None => vicuna_model::save(directory, config, tensors, &model.tokenizer, template)?,
         Some(adapted) => {
-            Adapter::save(directory, &adapted.lock().lora, &session.job.model.from, &tensors)?;
+            Adapter::save(directory, &adapted.lock().lora, &session.job.model.from, tensors)?;
             vicuna_model::save_tokenizer(directory, config, &model.tokenizer, template)?;
         }
     }
     // The template calls them by these names.
     model.special_tokens.write(directory)?;
-    Ok(vicuna_model::weights_digest(&tensors)?)
+    Ok(vicuna_model::weights_digest(tensors)?)
 }

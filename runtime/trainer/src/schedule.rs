@@ -23,7 +23,7 @@ pub fn learning_rate(recipe: &Recipe, step: u64, steps: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vicuna_protocol::job::{Method, Precision, Recompute, Reproducibility, RunLength};
+    use vicuna_protocol::job::{Method, Parameters, Precision, Recompute, Reproducibility, RunLength};
 
     fn recipe(schedule: Schedule, warmup_ratio: f64) -> Recipe {
         Recipe {
@@ -41,6 +41,8 @@ mod tests {
             evaluate_every: None,
             precision: Precision::Fp32,
             recompute: Recompute::Auto,
+            parameters: Parameters::Auto,
+            offload: false,
             packing: false,
             rope_scaling: None,
             reproducibility: Reproducibility::default(),

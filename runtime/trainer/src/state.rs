@@ -1,8 +1,9 @@
-//! What a rank holds: the compute weights of all that is trained, and masters and moments of the blocks
-//! that it owns or is twin of (ZeRO stage 1, Rajbhandari et al. 2020, with one spare copy).
+//! What a rank holds: masters and moments of the blocks that it owns or is twin of, and, where they are replicated,
+//! the compute weights of all that is trained (ZeRO, Rajbhandari et al. 2020, with one spare copy of each block).
 
 use crate::blocks::{Block, BlockTable, Parameter};
 use crate::optimizer::{Slot, Update, adamw};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use tch::{Device, Kind, TchError, Tensor};
 use vicuna_model::lora::Lora;
@@ -64,7 +65,7 @@ pub fn floats(bytes: &[u8]) -> Vec<f32> {
     values.iter().map(|value| f32::from_le_bytes(*value)).collect()
 }
 
-/// Compute weights of what is trained, on the device, in canonical order: fp32, or masters rounded to bf16.
+/// Compute weights of all that is trained, in canonical order: fp32, or masters rounded to bf16.
 #[derive(Debug)]
 pub struct Weights {
     pub tensors: Vec<Tensor>,
@@ -102,24 +103,38 @@ impl Weights {
         named.map(|(parameter, tensor)| (parameter.name.clone(), tensor.to_device(Device::Cpu))).collect()
     }
 
-    /// Replaces a block's elements.
-    pub fn write(&mut self, block: &Block, values: &[f32]) -> Result<(), TchError> {
-        let mut start = 0;
-        for segment in &block.segments {
-            let flat = self.tensors[segment.parameter].f_view([-1])?;
-            // Rounded here, so that half as much goes to a GPU.
-            let values = Tensor::f_from_slice(&values[start..start + segment.elements])?.f_to_kind(flat.kind())?;
-            start += segment.elements;
-            let mut place = flat.f_narrow(0, segment.offset as i64, segment.elements as i64)?;
-            place.f_copy_(&values)?;
-        }
-        Ok(())
+    /// Replaces a block's elements by values of [`rounded`].
+    pub fn write(&mut self, block: &Block, values: &[u8]) -> Result<(), TchError> {
+        write_block(block, values, |parameter| &self.tensors[parameter])
     }
 
     /// A block's elements.
     pub fn read(&self, block: &Block) -> Result<Vec<f32>, TchError> {
         read_block(block, |parameter| &self.tensors[parameter])
     }
+}
+
+/// A block's masters as passes compute with them: little-endian, in the order of its elements.
+pub fn rounded(masters: &[f32], kind: Kind) -> Result<Cow<'_, [u8]>, TchError> {
+    if kind == Kind::Float {
+        return Ok(Cow::Borrowed(bytemuck::cast_slice(masters)));
+    }
+    let mut bytes = vec![0; masters.len() * kind.elt_size_in_bytes()];
+    Tensor::f_from_slice(masters)?.f_to_kind(kind)?.f_copy_data_u8(&mut bytes, masters.len())?;
+    Ok(Cow::Owned(bytes))
+}
+
+/// Puts a block's values, as [`rounded`] to the tensors' kind, into tensors, given by parameter index.
+pub fn write_block<'a>(block: &Block, values: &[u8], tensor: impl Fn(usize) -> &'a Tensor) -> Result<(), TchError> {
+    let mut rest = values;
+    for segment in &block.segments {
+        let flat = tensor(segment.parameter).f_view([-1])?;
+        let values;
+        (values, rest) = rest.split_at(segment.elements * flat.kind().elt_size_in_bytes());
+        let values = Tensor::f_from_data_size(values, &[segment.elements as i64], flat.kind())?;
+        flat.f_narrow(0, segment.offset as i64, segment.elements as i64)?.f_copy_(&values)?;
+    }
+    Ok(())
 }
 
 /// Collects a block from tensors, given by parameter index.
@@ -159,7 +174,7 @@ mod tests {
         let state = BlockState::new(masters.read(block).unwrap());
         let rounded = masters.to(Kind::BFloat16, Device::Cpu);
         let mut written = Weights::zeros(&table, Kind::BFloat16, Device::Cpu);
-        written.write(block, &state.weights).unwrap();
+        written.write(block, &super::rounded(&state.weights, Kind::BFloat16).unwrap()).unwrap();
         let read = written.read(block).unwrap();
         assert_eq!(read, rounded.read(block).unwrap());
         assert_ne!(read, state.weights);
@@ -173,7 +188,7 @@ mod tests {
         let weights = Weights::from_map(&table, &model.tensors).unwrap();
         let mut copy = Weights::zeros(&table, Kind::Float, Device::Cpu);
         for block in &table.blocks {
-            copy.write(block, &weights.read(block).unwrap()).unwrap();
+            copy.write(block, &rounded(&weights.read(block).unwrap(), Kind::Float).unwrap()).unwrap();
         }
         let digest = |weights: &Weights| vicuna_model::weights_digest(&weights.to_map(&table)).unwrap();
         assert_eq!(digest(&copy), digest(&weights));

@@ -115,7 +115,7 @@ pub fn holding(engine: &Engine, data: &Dataset) -> wire::Holding {
         updates: engine.updates,
         blocks: bits(total, engine.blocks.keys().copied()),
         advancing: bits(total, engine.blocks.keys().copied().filter(follows)),
-        weights: engine.weights_step == Some(engine.step),
+        weights: engine.has_weights(),
         last: None,
         norm: engine.committed.norm,
         updated: engine.committed.updated,

@@ -23,7 +23,6 @@ use vicuna_model::layers::Rope;
 use vicuna_model::lora::Adapter;
 use vicuna_protocol::job::{Base, Lora, Method, RunLength};
 use vicuna_trainer::checkpoint::Published;
-use vicuna_trainer::collective::CollectiveError;
 use vicuna_trainer::evaluation::{Evaluation, Stage};
 use vicuna_trainer::generation::{Control, Observer, Start};
 use vicuna_trainer::local::generation_on_threads;
@@ -31,6 +30,7 @@ use vicuna_trainer::prepare::Session;
 use vicuna_trainer::schedule::learning_rate;
 use vicuna_trainer::step::StepReport;
 use vicuna_trainer::step::gradients::Computation;
+use vicuna_trainer::step::weights::Source;
 use vicuna_trainer::tree::Summand;
 
 const STEPS: u64 = 30;
@@ -116,23 +116,23 @@ fn first_gradients(session: &Session) -> BTreeMap<String, Tensor> {
     let computation = Computation {
         config: &session.config,
         table: &session.table,
-        weights: &weights,
         rope: &rope,
         device: Device::Cpu,
         adapted: Some(&base),
         step: 1,
         whole_layers: 0,
+        offload: false,
         abort: &CancellationToken::new(),
     };
     let mut named = BTreeMap::new();
-    let handed_on = computation.run(0, &batches, |partial| {
+    let handed_on = computation.run(&mut Source::Here(&session.table, &weights), 0, &batches, |partial| {
         let mut sums = partial.sums.into_iter().map(|(_, sum)| sum);
         let mut total = sums.next().unwrap();
         sums.for_each(|sum| total.add(sum));
         let parameters = session.table.group_parameters(partial.group);
         let parameters = session.table.parameters[parameters].iter().zip(total.tensors());
         named.extend(parameters.map(|(p, sum)| (p.name.clone(), sum / plan.trained_tokens as f64)));
-        Ok::<_, CollectiveError>(())
+        Ok(())
     });
     assert_eq!(handed_on.unwrap().len(), batches.len());
     named

@@ -18,7 +18,7 @@ use vicuna_model::lora::Adapter;
 use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::coordinator::{Holding, MemoryBase};
 use vicuna_protocol::job::{
-    Base, Lora, Method, Precision, Recompute, Reproducibility, RopeScaling, Scaling, TrainingJob,
+    Base, Lora, Method, Parameters, Precision, Recompute, Reproducibility, RopeScaling, Scaling, TrainingJob,
 };
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
@@ -28,6 +28,7 @@ use vicuna_trainer::generation::{Control, Finished, GenerationError, Observer, O
 use vicuna_trainer::inputs;
 use vicuna_trainer::local::{CallUp, called_up_on_threads, generation_on_threads};
 use vicuna_trainer::log::{Line, What};
+use vicuna_trainer::memory::agreement;
 use vicuna_trainer::prepare::{Place, Session, prepare};
 use vicuna_trainer::step::commit::Wishes;
 use vicuna_trainer::step::{Committed, Engine, Peers, StepReport};
@@ -357,26 +358,31 @@ fn data_or_a_frozen_base_that_changed_under_their_uris_are_not_gone_on_with() {
     assert!(generation(&session(), 1, Some(manifest), None).result().loss.is_finite());
 }
 
-/// Whether each rank of a generation is content with what the others have read.
-fn agreed(sessions: &[Arc<Session>], start: &Start, manifest: Option<&Manifest>) -> Vec<bool> {
+/// What each rank of a generation with these sessions comes to.
+fn on_ranks<T: Send>(sessions: &[Arc<Session>], work: impl Fn(&Session, Peers<'_>) -> T + Sync) -> Vec<T> {
     let networks: Vec<Network> = sessions.iter().map(|_| Network::listen("127.0.0.1:0").unwrap()).collect();
     let peer = |network: &Network| Peer { name: "rank".to_owned(), address: network.address().to_string() };
     let members: Vec<Peer> = networks.iter().map(peer).collect();
     std::thread::scope(|scope| {
         let run = |rank: usize| {
             let membership = Membership { generation: 1, rank, members: members.clone(), key: [7; 32] };
-            let (network, session) = (&networks[rank], &sessions[rank]);
+            let (network, session, work) = (&networks[rank], &sessions[rank], &work);
             scope.spawn(move || {
                 let abort = CancellationToken::new();
                 let mesh = Mesh::connect(network, &membership, 1 << 20, Duration::from_secs(30), &abort).unwrap();
-                let agreed = inputs::agree(session, start, manifest, Peers { collective: &mesh, abort: &abort });
+                let done = work(session, Peers { collective: &mesh, abort: &abort });
                 mesh.leave();
-                agreed.is_ok()
+                done
             })
         };
         let threads: Vec<_> = (0..sessions.len()).map(run).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
+}
+
+/// Whether each rank of a generation is content with what the others have read.
+fn agreed(sessions: &[Arc<Session>], start: &Start, manifest: Option<&Manifest>) -> Vec<bool> {
+    on_ranks(sessions, |session, peers| inputs::agree(session, start, manifest, peers).is_ok())
 }
 
 #[test]
@@ -575,6 +581,113 @@ fn keeping_layers_instead_of_running_them_again_changes_no_bit() {
             assert_eq!(digest(Recompute::Never, ranks), expected, "{method:?}, {ranks} ranks");
         }
     }
+}
+
+/// A training with held-out sequences and these weights.
+fn weights_of(fixture: &Fixture, bucket: &str, parameters: Parameters, precision: Precision) -> Arc<Session> {
+    let mut job = fixture.job(bucket);
+    (job.recipe.parameters, job.recipe.precision) = (parameters, precision);
+    job.prepare.hold_out = Some(0.5);
+    job.recipe.evaluate_every = Some(2);
+    fixture.session(job)
+}
+
+#[test]
+fn sharded_weights_train_the_bits_of_replicated_ones_whatever_happens() {
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        let fixture = Fixture::new();
+        let session = |bucket: &str, parameters| weights_of(&fixture, bucket, parameters, precision);
+        let seen = |run: &Run| (run.watches[0].losses.lock().clone(), evaluations(run, 0));
+        let replicated = generation(&session("replicated", Parameters::Replicated), 1, None, None);
+        let expected = (replicated.result().digest.clone(), seen(&replicated));
+        for world in [1, 2, 3, 4, 9] {
+            let run = generation(&session(&format!("bucket-{world}"), Parameters::Sharded), world, None, None);
+            assert_eq!((run.result().digest.clone(), seen(&run)), expected, "{precision:?}, {world} ranks");
+        }
+
+        // Of three ranks one leaves; two, of which one is lost in a step; two others join; a checkpoint; one rank with
+        // all weights goes on from it.
+        let disturbed = session("disturbed", Parameters::Sharded);
+        let mut memories = continued(&disturbed, 1, &Start::Model, vec![None, None, None], End::Left(1)).memories;
+        memories.truncate(2);
+        let start = from_memory(&disturbed, &memories);
+        let mut memories = continued(&disturbed, 2, &start, memories, End::Paused(2)).memories;
+        broken_step(&disturbed, &mut memories, Kind::Commit);
+        assert_eq!(steps_of(&memories), [3, 2]);
+        memories.truncate(1);
+        memories.extend([None, None]);
+        let start = from_memory(&disturbed, &memories);
+        let (step, manifest) = continued(&disturbed, 3, &start, memories, End::Saved(4)).stopped();
+        assert_eq!(step, 4);
+        let resumed = generation(&session("disturbed", Parameters::Replicated), 1, Some(manifest), None);
+        assert_eq!(resumed.result().digest, expected.0, "{precision:?} after leave, loss, join and resume");
+    }
+}
+
+#[test]
+fn from_one_generation_to_the_next_weights_may_become_sharded_and_whole_again() {
+    let fixture = Fixture::new();
+    let [replicated, sharded] = [Parameters::Replicated, Parameters::Sharded]
+        .map(|parameters| weights_of(&fixture, "bucket", parameters, Precision::Bf16));
+    let undisturbed = weights_of(&fixture, "undisturbed", Parameters::Replicated, Precision::Bf16);
+    let undisturbed = generation(&undisturbed, 1, None, None).result().digest.clone();
+    let memories = continued(&replicated, 1, &Start::Model, vec![None, None], End::Paused(1)).memories;
+    assert!(memories.iter().flatten().all(Engine::has_weights));
+    let start = from_memory(&sharded, &memories);
+    let mut memories = continued(&sharded, 2, &start, memories, End::Paused(3)).memories;
+    assert!(!memories.iter().flatten().any(Engine::has_weights));
+    memories.push(None);
+    let start = from_memory(&replicated, &memories);
+    assert_eq!(continued(&replicated, 3, &start, memories, End::Complete).result().digest, undisturbed);
+}
+
+#[test]
+fn sharded_adapters_and_layers_that_are_kept_are_the_same_bits() {
+    let fixture = Fixture::new();
+    let methods = [Method::Full, Method::LoRA(lora()), Method::QLoRA(lora(), Base::Nf4)];
+    for (index, method) in methods.iter().enumerate() {
+        let digest = |parameters: Parameters, recompute: Recompute, ranks: usize| {
+            let mut job = adapter_job(&fixture, &format!("{index}-{parameters:?}-{recompute:?}-{ranks}"), method);
+            (job.recipe.parameters, job.recipe.recompute) = (parameters, recompute);
+            generation(&fixture.session(job), ranks, None, None).result().digest.clone()
+        };
+        let expected = digest(Parameters::Replicated, Recompute::Always, 1);
+        for (recompute, ranks) in [(Recompute::Always, 3), (Recompute::Never, 1), (Recompute::Never, 3)] {
+            assert_eq!(digest(Parameters::Sharded, recompute, ranks), expected, "{method:?}, {recompute:?}, {ranks}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_needs_sharded_weights_has_all_shard_them() {
+    let fixture = Fixture::new();
+    let [whole, part] = [Parameters::Replicated, Parameters::Sharded]
+        .map(|parameters| weights_of(&fixture, "bucket", parameters, Precision::Fp32));
+    let sharded = |sessions: &[&Arc<Session>]| {
+        let sessions: Vec<Arc<Session>> = sessions.iter().map(|session| Arc::clone(session)).collect();
+        on_ranks(&sessions, |session, peers| agreement::agree(session, 3, peers).unwrap().sharded)
+    };
+    assert_eq!(sharded(&[&whole, &whole, &part]), [true; 3]);
+    assert_eq!(sharded(&[&whole, &whole]), [false; 2]);
+}
+
+#[test]
+fn offloaded_inputs_change_no_bit_on_a_gpu_and_are_refused_on_a_cpu() {
+    let fixture = Fixture::new();
+    let job = |bucket: &str, offload| {
+        let mut job = fixture.job(bucket);
+        (job.recipe.offload, job.recipe.recompute) = (offload, Recompute::Always);
+        job
+    };
+    let plain = fixture.session(job("plain", false));
+    if plain.device.is_cuda() {
+        let digest = |session| generation(&session, 2, None, None).result().digest.clone();
+        assert_eq!(digest(fixture.session(job("offloaded", true))), digest(plain));
+        return;
+    }
+    let place = Place { scratch: fixture.path("scratch"), device: plain.device, threads: 1 };
+    let trouble = fixture.runtime.block_on(prepare(job("offloaded", true), place)).unwrap_err();
+    assert!(trouble.message.contains("memory.offload") && trouble.message.contains("GPU"), "{trouble}");
 }
 
 #[test]

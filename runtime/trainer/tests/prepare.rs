@@ -115,7 +115,7 @@ fn the_model_s_own_template_means_the_tokenizer_s_tokens() {
 fn a_training_that_fits_only_among_many_workers_is_not_refused() {
     let fixture = Fixture::new();
     let job = job(&fixture, Prepare::default());
-    let needs = fixture.runtime.block_on(preflight(&job, Device::Cpu)).unwrap().unwrap();
+    let needs = fixture.runtime.block_on(preflight(&job, Device::Cpu, Limits::default())).unwrap().unwrap();
     assert_eq!(needs.last().unwrap().ranks, 512);
     let limits = Limits { host: Some(needs[79].host), ..Limits::default() };
     let fewest = needs.iter().find(|need| need.fits(limits)).unwrap().ranks;
@@ -127,7 +127,7 @@ fn a_training_that_fits_only_among_many_workers_is_not_refused() {
 fn the_datasets_are_part_of_the_estimate_and_what_they_came_to_of_what_is_held() {
     let fixture = Fixture::new();
     let job = job(&fixture, Prepare::default());
-    let needs = fixture.runtime.block_on(preflight(&job, Device::Cpu)).unwrap().unwrap();
+    let needs = fixture.runtime.block_on(preflight(&job, Device::Cpu, Limits::default())).unwrap().unwrap();
     let data = needs[0].parts.iter().find(|part| part.what == "prepared data").unwrap();
     let file = std::fs::metadata(fixture.path("data.json")).unwrap().len();
     assert_eq!(data.bytes, file);
@@ -157,7 +157,7 @@ fn sequences_longer_than_the_model_was_made_for_are_refused_unless_it_is_stretch
     assert_eq!(refused.cause, Cause::Application);
     assert!(refused.message.contains("1500 tokens") && refused.message.contains("made for 512"), "{refused}");
     assert!(refused.message.contains("a factor of at least 3"), "{refused}");
-    assert_eq!(fixture.runtime.block_on(preflight(&job, Device::Cpu)).unwrap_err(), refused);
+    assert_eq!(fixture.runtime.block_on(preflight(&job, Device::Cpu, Limits::default())).unwrap_err(), refused);
 
     job.recipe.rope_scaling = Some(RopeScaling { kind: Scaling::Yarn, factor: 3.0 });
     let session = attempt(&fixture, job.clone()).unwrap();
@@ -178,7 +178,8 @@ fn sequences_longer_than_the_model_was_made_for_are_refused_unless_it_is_stretch
 fn the_estimate_of_a_gguf_model_is_that_of_its_directory() {
     let fixture = Fixture::new();
     let mut job = job(&fixture, Prepare::default());
-    let estimated = |job: &TrainingJob| fixture.runtime.block_on(preflight(job, Device::Cpu)).unwrap();
+    let estimated =
+        |job: &TrainingJob| fixture.runtime.block_on(preflight(job, Device::Cpu, Limits::default())).unwrap();
     let directory = estimated(&job).unwrap();
     let model = vicuna_model::load(&fixture.path("model")).unwrap();
     std::fs::create_dir(fixture.path("folder")).unwrap();

@@ -15,7 +15,7 @@ use vicuna_checkpoint::StoreError;
 use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::gigabytes;
 use vicuna_protocol::job::{
-    Base, Checkpointing, DatasetSource, Lora, Method, ModelSource, Precision, Prepare, Recipe, Recompute,
+    Base, Checkpointing, DatasetSource, Lora, Method, ModelSource, Parameters, Precision, Prepare, Recipe, Recompute,
     Reproducibility, RunLength, Schedule, TrainingJob,
 };
 use vicuna_trainer::adapters;
@@ -30,7 +30,9 @@ use vicuna_trainer::memory::Workload;
 use vicuna_trainer::prepare::{Place, prepare};
 use vicuna_trainer::step::StepReport;
 
-const STEPS: u64 = 3;
+const STEPS: u64 = 2;
+/// There is one at the end. During a step a checkpoint takes its very bytes besides, which needs no measuring.
+const BETWEEN_CHECKPOINTS: u64 = 3600;
 
 #[derive(Clone, Debug, Parser)]
 struct Options {
@@ -39,21 +41,26 @@ struct Options {
     model: PathBuf,
     #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
     ranks: Vec<usize>,
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "full")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "full,lora")]
     method: Vec<Trained>,
     /// Both ways if none is given.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "recompute,keep")]
     memory: Vec<Spent>,
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "replicated,sharded")]
+    parameters: Vec<Whose>,
+    /// Layers' inputs wait in host memory, on a GPU.
+    #[arg(long)]
+    offload: bool,
     /// A chat template's name, if the model has none of its own.
     #[arg(long)]
     template: Option<String>,
     #[arg(long)]
     bf16: bool,
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     global_batch: u32,
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 2)]
     micro_batch: u32,
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 128)]
     max_length: u32,
     /// Of this process: its rank and everyone's ports.
     #[arg(long, hide = true)]
@@ -77,22 +84,31 @@ enum Spent {
     Keep,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Whose {
+    Replicated,
+    Sharded,
+}
+
 fn main() -> Result<()> {
     let options = Options::parse();
     if let (Some(rank), Some(folder)) = (options.rank, options.folder.clone()) {
         heap::keep_freed_memory();
         return run_rank(&options, rank, &folder);
     }
-    println!("| method | ranks | layers | host peak | estimate | | device peak | estimate | |");
-    println!("|---|---|---|---|---|---|---|---|---|");
-    for method in &options.method {
-        for ranks in &options.ranks {
-            for memory in &options.memory {
-                row(&Options { method: vec![*method], memory: vec![*memory], ..options.clone() }, *ranks)?;
-            }
+    println!("| method | ranks | weights | layers | host peak | estimate | | device peak | estimate | |");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
+    for (method, ranks) in pairs(&options.method, &options.ranks) {
+        for (parameters, memory) in pairs(&options.parameters, &options.memory) {
+            let (method, parameters, memory) = (vec![method], vec![parameters], vec![memory]);
+            row(&Options { method, parameters, memory, ..options.clone() }, ranks)?;
         }
     }
     Ok(())
+}
+
+fn pairs<A: Copy, B: Copy>(first: &[A], second: &[B]) -> Vec<(A, B)> {
+    first.iter().flat_map(|one| second.iter().map(|other| (*one, *other))).collect()
 }
 
 /// Runs a training of so many processes; prints the largest peaks.
@@ -121,7 +137,9 @@ fn row(options: &Options, ranks: usize) -> Result<()> {
     };
     let layers = if options.memory[0] == Spent::Keep { "kept" } else { "run again" };
     let (host, device) = (compare(largest(0), largest(1)), compare(largest(2), largest(3)));
-    println!("| {:?} | {ranks} | {layers} {host}{device}|", options.method[0]);
+    let name = |value: &dyn ValueName| value.name();
+    let (method, weights) = (name(&options.method[0]), name(&options.parameters[0]));
+    println!("| {method} | {ranks} | {weights} | {layers} {host}{device}|");
     Ok(())
 }
 
@@ -136,10 +154,14 @@ fn start(options: &Options, rank: usize, ports: &[u16], folder: &Path) -> Result
         .arg("--model")
         .arg(&options.model)
         .args(["--method", &name(&options.method[0]), "--memory", &name(&options.memory[0])])
+        .args(["--parameters", &name(&options.parameters[0])])
         .args(["--global-batch", &options.global_batch.to_string()])
         .args(["--micro-batch", &options.micro_batch.to_string()])
         .args(["--max-length", &options.max_length.to_string()])
         .stdout(Stdio::piped());
+    if options.offload {
+        command.arg("--offload");
+    }
     if options.bf16 {
         command.arg("--bf16");
     }
@@ -201,11 +223,20 @@ fn job(options: &Options, folder: &Path) -> Result<TrainingJob> {
             evaluate_every: None,
             precision: if options.bf16 { Precision::Bf16 } else { Precision::Fp32 },
             recompute: if options.memory[0] == Spent::Keep { Recompute::Never } else { Recompute::Always },
+            parameters: match options.parameters[0] {
+                Whose::Replicated => Parameters::Replicated,
+                Whose::Sharded => Parameters::Sharded,
+            },
+            offload: options.offload,
             packing: false,
             rope_scaling: None,
             reproducibility: Reproducibility::default(),
         },
-        checkpoint: Checkpointing { to: url(&folder.join("bucket"))?, interval_seconds: Some(1), keep: 1 },
+        checkpoint: Checkpointing {
+            to: url(&folder.join("bucket"))?,
+            interval_seconds: Some(BETWEEN_CHECKPOINTS),
+            keep: 1,
+        },
     })
 }
 
@@ -241,16 +272,11 @@ fn run_rank(options: &Options, rank: usize, folder: &Path) -> Result<()> {
         recipe: &session.job.recipe,
         gpu: device.is_cuda(),
         data: session.data_bytes(),
+        slow_store: false,
     };
     let ranks = options.ports.len() as u32;
-    let need = workload.need(ranks);
-    let kept = match options.memory[0] {
-        Spent::Keep if options.method[0] != Trained::Qlora => workload.kept_whole(ranks),
-        _ => 0,
-    };
-    let (host_estimate, device_estimate) =
-        if device.is_cuda() { (need.host, need.device + kept) } else { (need.host + kept, 0) };
-    println!("{}", json!([host, host_estimate, on_device, device_estimate]));
+    let need = workload.need(ranks, options.parameters[0] == Whose::Sharded);
+    println!("{}", json!([host, need.host, on_device, need.device]));
     Ok(())
 }
 

@@ -11,10 +11,10 @@ use vicuna_model::layers::{IGNORED, Rope};
 use vicuna_model::tiny;
 use vicuna_trainer::batch::MicroBatch;
 use vicuna_trainer::blocks::BlockTable;
-use vicuna_trainer::collective::CollectiveError;
 use vicuna_trainer::heap;
 use vicuna_trainer::state::Weights;
 use vicuna_trainer::step::gradients::Computation;
+use vicuna_trainer::step::weights::Source;
 
 /// Tokens of a question, and of a reply.
 const TURN: usize = 32;
@@ -72,12 +72,12 @@ fn main() -> Result<()> {
     let computation = Computation {
         config: &model.config,
         table: &table,
-        weights: &weights,
         rope: &rope,
         device,
         adapted: None,
         step: 1,
         whole_layers: options.whole_layers,
+        offload: false,
         abort: &abort,
     };
     let batches: Vec<_> = (0..options.micro_batches).map(|index| batch(&options, index)).collect();
@@ -87,10 +87,10 @@ fn main() -> Result<()> {
         let started = Instant::now();
         let mut sums = Vec::new();
         let losses = computation
-            .run(0, &batches, |partial| {
+            .run(&mut Source::Here(&table, &weights), 0, &batches, |partial| {
                 // One number of each group, so that the work is done and can be compared.
                 sums.extend(partial.sums.iter().flat_map(|(_, sum)| sum.tensors()).map(|sum| sum.sum(Kind::Double)));
-                Ok::<_, CollectiveError>(())
+                Ok(())
             })
             .map_err(|error| anyhow!(error))?;
         let sums: Vec<u64> = sums.iter().map(|sum| sum.double_value(&[]).to_bits()).collect();

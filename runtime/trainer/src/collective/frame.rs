@@ -112,6 +112,7 @@ fn decode(bytes: &[u8]) -> Option<Tag> {
         9 => Kind::Evaluation,
         10 => Kind::Inputs,
         11 => Kind::Log,
+        12 => Kind::Memory,
         _ => return None,
     };
     Some(Tag {

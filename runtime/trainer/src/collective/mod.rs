@@ -31,7 +31,7 @@ pub enum Kind {
     Partial = 1,
     /// Norms, losses and wishes of a rank, to all: having all of them is the commit.
     Commit = 2,
-    /// A block's new weights, to all.
+    /// A block's weights, to those who compute with them.
     Weights = 3,
     /// A rank's blocks of a checkpoint are in the store, to rank 0.
     Stored = 4,
@@ -49,6 +49,8 @@ pub enum Kind {
     Inputs = 10,
     /// Lines of the log, to a newcomer.
     Log = 11,
+    /// What a rank has memory for, to all.
+    Memory = 12,
 }
 
 impl Tag {

@@ -13,7 +13,9 @@ use std::path::PathBuf;
 use vicuna_data::read;
 use vicuna_model::{Config, load_config};
 use vicuna_protocol::gigabytes;
-use vicuna_protocol::job::{Base, Lora, Method, Precision, Recipe, Recompute, Reproducibility, RunLength, Schedule};
+use vicuna_protocol::job::{
+    Base, Lora, Method, Parameters, Precision, Recipe, Recompute, Reproducibility, RunLength, Schedule,
+};
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
@@ -37,6 +39,13 @@ pub struct Arguments {
     /// Whether layers are computed again for their gradients, as recipe.memory.recompute.
     #[arg(long, value_enum, default_value_t = Again::Auto)]
     recompute: Again,
+    /// Where the weights are that ranks compute with, as recipe.memory.parameters. Without --host-memory and
+    /// --device-memory there is always room for replicated ones.
+    #[arg(long, value_enum, default_value_t = Whose::Auto)]
+    parameters: Whose,
+    /// Layers' inputs wait in host memory, as recipe.memory.offload.
+    #[arg(long, requires = "gpu")]
+    offload: bool,
     /// Sequences of a step, over all ranks.
     #[arg(long, default_value_t = 128)]
     global_batch: u32,
@@ -77,6 +86,13 @@ enum Again {
     Never,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Whose {
+    Auto,
+    Replicated,
+    Sharded,
+}
+
 /// Prints a table, with a verdict for each number of ranks where there are limits.
 pub fn run(arguments: &Arguments) -> Result<()> {
     let config = load_config(&arguments.model).with_context(|| arguments.model.display().to_string())?;
@@ -87,7 +103,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 fn table(arguments: &Arguments, config: &Config) -> Result<String> {
     let (recipe, data) = (recipe(arguments), data_bytes(&arguments.data)?);
     let blocks = blocks(config, &recipe)?;
-    let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data };
+    let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data, slow_store: true };
     let mut text = String::new();
     writeln!(
         text,
@@ -95,7 +111,8 @@ fn table(arguments: &Arguments, config: &Config) -> Result<String> {
         config.parameter_count(),
         blocks.elements()
     )?;
-    let needs: Vec<Need> = arguments.ranks.clone().map(|ranks| workload.need(ranks)).collect();
+    let needs: Vec<Need> =
+        arguments.ranks.clone().map(|ranks| workload.need_within(ranks, limits(arguments))).collect();
     for need in &needs {
         writeln!(text, "{}{}", line(need), verdict(need, limits(arguments)))?;
     }
@@ -121,7 +138,13 @@ fn line(need: &Need) -> String {
         format!("{} {} ({place})", part.what, gigabytes(part.bytes))
     });
     let device = if need.device > 0 { format!(", device {}", gigabytes(need.device)) } else { String::new() };
-    format!("{:>3} ranks: host {}{device}: {}", need.ranks, gigabytes(need.host), parts.collect::<Vec<_>>().join(", "))
+    let sharded = if need.sharded { "weights sharded, " } else { "" };
+    format!(
+        "{:>3} ranks: {sharded}host {}{device}: {}",
+        need.ranks,
+        gigabytes(need.host),
+        parts.collect::<Vec<_>>().join(", ")
+    )
 }
 
 /// Nothing where nobody says what there is.
@@ -144,8 +167,8 @@ fn remedies(arguments: &Arguments, config: &Config, data: u64) -> Result<String>
     let fewest = |changed: &Arguments, mut among: RangeInclusive<u32>| -> Result<Option<u32>> {
         let recipe = recipe(changed);
         let blocks = blocks(config, &recipe)?;
-        let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data };
-        Ok(among.find(|ranks| workload.need(*ranks).fits(limits(arguments))))
+        let workload = Workload { config, table: &blocks, recipe: &recipe, gpu: arguments.gpu, data, slow_store: true };
+        Ok(among.find(|ranks| workload.need_within(*ranks, limits(arguments)).fits(limits(arguments))))
     };
     let last = *arguments.ranks.end();
     let more = fewest(arguments, 1..=LARGEST_ESTIMATE)?.map(|ranks| format!("at least {ranks} ranks"));
@@ -171,6 +194,12 @@ fn changes(arguments: &Arguments) -> Vec<(String, Arguments)> {
     };
     if arguments.recompute == Again::Never {
         with("--recompute auto", &|it| it.recompute = Again::Auto);
+    }
+    if arguments.parameters == Whose::Replicated {
+        with("--parameters auto", &|it| it.parameters = Whose::Auto);
+    }
+    if arguments.gpu && !arguments.offload {
+        with("--offload", &|it| it.offload = true);
     }
     if arguments.micro_batch > 1 {
         with("--micro-batch 1", &|it| it.micro_batch = 1);
@@ -244,6 +273,12 @@ fn recipe(arguments: &Arguments) -> Recipe {
             Again::Always => Recompute::Always,
             Again::Never => Recompute::Never,
         },
+        parameters: match arguments.parameters {
+            Whose::Auto => Parameters::Auto,
+            Whose::Replicated => Parameters::Replicated,
+            Whose::Sharded => Parameters::Sharded,
+        },
+        offload: arguments.offload,
         // What does not take memory.
         length: RunLength::Steps(1),
         learning_rate: 1e-5,

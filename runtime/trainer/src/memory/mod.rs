@@ -2,17 +2,18 @@
 //! fetched. The parts are those of the step ([`crate::step`]): what is there all the time, and the most that any of
 //! its phases adds. `vicuna-memory-bench` measures what came of it.
 
+pub mod agreement;
 pub mod command;
 pub mod limits;
 
 use crate::batch::LENGTH_STEP;
-use crate::blocks::BlockTable;
+use crate::blocks::{BlockTable, EMBEDDING_GROUP};
 use limits::Limits;
 use std::fmt;
 use vicuna_model::Config;
 use vicuna_model::layers::Projection;
 use vicuna_protocol::gigabytes;
-use vicuna_protocol::job::{Base, Method, Precision, Recipe, Recompute};
+use vicuna_protocol::job::{Base, Method, Parameters, Precision, Recipe, Recompute};
 
 /// Bytes of code, libraries, tokenizer and small change on the host: what a rank of the tiny model takes.
 const PROGRAM: u64 = 120 << 20;
@@ -22,6 +23,9 @@ const CUDA_CONTEXT: u64 = 900 << 20;
 const CUDA_HOST: u64 = 3 << 29;
 /// Rows of logits at a time (`vicuna_model::layers::cross_entropy_sum`).
 const LOSS_ROWS: u64 = 512;
+
+/// Group of a layer; they are alike.
+const LAYER: usize = EMBEDDING_GROUP + 1;
 
 /// What decides how much a rank needs.
 #[derive(Clone, Debug)]
@@ -34,12 +38,16 @@ pub struct Workload<'a> {
     pub gpu: bool,
     /// Bytes of the prepared sequences, which every rank holds on the host.
     pub data: u64,
+    /// Checkpoints may take longer than a step to write.
+    pub slow_store: bool,
 }
 
 /// Bytes that one rank needs at its peak.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Need {
     pub ranks: u32,
+    /// A rank has the weights of its blocks alone.
+    pub sharded: bool,
     pub host: u64,
     /// 0 without a GPU.
     pub device: u64,
@@ -47,11 +55,15 @@ pub struct Need {
     pub parts: Vec<Part>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
     pub what: &'static str,
     pub on_device: bool,
     pub bytes: u64,
+}
+
+fn host(what: &'static str, bytes: u64) -> Part {
+    Part { what, on_device: false, bytes }
 }
 
 impl Need {
@@ -62,34 +74,111 @@ impl Need {
 }
 
 impl Workload<'_> {
+    /// What each of `ranks` ranks needs where the recipe leaves it to what there is: replicated weights if they fit.
+    pub fn need_within(&self, ranks: u32, limits: Limits) -> Need {
+        let replicated = match self.recipe.parameters {
+            Parameters::Sharded => None,
+            Parameters::Replicated => Some(self.need(ranks, false)),
+            Parameters::Auto => Some(self.need(ranks, false)).filter(|need| need.fits(limits)),
+        };
+        replicated.unwrap_or_else(|| self.need(ranks, true))
+    }
+
     /// What each of `ranks` ranks needs: at least, or with all layers kept for the way back where the recipe says so.
-    pub fn need(&self, ranks: u32) -> Need {
-        let state = self.state(ranks);
-        let loading = self.loading(ranks);
-        let mut parts = vec![
-            self.computed("weights", self.weights()),
-            self.computed("inputs of layers", self.inputs(ranks)),
-            self.computed("the largest piece at work", self.work(ranks)),
-            Part { what: "masters and moments", on_device: false, bytes: state },
-            Part { what: "gradients and messages", on_device: false, bytes: self.exchange(ranks) },
-            Part { what: "program", on_device: false, bytes: PROGRAM + if self.gpu { CUDA_HOST } else { 0 } },
-        ];
-        if self.gpu {
-            parts.push(Part { what: "CUDA", on_device: true, bytes: CUDA_CONTEXT });
+    pub fn need(&self, ranks: u32, sharded: bool) -> Need {
+        let phases = self.phases(ranks, sharded);
+        let bytes =
+            |parts: &[Part], on_device| parts.iter().filter(|it| it.on_device == on_device).map(|it| it.bytes).sum();
+        let mut parts = self.standing(ranks, sharded);
+        for on_device in [false, true] {
+            let largest = phases.iter().max_by_key(|phase| -> u64 { bytes(phase, on_device) });
+            parts.extend(largest.into_iter().flatten().filter(|part| part.on_device == on_device));
         }
-        if self.data > 0 {
-            parts.push(Part { what: "prepared data", on_device: false, bytes: self.data });
-        }
-        if self.keeps_whole() {
-            parts.push(self.computed("layers that are kept", self.kept_whole(ranks)));
-        }
-        let sum = |on_device| parts.iter().filter(|part| part.on_device == on_device).map(|part| part.bytes).sum();
-        let (training, device): (u64, u64) = (sum(false), sum(true));
+        let (training, device): (u64, u64) = (bytes(&parts, false), bytes(&parts, true));
+        let loading = self.loading(ranks, sharded);
         if loading > training {
-            parts.push(Part { what: "reading the model", on_device: false, bytes: loading - training });
+            parts.push(host("reading the model", loading - training));
         }
+        parts.retain(|part| part.bytes > 0);
         parts.sort_by_key(|part| std::cmp::Reverse(part.bytes));
-        Need { ranks, host: training.max(loading), device, parts }
+        Need { ranks, sharded, host: training.max(loading), device, parts }
+    }
+
+    /// What is there in every phase.
+    fn standing(&self, ranks: u32, sharded: bool) -> Vec<Part> {
+        let trained = if sharded { 0 } else { self.compute_bytes() * self.trained_elements() };
+        let checkpoint = if self.slow_store { self.checkpoint(ranks) } else { 0 };
+        vec![
+            self.computed("weights", self.frozen() + trained),
+            host("masters and moments", self.state(ranks)),
+            host("a checkpoint on its way", checkpoint),
+            host("program", PROGRAM + if self.gpu { CUDA_HOST } else { 0 }),
+            host("prepared data", self.data),
+            Part { what: "CUDA", on_device: true, bytes: if self.gpu { CUDA_CONTEXT } else { 0 } },
+        ]
+    }
+
+    /// What each phase of a step, and of what comes between steps, adds.
+    fn phases(&self, ranks: u32, sharded: bool) -> Vec<Vec<Part>> {
+        let whole = if sharded { self.compute_bytes() * self.trained_elements() } else { 0 };
+        vec![
+            self.at_the_head(ranks, sharded),
+            self.at_a_layer(ranks, sharded),
+            self.at_the_embedding(ranks),
+            vec![host("weights from others", if sharded { 0 } else { self.weights_from_others(ranks) })],
+            vec![host("a checkpoint", if self.slow_store { 0 } else { self.checkpoint(ranks) })],
+            vec![host("the result", whole)],
+        ]
+    }
+
+    fn at_the_head(&self, ranks: u32, sharded: bool) -> Vec<Part> {
+        let mut parts = self.kept(ranks, sharded);
+        parts.push(self.gathered(sharded, self.top_elements() + self.trained_elements_of(LAYER)));
+        parts.push(self.computed("the head at work", self.head_work(ranks)));
+        parts
+    }
+
+    fn at_a_layer(&self, ranks: u32, sharded: bool) -> Vec<Part> {
+        let mut parts = self.kept(ranks, sharded);
+        parts.push(self.gathered(sharded, 2 * self.trained_elements_of(LAYER)));
+        parts.push(self.computed("a layer at work", self.layer_work(ranks)));
+        parts.push(self.sent(ranks, self.top_elements()));
+        parts
+    }
+
+    /// All other gradients are finished by then.
+    fn at_the_embedding(&self, ranks: u32) -> Vec<Part> {
+        let embedding = self.trained_elements_of(EMBEDDING_GROUP);
+        vec![
+            host("gradients", 4 * self.kept_elements(ranks)),
+            self.computed("the embedding at work", self.sums(ranks, embedding)),
+            self.sent(ranks, embedding),
+        ]
+    }
+
+    /// Sharded, a phase has its own weights and those of the next.
+    fn gathered(&self, sharded: bool, elements: u64) -> Part {
+        self.computed("weights at work", if sharded { self.compute_bytes() * elements } else { 0 })
+    }
+
+    /// A group's sums as they go to owners, and those of others that come to this rank.
+    fn sent(&self, ranks: u32, elements: u64) -> Part {
+        host("sums on their way", 4 * elements.next_multiple_of(u64::from(ranks.max(1))))
+    }
+
+    /// What the way forward leaves for the way back.
+    fn kept(&self, ranks: u32, sharded: bool) -> Vec<Part> {
+        let one = self.tokens() * self.config.hidden as u64 * self.compute_bytes() * self.micro_batches(ranks);
+        let (whole, inputs) = match self.keeps_whole() {
+            true => (self.kept_whole(ranks, sharded), 0),
+            false => (0, one * self.config.layers as u64),
+        };
+        vec![
+            self.computed("layers that are kept", whole),
+            Part { what: "inputs of layers", on_device: self.gpu && !self.recipe.offload, bytes: inputs },
+            // Of the layer at work, and what comes from above.
+            self.computed("hidden states", 2 * one),
+        ]
     }
 
     /// Bytes of one layer's run that is kept from the way forward to the way back, for one token
@@ -111,8 +200,14 @@ impl Workload<'_> {
     }
 
     /// Bytes that keeping all layers of all micro-batches takes.
-    pub fn kept_whole(&self, ranks: u32) -> u64 {
-        self.run_bytes_a_token() * self.tokens() * self.micro_batches(ranks) * self.config.layers as u64
+    pub fn kept_whole(&self, ranks: u32, sharded: bool) -> u64 {
+        let runs = self.run_bytes_a_token() * self.tokens() * self.micro_batches(ranks);
+        (runs + self.run_bytes_a_layer(sharded)) * self.config.layers as u64
+    }
+
+    /// Bytes of a kept layer's weights, which nobody would hold otherwise.
+    pub fn run_bytes_a_layer(&self, sharded: bool) -> u64 {
+        if sharded { self.compute_bytes() * self.trained_elements_of(LAYER) } else { 0 }
     }
 
     /// Tokens of a full micro-batch.
@@ -151,6 +246,16 @@ impl Workload<'_> {
         self.table.elements() as u64
     }
 
+    fn trained_elements_of(&self, group: usize) -> u64 {
+        self.table.group_blocks(group).map(|block| self.table.blocks[block].elements as u64).sum()
+    }
+
+    /// What the head is computed with.
+    fn top_elements(&self) -> u64 {
+        let tied = if self.config.tie_word_embeddings { self.trained_elements_of(EMBEDDING_GROUP) } else { 0 };
+        self.trained_elements_of(self.table.head_group()) + tied
+    }
+
     fn layer_elements(&self) -> u64 {
         let of = |projection: Projection| projection.size(self.config);
         let elements = Projection::ALL.into_iter().map(of).map(|(rows, columns)| (rows * columns) as u64);
@@ -167,14 +272,14 @@ impl Workload<'_> {
         (self.trained_elements() * copies).div_ceil(u64::from(ranks.max(1)))
     }
 
-    /// Weights that passes compute with: the model, or the frozen base and its adapters.
-    fn weights(&self) -> u64 {
+    /// The base of adapters.
+    fn frozen(&self) -> u64 {
         let compute = self.compute_bytes();
         let projections = self.layer_elements() * self.config.layers as u64;
         let rest = self.model_elements().saturating_sub(projections);
         match &self.recipe.method {
-            Method::Full => compute * self.model_elements(),
-            Method::LoRA(_) => compute * self.model_elements() + 4 * self.trained_elements(),
+            Method::Full => 0,
+            Method::LoRA(_) => compute * self.model_elements(),
             Method::QLoRA(_, base) => {
                 let held = match base {
                     // Half a byte, and a scale of four for 64 values.
@@ -182,21 +287,9 @@ impl Workload<'_> {
                     Base::Int8 => projections,
                 };
                 // One layer at a time is there in full.
-                held + compute * (rest + self.layer_elements()) + 4 * self.trained_elements()
+                held + compute * (rest + self.layer_elements())
             }
         }
-    }
-
-    fn inputs(&self, ranks: u32) -> u64 {
-        let one = self.tokens() * self.config.hidden as u64 * self.compute_bytes();
-        // Of each layer, what comes out of the last, and what comes from above.
-        one * self.micro_batches(ranks) * (self.config.layers as u64 + 2)
-    }
-
-    /// The most that one piece of the model takes while it is worked on: a layer on its way back, or the output
-    /// projection.
-    fn work(&self, ranks: u32) -> u64 {
-        self.layer_work(ranks).max(self.head_work(ranks))
     }
 
     /// Sums that wait in the tree: one for each of its levels, and what is being added.
@@ -226,8 +319,10 @@ impl Workload<'_> {
         // Logits, their fp32 copy where they are not, the logarithms, and gradients of all of these.
         let copies = if compute == 4 { 0 } else { compute + 4 };
         let logits = rows * self.config.vocab as u64 * (4 + 4 + 4 + copies);
+        // The gradients of one piece are added to those of the pieces before.
+        let pieces = if self.tokens() > LOSS_ROWS { compute * vocabulary } else { 0 };
         match self.recipe.method {
-            Method::Full => logits + 2 * compute * vocabulary + self.sums(ranks, vocabulary),
+            Method::Full => logits + pieces + self.sums(ranks, vocabulary),
             Method::LoRA(_) | Method::QLoRA(..) => logits,
         }
     }
@@ -236,26 +331,25 @@ impl Workload<'_> {
         12 * self.kept_elements(ranks)
     }
 
-    /// Finished gradients, the largest group on its way out, and what peers sent.
-    fn exchange(&self, ranks: u32) -> u64 {
-        let kept = self.kept_elements(ranks);
-        let largest = match self.recipe.method {
-            Method::Full => self.vocabulary_elements().max(self.layer_elements()),
-            Method::LoRA(_) | Method::QLoRA(..) => 0,
-        };
-        let from_peers = if ranks > 1 { 4 * (self.trained_elements() - kept.min(self.trained_elements())) } else { 0 };
-        // A checkpoint's copy of the owned blocks exists while it is written.
-        let checkpoint = 12 * self.trained_elements().div_ceil(u64::from(ranks.max(1)));
-        4 * kept + checkpoint.max(4 * largest) + from_peers
+    /// New weights of blocks that are kept elsewhere, as they come in after a step.
+    fn weights_from_others(&self, ranks: u32) -> u64 {
+        self.compute_bytes() * (self.trained_elements() - self.kept_elements(ranks).min(self.trained_elements()))
+    }
+
+    /// A copy of the owned blocks.
+    fn checkpoint(&self, ranks: u32) -> u64 {
+        12 * self.trained_elements().div_ceil(u64::from(ranks.max(1)))
     }
 
     /// The host's peak while the model is read: all of it in fp32, and the state that is made of it.
-    fn loading(&self, ranks: u32) -> u64 {
+    fn loading(&self, ranks: u32, sharded: bool) -> u64 {
         let whole = 4 * self.model_elements();
         let compute = match (self.gpu, self.recipe.precision, &self.recipe.method) {
             // The very tensors that were read.
             (true, ..) | (false, Precision::Fp32, Method::Full | Method::LoRA(_)) => 0,
-            _ => self.weights(),
+            (false, Precision::Bf16, Method::Full) if sharded => 0,
+            (false, Precision::Bf16, Method::Full) => self.compute_bytes() * self.trained_elements(),
+            _ => self.frozen(),
         };
         PROGRAM + whole + compute + self.state(ranks) + self.data
     }
@@ -294,6 +388,8 @@ mod tests {
             evaluate_every: None,
             precision,
             recompute: Recompute::Auto,
+            parameters: Parameters::Auto,
+            offload: false,
             packing: false,
             rope_scaling: None,
             reproducibility: Reproducibility::default(),
@@ -304,14 +400,17 @@ mod tests {
         let lora = crate::adapters::lora(&method).unwrap();
         let table = BlockTable::of(config, lora.as_ref());
         let recipe = recipe(method, Precision::Bf16);
-        Workload { config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(ranks)
+        Workload { config, table: &table, recipe: &recipe, gpu: true, data: 0, slow_store: true }.need(ranks, false)
     }
 
     #[test]
     fn the_data_are_on_the_host_of_every_rank() {
         let (config, table) = (tiny::config(), BlockTable::new(&tiny::config()));
         let recipe = recipe(Method::Full, Precision::Fp32);
-        let need = |data| Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data }.need(4);
+        let need = |data| {
+            Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data, slow_store: true }
+                .need(4, false)
+        };
         let (without, with) = (need(0), need(5 << 30));
         assert_eq!((with.host, with.device), (without.host + (5 << 30), without.device));
     }
@@ -325,7 +424,9 @@ mod tests {
             let table = BlockTable::of(&config, settings.as_ref());
             let device = |recompute| {
                 let recipe = Recipe { recompute, ..recipe(method.clone(), Precision::Bf16) };
-                Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data: 0 }.need(2).device
+                Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data: 0, slow_store: true }
+                    .need(2, false)
+                    .device
             };
             device(Recompute::Never) - device(Recompute::Always)
         };
@@ -345,6 +446,40 @@ mod tests {
         // 6.7e9 weights: 13.5 GB in bf16, masters and moments 81 GB.
         assert!(whole.device > 13_400_000_000 && whole.host > 80_000_000_000, "{whole}");
         assert!(need(&config, Method::QLoRA(lora, Base::Nf4), 1).fits(limits));
+    }
+
+    #[test]
+    fn offloaded_inputs_are_on_the_host_and_sharded_weights_nowhere_but_with_their_owners() {
+        let config = tiny::llama_7b();
+        let table = BlockTable::new(&config);
+        let need = |offload, sharded| {
+            let recipe = Recipe { offload, ..recipe(Method::Full, Precision::Bf16) };
+            let workload =
+                Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data: 0, slow_store: true };
+            workload.need(4, sharded)
+        };
+        let (plain, offloaded, sharded) = (need(false, false), need(true, false), need(false, true));
+        // 4 micro-batches of 2048 tokens through 32 layers of 4096.
+        let inputs = 4 * 2048 * 32 * 4096 * 2;
+        assert_eq!(offloaded.device, plain.device - inputs);
+        assert_eq!(plain.host, offloaded.host, "what the backward pass's end takes there is more");
+        // 6.7e9 weights but for two layers and the like.
+        assert!(plain.device - sharded.device > 12_000_000_000, "{plain} {sharded}");
+    }
+
+    #[test]
+    fn weights_are_sharded_where_they_would_not_fit_otherwise() {
+        let config = tiny::llama_7b();
+        let table = BlockTable::new(&config);
+        let chosen = |parameters, gigabytes: u64| {
+            let recipe = Recipe { parameters, ..recipe(Method::Full, Precision::Bf16) };
+            let workload =
+                Workload { config: &config, table: &table, recipe: &recipe, gpu: true, data: 0, slow_store: true };
+            workload.need_within(4, Limits { device: Some(gigabytes << 30), ..Limits::default() }).sharded
+        };
+        assert_eq!([80, 12].map(|size| chosen(Parameters::Auto, size)), [false, true]);
+        assert_eq!([80, 12].map(|size| chosen(Parameters::Replicated, size)), [false, false]);
+        assert_eq!([80, 12].map(|size| chosen(Parameters::Sharded, size)), [true, true]);
     }
 
     #[test]

@@ -2,15 +2,17 @@
 //!
 //! All local micro-batches pass one layer before any passes the next. Of the last layers, as far as
 //! memory goes, everything that their way back needs is kept; of those below only their inputs, and they
-//! run again for their gradients. A layer's sums are handed on before the next layer's exist.
+//! run again for their gradients. A layer's weights are asked for once on each way ([`super::weights`]) and let go before
+//! the next layer's; its sums are handed on before the next layer's exist.
 
+use super::StepError;
+use super::weights::Source;
 use crate::adapters::AdaptedBase;
 use crate::batch::MicroBatch;
 use crate::blocks::{BlockTable, EMBEDDING_GROUP};
 use crate::collective::CollectiveError;
-use crate::state::Weights;
 use crate::tree::{Node, Summand, TreeSum};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use tokio_util::sync::CancellationToken;
 use vicuna_model::gradients::{LayerRun, embedding_backward, frozen_head_backward, head_backward};
 use vicuna_model::layers::{LayerWeights, Rope, cross_entropy_sum, embed, layer_forward};
@@ -56,14 +58,15 @@ pub struct Partial {
 pub struct Computation<'a> {
     pub config: &'a Config,
     pub table: &'a BlockTable,
-    pub weights: &'a Weights,
     pub rope: &'a Rope,
     pub device: Device,
-    /// The frozen model, where `weights` are those of its adapters.
+    /// The frozen model, where what is trained are its adapters.
     pub adapted: Option<&'a AdaptedBase>,
     pub step: u64,
     /// How many of the last layers are kept whole from the way forward to the way back. It does not change a bit.
     pub whole_layers: usize,
+    /// The other layers' inputs wait on the host for their way back. Nor does that.
+    pub offload: bool,
     /// Looked at between layers.
     pub abort: &'a CancellationToken,
 }
@@ -75,10 +78,10 @@ struct Layer<'a> {
     adapters: Option<(LayerAdapters<'a>, &'a AdaptedBase)>,
 }
 
-/// What a micro-batch's way through a layer leaves for its way back.
+/// What the micro-batches' way through a layer leaves for their way back.
 enum Passed {
-    Input(Tensor),
-    Whole(Run),
+    Inputs(Vec<Tensor>),
+    Whole(Vec<Run>),
 }
 
 enum Run {
@@ -120,34 +123,25 @@ impl Computation<'_> {
     /// order on every rank, also on one without micro-batches: the head, the tied embedding's first part,
     /// layers from the last to the first, the embedding; of adapters only the layers. Returns the loss
     /// sums of the micro-batches.
-    pub fn run<E: From<CollectiveError>>(
+    pub fn run(
         &self,
+        weights: &mut Source<'_>,
         first: u32,
         micro_batches: &[MicroBatch],
-        mut hand_on: impl FnMut(Partial) -> Result<(), E>,
-    ) -> Result<Vec<f64>, E> {
+        mut hand_on: impl FnMut(Partial) -> Result<(), StepError>,
+    ) -> Result<Vec<f64>, StepError> {
         let batches: Vec<Batch> = micro_batches.iter().map(|batch| self.batch(batch)).collect();
-        let (mut passed, hidden) = self.forward(first, &batches)?;
+        let (mut passed, hidden) = self.forward(weights, first, &batches)?;
         let (losses, mut upstream) = match self.adapted {
             Some(base) => self.frozen_head(base, &batches, &hidden),
-            None => self.head(first, &batches, &hidden, &mut hand_on)?,
+            None => self.head(weights, first, &batches, &hidden, &mut hand_on)?,
         };
         drop(hidden);
         for index in (0..self.config.layers).rev() {
-            let layer = self.layer(index);
-            let passed = passed.pop().unwrap_or_default();
-            let mut sum = TreeSum::default();
-            let passed = batches.iter().zip(passed).zip(&mut upstream);
-            for (number, ((batch, passed), upstream)) in (first..).zip(passed) {
-                let run = match passed {
-                    Passed::Whole(run) => run,
-                    Passed::Input(x) => self.layer_run(&layer, number, &x, &batch.rope),
-                };
-                let (above, gradients) = run.backward(upstream);
-                *upstream = above;
-                sum.push(Node::leaf(number), gradients);
+            if let Some(passed) = passed.pop() {
+                let sum = self.layer_back(weights, index, first, &batches, passed, &mut upstream)?;
+                hand_on(partial(BlockTable::layer_group(index), 0, sum))?;
             }
-            hand_on(partial(BlockTable::layer_group(index), 0, sum))?;
         }
         if self.adapted.is_none() {
             self.embedding(first, &batches, &upstream, &mut hand_on)?;
@@ -155,38 +149,47 @@ impl Computation<'_> {
         Ok(losses)
     }
 
-    /// Loss sum of one micro-batch, forward only and without dropout.
-    pub fn loss(&self, batch: &MicroBatch) -> f64 {
-        let batch = self.batch(batch);
-        let mut x = embed(&self.embedding_weights(), &batch.ids);
+    /// Loss sums of micro-batches, forward only and without dropout.
+    pub fn losses(&self, weights: &mut Source<'_>, micro_batches: &[MicroBatch]) -> Result<Vec<f64>, StepError> {
+        let batches: Vec<Batch> = micro_batches.iter().map(|batch| self.batch(batch)).collect();
+        let mut hidden = self.embedded(weights, &batches)?;
         for index in 0..self.config.layers {
-            x = self.layer_forward(&self.layer(index), None, &x, &batch.rope);
+            let layer = self.layer(weights, index)?;
+            for (batch, x) in batches.iter().zip(&mut hidden) {
+                self.check()?;
+                *x = self.layer_forward(&layer, None, x, &batch.rope);
+            }
         }
-        let loss = match self.adapted {
-            Some(base) => {
-                let (norm, projection) = (base.frozen.final_norm(), base.frozen.head());
-                cross_entropy_sum(self.config, &x, &norm, &projection, &batch.labels)
-            }
-            None => {
-                let (norm, projection) = self.head_weights();
-                cross_entropy_sum(self.config, &x, norm, projection, &batch.labels)
-            }
+        let (norm, projection) = match self.adapted {
+            Some(base) => (base.frozen.final_norm(), base.frozen.head()),
+            None => self.head_weights(weights)?,
         };
-        loss.to_kind(Kind::Double).double_value(&[])
+        let loss = |(batch, x): (&Batch, &Tensor)| cross_entropy_sum(self.config, x, &norm, &projection, &batch.labels);
+        Ok(batches.iter().zip(&hidden).map(|pair| loss(pair).to_kind(Kind::Double).double_value(&[])).collect())
     }
 
-    fn embedding_weights(&self) -> Tensor {
-        match self.adapted {
+    fn check(&self) -> Result<(), CollectiveError> {
+        if self.abort.is_cancelled() { Err(CollectiveError::Aborted) } else { Ok(()) }
+    }
+
+    /// What goes into the first layer, by micro-batch.
+    fn embedded(&self, weights: &mut Source<'_>, batches: &[Batch]) -> Result<Vec<Tensor>, StepError> {
+        let embedding = match self.adapted {
             Some(base) => base.frozen.embedding(),
-            None => self.weights.tensors[0].shallow_clone(),
-        }
+            None => weights.take(EMBEDDING_GROUP)?.remove(0),
+        };
+        Ok(batches.iter().map(|batch| embed(&embedding, &batch.ids)).collect())
     }
 
     /// The final norm and the output projection.
-    fn head_weights(&self) -> (&Tensor, &Tensor) {
-        let head = self.table.group_parameters(self.table.head_group()).start;
-        let projection = if self.config.tie_word_embeddings { 0 } else { head + 1 };
-        (&self.weights.tensors[head], &self.weights.tensors[projection])
+    fn head_weights(&self, weights: &mut Source<'_>) -> Result<(Tensor, Tensor), StepError> {
+        let tied = match self.config.tie_word_embeddings {
+            true => weights.take(EMBEDDING_GROUP)?.pop(),
+            false => None,
+        };
+        let mut head = weights.take(self.table.head_group())?;
+        let projection = tied.unwrap_or_else(|| head.remove(1));
+        Ok((head.remove(0), projection))
     }
 
     fn batch(&self, batch: &MicroBatch) -> Batch {
@@ -199,14 +202,14 @@ impl Computation<'_> {
         Batch { ids: tensor(&batch.ids), labels: tensor(&batch.labels), rope }
     }
 
-    fn layer(&self, index: usize) -> Layer<'_> {
-        let tensors = &self.weights.tensors[self.table.group_parameters(BlockTable::layer_group(index))];
-        let adapted = self.adapted.and_then(|base| Some((LayerAdapters::from_slice(&base.lora, tensors)?, base)));
+    fn layer(&self, weights: &mut Source<'_>, index: usize) -> Result<Layer<'_>, StepError> {
+        let tensors = weights.take(BlockTable::layer_group(index))?;
+        let adapted = self.adapted.and_then(|base| Some((LayerAdapters::from_slice(&base.lora, &tensors)?, base)));
         let weights = match &adapted {
             Some((_, base)) => base.frozen.layer(index),
-            None => layer_weights(tensors),
+            None => layer_weights(&tensors),
         };
-        Layer { index, weights, adapters: adapted }
+        Ok(Layer { index, weights, adapters: adapted })
     }
 
     /// Without a micro-batch's number nothing is dropped.
@@ -226,31 +229,76 @@ impl Computation<'_> {
         Run::Adapted(AdaptedRun::new(self.config, weights, adapters, x, rope, Some(&dropout)))
     }
 
-    /// What every layer leaves and what comes out of the last one; by micro-batch each.
-    fn forward(&self, first: u32, batches: &[Batch]) -> Result<(Vec<Vec<Passed>>, Vec<Tensor>), CollectiveError> {
-        let embedding = self.embedding_weights();
-        let mut hidden: Vec<Tensor> = batches.iter().map(|batch| embed(&embedding, &batch.ids)).collect();
+    /// What every layer leaves, and what comes out of the last one by micro-batch.
+    fn forward(
+        &self,
+        weights: &mut Source<'_>,
+        first: u32,
+        batches: &[Batch],
+    ) -> Result<(Vec<Passed>, Vec<Tensor>), StepError> {
+        let mut hidden = self.embedded(weights, batches)?;
         let mut all = Vec::with_capacity(self.config.layers);
         for index in 0..self.config.layers {
-            if self.abort.is_cancelled() {
-                return Err(CollectiveError::Aborted);
-            }
-            let layer = self.layer(index);
-            let whole = index + self.whole_layers >= self.config.layers;
-            let mut passed = Vec::with_capacity(batches.len());
-            for (number, (batch, x)) in (first..).zip(batches.iter().zip(&mut hidden)) {
-                if whole {
-                    let run = self.layer_run(&layer, number, x, &batch.rope);
-                    *x = run.output();
-                    passed.push(Passed::Whole(run));
-                } else {
-                    let y = self.layer_forward(&layer, Some(number), x, &batch.rope);
-                    passed.push(Passed::Input(std::mem::replace(x, y)));
-                }
-            }
-            all.push(passed);
+            self.check()?;
+            let layer = self.layer(weights, index)?;
+            let each = (first..).zip(batches).zip(&mut hidden);
+            all.push(if index + self.whole_layers >= self.config.layers {
+                Passed::Whole(each.map(|((number, batch), x)| self.keep_whole(&layer, number, batch, x)).collect())
+            } else {
+                let inputs = each.map(|((number, batch), x)| self.keep_input(&layer, number, batch, x));
+                Passed::Inputs(inputs.collect::<Result<_, TchError>>()?)
+            });
         }
         Ok((all, hidden))
+    }
+
+    fn keep_whole(&self, layer: &Layer<'_>, micro_batch: u32, batch: &Batch, x: &mut Tensor) -> Run {
+        let run = self.layer_run(layer, micro_batch, x, &batch.rope);
+        *x = run.output();
+        run
+    }
+
+    fn keep_input(
+        &self,
+        layer: &Layer<'_>,
+        micro_batch: u32,
+        batch: &Batch,
+        x: &mut Tensor,
+    ) -> Result<Tensor, TchError> {
+        let y = self.layer_forward(layer, Some(micro_batch), x, &batch.rope);
+        let x = std::mem::replace(x, y);
+        // Into pinned memory, and behind what the GPU has to do: nobody waits for it.
+        if self.offload { x.f_internal_to_copy((x.kind(), Device::Cpu), true) } else { Ok(x) }
+    }
+
+    /// Carries `upstream`, by micro-batch, back through a layer; the sums of the layer's gradients.
+    fn layer_back(
+        &self,
+        weights: &mut Source<'_>,
+        index: usize,
+        first: u32,
+        batches: &[Batch],
+        passed: Passed,
+        upstream: &mut [Tensor],
+    ) -> Result<TreeSum<GroupGradients>, StepError> {
+        let mut sum = TreeSum::default();
+        let mut back = |number: u32, run: Run| {
+            let above = &mut upstream[(number - first) as usize];
+            let (below, gradients) = run.backward(above);
+            *above = below;
+            sum.push(Node::leaf(number), gradients);
+        };
+        match passed {
+            Passed::Whole(runs) => (first..).zip(runs).for_each(|(number, run)| back(number, run)),
+            Passed::Inputs(inputs) => {
+                let layer = self.layer(weights, index)?;
+                for ((number, x), batch) in (first..).zip(inputs).zip(batches) {
+                    let x = x.f_to_dtype_layout((x.kind(), self.device), true, false)?;
+                    back(number, self.layer_run(&layer, number, &x, &batch.rope));
+                }
+            }
+        }
+        Ok(sum)
     }
 
     /// Losses, and gradients of what comes out of the last layer.
@@ -262,19 +310,20 @@ impl Computation<'_> {
         losses.map(|loss| (loss.sum.to_kind(Kind::Double).double_value(&[]), loss.hidden)).unzip()
     }
 
-    fn head<E>(
+    fn head(
         &self,
+        weights: &mut Source<'_>,
         first: u32,
         batches: &[Batch],
         hidden: &[Tensor],
-        hand_on: &mut impl FnMut(Partial) -> Result<(), E>,
-    ) -> Result<(Vec<f64>, Vec<Tensor>), E> {
+        hand_on: &mut impl FnMut(Partial) -> Result<(), StepError>,
+    ) -> Result<(Vec<f64>, Vec<Tensor>), StepError> {
         let tied = self.config.tie_word_embeddings;
-        let (norm, projection) = self.head_weights();
+        let (norm, projection) = self.head_weights(weights)?;
         let (mut losses, mut upstream) = (Vec::new(), Vec::new());
         let (mut sum, mut tied_sum) = (TreeSum::default(), TreeSum::default());
         for (index, (batch, hidden)) in batches.iter().zip(hidden).enumerate() {
-            let gradients = head_backward(self.config, hidden, norm, projection, &batch.labels);
+            let gradients = head_backward(self.config, hidden, &norm, &projection, &batch.labels);
             losses.push(gradients.loss_sum.to_kind(Kind::Double).double_value(&[]));
             upstream.push(gradients.hidden);
             let leaf = Node::leaf(first + index as u32);
@@ -285,6 +334,7 @@ impl Computation<'_> {
                 sum.push(leaf, GroupGradients(vec![gradients.norm, gradients.lm_head]));
             }
         }
+        drop((norm, projection));
         hand_on(partial(self.table.head_group(), 0, sum))?;
         if tied {
             hand_on(partial(EMBEDDING_GROUP, 0, tied_sum))?;
@@ -292,13 +342,13 @@ impl Computation<'_> {
         Ok((losses, upstream))
     }
 
-    fn embedding<E>(
+    fn embedding(
         &self,
         first: u32,
         batches: &[Batch],
         upstream: &[Tensor],
-        hand_on: &mut impl FnMut(Partial) -> Result<(), E>,
-    ) -> Result<(), E> {
+        hand_on: &mut impl FnMut(Partial) -> Result<(), StepError>,
+    ) -> Result<(), StepError> {
         let mut sum = TreeSum::default();
         for (index, (batch, upstream)) in batches.iter().zip(upstream).enumerate() {
             let gradient = embedding_backward(self.config, &batch.ids, upstream);
@@ -317,7 +367,7 @@ fn partial(group: usize, part: u8, sum: TreeSum<GroupGradients>) -> Partial {
     Partial { group, part, sums: sum.into_nodes() }
 }
 
-/// Names that [`Weights`] must hold first and last; checked once, so that indexing is safe.
+/// Names that the table must have first in its first and last groups; checked once, so that indexing is safe.
 pub fn is_canonical(table: &BlockTable) -> bool {
     let head = table.group_parameters(table.head_group());
     table.parameters[0].name == parameters::EMBEDDING && table.parameters[head.start].name == parameters::FINAL_NORM

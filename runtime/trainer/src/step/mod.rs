@@ -3,37 +3,39 @@
 pub mod commit;
 pub mod gradients;
 pub mod reduce;
+pub mod weights;
 
 use crate::adapters::AdaptedBase;
-use crate::batch::{Dataset, StepPlan};
+use crate::batch::{Dataset, MicroBatch, StepPlan};
 use crate::blocks::BlockTable;
-use crate::collective::{Collective, CollectiveError, Kind, Tag};
+use crate::collective::{Collective, CollectiveError};
 use crate::layout::Layout;
 use crate::log::Log;
 use crate::optimizer::{Update, clip_scale, squared_norm};
 use crate::pace::Pace;
 use crate::parallel;
 use crate::schedule::learning_rate;
-use crate::state::{BlockState, Weights, floats, read_block};
+use crate::state::{BlockState, Weights, read_block};
 use commit::{Contribution, Terms, Wishes};
-use gradients::Computation;
+use gradients::{Computation, GroupGradients};
 use reduce::{Reduction, Task};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tch::{Device, TchError};
+use tch::{Device, Kind, Tensor};
 use tokio_util::sync::CancellationToken;
 use vicuna_model::Config;
 use vicuna_model::layers::Rope;
 use vicuna_protocol::job::Recipe;
+use weights::{Held, Owners, Purpose, Route};
 
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     #[error(transparent)]
     Collective(#[from] CollectiveError),
     #[error("torch failed: {0}")]
-    Torch(#[from] TchError),
+    Torch(#[from] tch::TchError),
 }
 
 impl StepError {
@@ -49,9 +51,7 @@ impl StepError {
 pub struct Engine {
     pub config: Config,
     pub table: Arc<BlockTable>,
-    pub weights: Weights,
-    /// The step at which `weights` are complete; `None` while owners' parts are missing.
-    pub weights_step: Option<u64>,
+    held: Held,
     /// Masters and moments of the blocks that this rank keeps, as owner or twin.
     pub blocks: BTreeMap<usize, BlockState>,
     /// Finished gradients of the step after `step`, of blocks in `blocks`.
@@ -73,6 +73,8 @@ pub struct Engine {
     pub log: Log,
     pace: Pace,
     rope: Rope,
+    /// What passes compute in, and where.
+    kind: Kind,
     device: Device,
     adapted: Option<AdaptedBase>,
     /// What may be kept of the way forward.
@@ -85,12 +87,14 @@ pub struct Room {
     pub bytes: u64,
     /// What a layer takes for one token.
     pub bytes_a_token: u64,
+    /// What it takes besides: its weights, where they would go after the way forward.
+    pub bytes_a_layer: u64,
 }
 
 impl Room {
     /// How many layers go into it, of `tokens` each.
     fn layers(self, tokens: usize) -> usize {
-        let one = self.bytes_a_token.saturating_mul(tokens as u64);
+        let one = self.bytes_a_token.saturating_mul(tokens as u64).saturating_add(self.bytes_a_layer);
         self.bytes.checked_div(one).map_or(0, |layers| usize::try_from(layers).unwrap_or(usize::MAX))
     }
 }
@@ -135,20 +139,18 @@ impl Engine {
     pub fn new(
         config: Config,
         table: Arc<BlockTable>,
-        weights: Weights,
+        held: Held,
         layout: Layout,
         longest: usize,
-        device: Device,
+        (kind, device): (Kind, Device),
         adapted: Option<AdaptedBase>,
     ) -> Self {
         debug_assert!(adapted.is_some() || gradients::is_canonical(&table));
-        let kind = weights.tensors.first().map_or(tch::Kind::Float, tch::Tensor::kind);
         let rope = Rope::new(&config, longest, device, kind);
         Self {
             config,
             table,
-            weights,
-            weights_step: None,
+            held,
             blocks: BTreeMap::new(),
             pending: BTreeMap::new(),
             pace: Pace::new(layout.world()),
@@ -161,6 +163,7 @@ impl Engine {
             saved_at: Instant::now(),
             log: Log::default(),
             rope,
+            kind,
             device,
             adapted,
             room: Room::default(),
@@ -172,6 +175,23 @@ impl Engine {
     pub fn enter(&mut self, layout: Layout) {
         self.pace = Pace::new(layout.world());
         self.layout = layout;
+    }
+
+    /// Has weights as the generation agreed on: replicated ones that were sharded are lacking.
+    pub fn hold(&mut self, sharded: bool) {
+        match (&self.held, sharded) {
+            (Held::All { .. }, true) => self.held = Held::Own,
+            (Held::Own, false) => {
+                let weights = Weights::zeros(&self.table, self.kind, self.device);
+                self.held = Held::All { weights, step: None };
+            }
+            (Held::All { .. }, false) | (Held::Own, true) => {}
+        }
+    }
+
+    /// Whether all compute weights of the present step are here.
+    pub fn has_weights(&self) -> bool {
+        matches!(self.held, Held::All { step: Some(step), .. } if step == self.step)
     }
 
     /// Drops blocks that others keep.
@@ -197,7 +217,7 @@ impl Engine {
         let mut own = Contribution::default();
         let mut communication = Duration::ZERO;
         if trains {
-            communication = self.gradients(&plan, data, peers, &shares, &mut own)?;
+            communication = self.gradients(recipe, &plan, data, peers, &shares, &mut own)?;
         }
         let exchanged = Instant::now();
         own.wishes = wishes();
@@ -236,6 +256,7 @@ impl Engine {
     /// on communication.
     fn gradients(
         &mut self,
+        recipe: &Recipe,
         plan: &StepPlan,
         data: &Dataset,
         peers: Peers<'_>,
@@ -247,6 +268,7 @@ impl Engine {
         let share = shares[rank].clone();
         let mine = &plan.micro_batches[share.start as usize..share.end as usize];
         let batches: Vec<_> = mine.iter().map(|sequences| data.micro_batch(sequences)).collect();
+        let whole_layers = self.whole_layers(plan, data, shares, rank);
         let mut pending = std::mem::take(&mut self.pending);
         let mut reduction = Reduction::new(Task {
             table: &self.table,
@@ -258,11 +280,13 @@ impl Engine {
             tokens: plan.trained_tokens,
             tied: self.config.tie_word_embeddings,
         });
-        let tokens = batches.iter().map(|batch| batch.rows * batch.length).sum();
-        let whole_layers = self.room.layers(tokens);
-        let computed = Computation { whole_layers, ..self.computation(peers.abort) }
-            .run(share.start, &batches, |partial| reduction.add(partial, &mut pending))
-            .and_then(|losses| Ok((losses, reduction.finish(&mut pending)?)));
+        let computation = Computation { whole_layers, offload: recipe.offload, ..self.computation(peers.abort) };
+        let route = self.route(whole_layers);
+        let computed = self.owners(peers).pass(&self.held, Purpose::Step, &route, |weights| {
+            let add = |partial| reduction.add(partial, &mut pending);
+            let losses = computation.run(weights, share.start, &batches, add)?;
+            Ok((losses, reduction.finish(&mut pending)? + weights.waited()))
+        });
         self.pending = pending;
         let (losses, communication) = computed?;
         own.losses = losses;
@@ -275,22 +299,61 @@ impl Engine {
         Ok(communication)
     }
 
+    /// How many of the last layers are kept whole. Of sharded weights as many on every rank: a layer that runs again is
+    /// gathered again, by all.
+    fn whole_layers(&self, plan: &StepPlan, data: &Dataset, shares: &[Range<u32>], rank: usize) -> usize {
+        let tokens = |share: &Range<u32>| {
+            let micro_batches = &plan.micro_batches[share.start as usize..share.end as usize];
+            micro_batches.iter().map(|sequences| data.padded_tokens(sequences)).sum::<usize>()
+        };
+        let layers = match self.held {
+            Held::All { .. } => self.room.layers(tokens(&shares[rank])),
+            Held::Own => self.room.layers(shares.iter().map(tokens).max().unwrap_or(0)),
+        };
+        layers.min(self.config.layers)
+    }
+
+    /// Of a pass that keeps so many of the last layers whole.
+    fn route(&self, whole_layers: usize) -> Route {
+        Route::there_and_back(&self.table, self.config.tie_word_embeddings, self.config.layers - whole_layers)
+    }
+
+    fn owners<'a>(&'a self, peers: Peers<'a>) -> Owners<'a> {
+        Owners {
+            table: &self.table,
+            layout: &self.layout,
+            blocks: &self.blocks,
+            step: self.step,
+            kind: self.kind,
+            device: self.device,
+            peers,
+        }
+    }
+
+    /// Loss sums of micro-batches of an evaluation's round, whose first one is `first`, forward only.
+    pub(crate) fn losses(&self, first: u32, batches: &[MicroBatch], peers: Peers<'_>) -> Result<Vec<f64>, StepError> {
+        let route = Route::forward(&self.table, self.config.tie_word_embeddings);
+        let computation = self.computation(peers.abort);
+        let purpose = Purpose::Evaluation(first);
+        self.owners(peers).pass(&self.held, purpose, &route, |weights| computation.losses(weights, batches))
+    }
+
     /// Who runs which of a pass's micro-batches, by rank, steps' shares left as they are.
     pub(crate) fn shares_apart(&self, micro_batches: u32) -> Vec<Range<u32>> {
         self.pace.shares_apart(micro_batches)
     }
 
     /// Of the step after the last one.
-    pub(crate) fn computation<'a>(&'a self, abort: &'a CancellationToken) -> Computation<'a> {
+    fn computation<'a>(&'a self, abort: &'a CancellationToken) -> Computation<'a> {
         Computation {
             config: &self.config,
             table: &self.table,
-            weights: &self.weights,
             rope: &self.rope,
             device: self.device,
             adapted: self.adapted.as_ref(),
             step: self.step + 1,
             whole_layers: 0,
+            offload: false,
             abort,
         }
     }
@@ -302,12 +365,13 @@ impl Engine {
         self.step += 1;
         self.last = None;
         self.committed = committed;
+        if let Held::All { step, .. } = &mut self.held {
+            *step = step.filter(|_| !committed.updated).map(|_| self.step);
+        }
         if !committed.updated {
-            self.weights_step = self.weights_step.map(|_| self.step);
             return;
         }
         self.updates += 1;
-        self.weights_step = None;
         let update = Update {
             learning_rate: learning_rate(recipe, self.step, data.steps()),
             weight_decay: recipe.weight_decay,
@@ -323,71 +387,84 @@ impl Engine {
         });
     }
 
-    /// Brings owners' weights to the ranks that lack them. Who keeps a block has them already.
+    /// Brings owners' weights to the ranks that lack them, where weights are replicated. Who keeps a block has them already.
     pub fn gather(&mut self, peers: Peers<'_>, lacking: &[bool]) -> Result<(), StepError> {
-        let rank = peers.collective.rank();
-        let tag = |block: usize| Tag::new(Kind::Weights, self.step).block(block);
-        for (index, state) in self.blocks.iter().filter(|(index, _)| self.layout.owner(**index) == rank) {
-            let receives = |to: &usize| lacking[*to] && !self.layout.keeps(*to, *index);
-            for to in (0..lacking.len()).filter(receives) {
-                peers.collective.send(to, tag(*index), bytemuck::cast_slice(&state.weights))?;
-            }
+        let (kind, device) = (self.kind, self.device);
+        let Self { held, table, layout, blocks, step, .. } = self;
+        let Held::All { weights, step: complete } = held else { return Ok(()) };
+        let lacks = lacking[peers.collective.rank()];
+        let owners = Owners { table, layout, blocks, step: *step, kind, device, peers };
+        owners.bring(Purpose::Update, lacking, lacks.then_some(weights))?;
+        if lacks {
+            *complete = Some(*step);
         }
-        if !lacking[rank] {
-            return Ok(());
-        }
-        for (index, block) in self.table.blocks.iter().enumerate() {
-            if let Some(state) = self.blocks.get(&index).filter(|_| self.layout.keeps(rank, index)) {
-                self.weights.write(block, &state.weights)?;
-                continue;
-            }
-            let from = self.layout.owner(index);
-            let values = floats(&peers.collective.receive(from, tag(index), peers.abort)?);
-            if values.len() != block.elements {
-                return Err(StepError::malformed(from, "weights of the wrong size"));
-            }
-            self.weights.write(block, &values)?;
-        }
-        self.weights_step = Some(self.step);
         Ok(())
+    }
+
+    /// All compute weights by name, on rank 0's host; the other ranks give theirs.
+    pub fn whole(&self, peers: Peers<'_>) -> Result<Option<BTreeMap<String, Tensor>>, StepError> {
+        let is_first = peers.collective.rank() == 0;
+        if let Held::All { weights, .. } = &self.held {
+            return Ok(is_first.then(|| weights.to_map(&self.table)));
+        }
+        let mut weights = is_first.then(|| Weights::zeros(&self.table, self.kind, Device::Cpu));
+        let lacking: Vec<bool> = (0..peers.collective.world()).map(|rank| rank == 0).collect();
+        self.owners(peers).bring(Purpose::Result, &lacking, weights.as_mut())?;
+        Ok(weights.map(|weights| weights.to_map(&self.table)))
     }
 
     /// Digest of the gradients of one micro-batch on the present weights: what a rank of another
     /// numerics class would compute differently.
-    pub fn canary(&self, data: &Dataset, abort: &CancellationToken) -> Result<String, StepError> {
+    pub fn canary(&self, data: &Dataset, peers: Peers<'_>) -> Result<String, StepError> {
         let plan = data.plan(self.step + 1);
         let mut hasher = blake3::Hasher::new();
         let Some(first) = plan.micro_batches.first().filter(|_| plan.trained_tokens > 0) else {
             return Ok(hasher.finalize().to_hex().to_string());
         };
         let batch = data.micro_batch(first);
-        let losses = self.computation(abort).run(0, std::slice::from_ref(&batch), |partial| {
-            let first = self.table.group_parameters(partial.group).start;
-            for (_, gradients) in &partial.sums {
-                for index in self.table.group_blocks(partial.group) {
-                    let values =
-                        read_block(&self.table.blocks[index], |parameter| &gradients.tensors()[parameter - first])?;
-                    hasher.update(bytemuck::cast_slice(&values));
-                }
-            }
-            Ok::<_, StepError>(())
+        let computation = self.computation(peers.abort);
+        let losses = self.owners(peers).pass(&self.held, Purpose::Canary, &self.route(0), |weights| {
+            computation.run(weights, 0, std::slice::from_ref(&batch), |partial| {
+                let hash = |(_, sum): &(_, GroupGradients)| self.hash(partial.group, sum.tensors(), &mut hasher);
+                partial.sums.iter().try_for_each(hash)
+            })
         })?;
         hasher.update(bytemuck::cast_slice(&losses));
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// Digest of what is trained: of a whole model, as the worker computes it.
-    pub fn digest(&self) -> Result<String, TchError> {
-        vicuna_model::weights_digest(&self.weights.to_map(&self.table))
+    /// Digest of the weights that passes compute with; the same whether they are replicated or sharded.
+    pub fn digest(&self, peers: Peers<'_>) -> Result<String, StepError> {
+        let mut hasher = blake3::Hasher::new();
+        let route = Route::everything(&self.table);
+        self.owners(peers).pass(&self.held, Purpose::Digest, &route, |weights| {
+            let groups = (0..=self.table.head_group()).filter(|group| !self.table.group_blocks(*group).is_empty());
+            groups.into_iter().try_for_each(|group| self.hash(group, &weights.take(group)?, &mut hasher))
+        })?;
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// Takes in a group's tensors, block by block, as fp32.
+    fn hash(&self, group: usize, tensors: &[Tensor], hasher: &mut blake3::Hasher) -> Result<(), StepError> {
+        let first = self.table.group_parameters(group).start;
+        for index in self.table.group_blocks(group) {
+            let values = read_block(&self.table.blocks[index], |parameter| &tensors[parameter - first])?;
+            hasher.update(bytemuck::cast_slice(&values));
+        }
+        Ok(())
     }
 }
 
-/// Bytes that may wait unread at a rank: all trained weights, the gradients of the blocks that it is twin of,
-/// the state of those that it is to keep, the partial sums of two groups of the largest size from
+/// Passes whose weights may wait at a rank that owns nothing, and so holds nobody up: a digest, and two ways each of a
+/// canary and of a step.
+const PASSES_AHEAD: usize = 5;
+
+/// Bytes that may wait unread at a rank: the weights of some passes, the gradients of the blocks that it is twin of, the
+/// state of those that it is to keep, the partial sums of two groups of the largest size from
 /// everyone, and small change.
 pub fn unread_limit_bytes(table: &BlockTable, micro_batches: u32, world: usize) -> usize {
     let levels = (u32::BITS - micro_batches.leading_zeros()) as usize + 1;
     let largest = table.parameters.iter().map(|parameter| parameter.elements).max().unwrap_or(0);
     let kept = 2 * table.elements().div_ceil(world.max(1));
-    4 * table.elements() + (4 + 12) * kept + 4 * 3 * largest * 2 * levels * world.max(1) + (64 << 20)
+    4 * PASSES_AHEAD * table.elements() + (4 + 12) * kept + 4 * 3 * largest * 2 * levels * world.max(1) + (64 << 20)
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use tch::Device;
 use vicuna_data::{Conversation, identity};
 use vicuna_protocol::job::{
-    Checkpointing, DatasetSource, Method, ModelSource, Precision, Prepare, Recipe, Recompute, Reproducibility,
-    RunLength, Schedule, TrainingJob,
+    Checkpointing, DatasetSource, Method, ModelSource, Parameters, Precision, Prepare, Recipe, Recompute,
+    Reproducibility, RunLength, Schedule, TrainingJob,
 };
 use vicuna_trainer::prepare::{Place, Session, prepare};
 
@@ -83,6 +83,8 @@ impl Fixture {
                 evaluate_every: None,
                 precision: Precision::Fp32,
                 recompute: Recompute::default(),
+                parameters: Parameters::default(),
+                offload: false,
                 packing: false,
                 rope_scaling: None,
                 reproducibility: Reproducibility::default(),
