@@ -589,7 +589,7 @@ impl Base<'_> {
                 log.rewind(base.step);
                 let layout = Layout::fresh(&session.table, nodes);
                 let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
-                let engine = memory.insert(self.from_manifest(base, manifest, layout, peers.abort)?);
+                let engine = memory.insert(self.load(base, manifest, layout, peers.abort)?);
                 engine.hold(self.sharded);
                 engine.log = log;
                 (engine, holders, vec![true; world])
@@ -606,7 +606,7 @@ impl Base<'_> {
     }
 
     /// Each rank reads what it owns, and twins get it from there; waits for the store, if need be.
-    fn from_manifest(
+    fn load(
         &self,
         base: &ManifestRef,
         manifest: &Manifest,

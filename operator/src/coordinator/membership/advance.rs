@@ -117,7 +117,7 @@ impl Membership {
         let stored = self.manifests.newest_valid(self.issued(), history).map_or(0, |manifest| manifest.step);
         let goes = |pod: &PodUid, rank: &Rank| {
             let here = rank.connected && !self.is_gone(pod) && !self.is_late(now, pod);
-            rank.holding.is_some() && here && self.leaves_in_a_hurry(pod)
+            rank.holding.is_some() && here && self.is_about_to_go(pod)
         };
         held.step > stored && (self.is_suspended() || self.ranks.iter().any(|(pod, rank)| goes(pod, rank)))
     }

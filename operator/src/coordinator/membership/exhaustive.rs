@@ -837,7 +837,8 @@ fn any_fault_at_any_point_of_every_order_keeps_the_invariants() {
 
 #[test]
 fn any_two_faults_keep_the_invariants() {
-    let states = explore(World::training(1, 2, 2), 97);
+    // Time-outs pass once: twice makes the space half as large again, and shows nothing else.
+    let states = explore(World { ticks: 1, ..World::training(1, 2, 2) }, 97);
     println!("2 ranks that hear at once, 2 faults: {states} states");
     assert!(states > 1_000, "{states} states are no exploration");
 }

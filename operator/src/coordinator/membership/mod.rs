@@ -230,6 +230,8 @@ struct Stages {
 #[derive(Clone, Debug)]
 pub struct Membership {
     limits: Limits,
+    /// When the event came that is being taken.
+    now: Millis,
     target: Option<Target>,
     reproducibility: Reproducibility,
     record: Option<Record>,
@@ -281,6 +283,7 @@ impl Membership {
     pub fn new(now: Millis, limits: Limits, record: Option<Record>, counters: Counters) -> Self {
         let mut membership = Self {
             limits,
+            now,
             target: None,
             reproducibility: Reproducibility::Exact,
             state: State::held(now),
@@ -333,6 +336,7 @@ impl Membership {
 
     /// Takes one event and returns what is to be done, in order.
     pub fn step(&mut self, now: Millis, event: Event) -> Vec<Effect> {
+        self.now = now;
         self.learn(now, event);
         self.advance(now);
         std::mem::take(&mut self.effects)
@@ -391,8 +395,14 @@ impl Membership {
         }
     }
 
-    fn leaves_in_a_hurry(&self, pod: &str) -> bool {
+    /// Whether the rank has been told to go in a hurry, be it by when it may.
+    fn is_about_to_go(&self, pod: &str) -> bool {
         self.departure(pod).is_some_and(|departure| departure.hurry)
+    }
+
+    /// Whether it is time for it to leave: who has more of its notice left trains on.
+    fn leaves_in_a_hurry(&self, pod: &str) -> bool {
+        self.departure(pod).is_some_and(|departure| departure.hurry && self.is_due(departure))
     }
 
     /// Most ranks of use: more than micro-batches would have nothing to do.
@@ -455,7 +465,7 @@ impl Membership {
         super::report::RankView {
             connected: rank.connected,
             prepared: rank.prepared,
-            leaving: self.leaves_in_a_hurry(pod),
+            leaving: self.is_about_to_go(pod),
             released: rank.released,
             blocked: Self::obstacle_of(rank, class),
             held_up: rank.held_up.clone(),

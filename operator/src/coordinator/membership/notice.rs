@@ -1,6 +1,6 @@
 //! How long things may take before a notice is over, and how long a stop is waited for.
 
-use super::{Formation, Membership, Millis, PodUid, Purpose, State};
+use super::{Departure, Formation, Membership, Millis, PodUid, Purpose, State};
 
 /// Until `at`; 0 if there is no hurry.
 pub(super) fn time_left(now: Millis, at: Millis) -> Millis {
@@ -11,7 +11,20 @@ pub(super) fn time_left(now: Millis, at: Millis) -> Millis {
     }
 }
 
+/// Of a notice, so many times what leaving takes are kept for it.
+const SPARE: u64 = 2;
+
 impl Membership {
+    /// Whether what is left of the notice is what the step under way takes, and all that comes after it.
+    pub(super) fn is_due(&self, departure: &Departure) -> bool {
+        let Some(step_ms) = self.step_ms.filter(|_| departure.deadline_ms > 0) else { return true };
+        let staying = self.ranks.iter().filter(|(pod, rank)| rank.is_fit() && !self.is_about_to_go(pod)).count();
+        let last = self.checkpoint.as_ref().filter(|_| staying < self.fewest());
+        let saves_ms = last.map_or(0, |last| last.stall_ms + last.upload_ms);
+        let needs_ms = step_ms + self.limits.hand_over_ms.max(self.moved_ms) + saves_ms;
+        self.now.saturating_add(SPARE * needs_ms) >= departure.deadline_ms
+    }
+
     /// Whether the rank's notice is over.
     pub(super) fn is_late(&self, now: Millis, pod: &str) -> bool {
         self.departure(pod).is_some_and(|it| it.hurry && it.deadline_ms > 0 && it.deadline_ms <= now)

@@ -225,9 +225,9 @@ fn ranks_wait_for_more_where_so_few_have_too_little_memory() {
 #[test]
 fn a_reclaim_with_notice_loses_no_step_and_goes_on_without_the_rank() {
     let mut fixture = Fixture::training(1, 2);
-    fixture.progress("a", 7).notice("a", 30_000);
+    fixture.progress("a", 7).notice("a", 5_000);
     let effects = fixture.take();
-    assert_eq!(stops(&effects), [("a".into(), true, 30_000), ("b".into(), true, 30_000)]);
+    assert_eq!(stops(&effects), [("a".into(), true, 5_000), ("b".into(), true, 5_000)]);
     fixture.progress("b", 8).stopped("a", 8, vec![]).stopped("b", 8, vec![manifest(1, 8)]);
     let record = record_of(&fixture.take());
     assert_eq!((record.generation, record.base_step), (2, 8));
@@ -242,7 +242,7 @@ fn a_reclaim_with_notice_loses_no_step_and_goes_on_without_the_rank() {
 #[test]
 fn below_min_the_training_is_held_until_a_joiner_comes() {
     let mut fixture = Fixture::training(2, 2);
-    fixture.notice("a", 30_000).stopped("a", 1, vec![manifest(1, 1)]).stopped("b", 1, vec![]);
+    fixture.notice("a", 5_000).stopped("a", 1, vec![manifest(1, 1)]).stopped("b", 1, vec![]);
     assert_eq!(fixture.phase(), Phase::Held);
     fixture.join("c", 0).prepare("c", vec![manifest(1, 1)]);
     let record = record_of(&fixture.take());
@@ -252,7 +252,7 @@ fn below_min_the_training_is_held_until_a_joiner_comes() {
 #[test]
 fn a_notice_that_is_taken_back_brings_the_rank_back() {
     let mut fixture = Fixture::training(1, 2);
-    fixture.notice("a", 30_000).stopped("a", 1, vec![manifest(1, 1)]).stopped("b", 1, vec![]);
+    fixture.notice("a", 5_000).stopped("a", 1, vec![manifest(1, 1)]).stopped("b", 1, vec![]);
     fixture.written().ready("b").progress("b", 2).take();
     fixture.after(20_000);
     assert_eq!(fixture.phase(), Phase::Steady, "a stays on standby");
@@ -504,7 +504,7 @@ fn a_checkpoint_shows_that_the_store_takes_what_every_rank_writes() {
 #[test]
 fn a_planned_change_goes_on_from_memory() {
     let mut fixture = Fixture::training(1, 2);
-    fixture.progress("a", 7).notice("a", 30_000);
+    fixture.progress("a", 7).notice("a", 5_000);
     let leaves = |effect: &Effect| match effect {
         Effect::Send(pod, Body::Stop(stop)) => Some((pod.clone(), stop.leaves, stop.checkpoint)),
         _ => None,
@@ -522,7 +522,7 @@ fn a_planned_change_goes_on_from_memory() {
 #[test]
 fn too_few_to_hold_the_state_write_it_down() {
     let mut fixture = Fixture::training(2, 2);
-    fixture.notice("a", 30_000);
+    fixture.notice("a", 5_000);
     let saves = |effect: &Effect| matches!(effect, Effect::Send(_, Body::Stop(stop)) if stop.checkpoint);
     assert_eq!(fixture.take().iter().filter(|effect| saves(effect)).count(), 2);
 }
@@ -825,10 +825,14 @@ fn a_checkpoint_that_waits_behind_the_training_is_told_once_and_keeps_nobody_out
     let view = |fixture: &Fixture| fixture.membership.report(fixture.now).ranks["b"].clone();
     assert_eq!(view(&fixture).held_up.map(|it| it.message), Some("full".to_owned()));
     assert!(view(&fixture).blocked.is_none() && fixture.membership.ranks["b"].is_fit());
+    // A stop waits for the same checkpoint: now the training does not go on.
+    let waits = wire::Blocked { cause: Cause::Store.into(), message: "full".into(), behind: false };
+    fixture.say("b", Said::Blocked(waits));
+    assert!(view(&fixture).held_up.is_none() && view(&fixture).blocked.is_some());
     let checkpointed =
         wire::Checkpointed { generation: 1, manifest: Some(manifest(1, 1).into()), ..Default::default() };
     fixture.say("a", Said::Checkpointed(checkpointed));
-    assert!(view(&fixture).held_up.is_none());
+    assert!(view(&fixture).held_up.is_none() && view(&fixture).blocked.is_none());
 }
 
 /// What a rank says that is stopped and holds both blocks.
@@ -885,7 +889,7 @@ fn a_hand_over_is_not_waited_for_when_the_first_rank_is_gone() {
 #[test]
 fn a_planned_stop_ends_in_time_to_hand_over_and_never_after_the_notice() {
     let mut fixture = Fixture::training(1, 2);
-    fixture.progress("a", 7).notice("b", 10_000).after(7_999);
+    fixture.progress("a", 7).notice("b", 5_000).after(2_999);
     assert!(matches!(fixture.membership.state, State::Collecting { planned: true, .. }));
     fixture.after(1);
     assert!(matches!(fixture.membership.state, State::Collecting { planned: false, .. }), "the step hangs");
@@ -894,6 +898,19 @@ fn a_planned_stop_ends_in_time_to_hand_over_and_never_after_the_notice() {
     fixture.after(1);
     assert_eq!(fixture.phase(), Phase::Planning, "b is gone by now");
     assert!(fixture.membership.ranks["b"].suspect_since.is_none(), "it was about to go");
+}
+
+#[test]
+fn who_has_more_notice_than_leaving_takes_trains_on() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 7).notice("b", 30_000).after(10_000);
+    assert!(fixture.phase() == Phase::Steady && stops(&fixture.take()).is_empty());
+    assert!(fixture.membership.report(fixture.now).ranks["b"].leaving, "so that a replacement is looked for");
+    // A step takes 1 s and handing over 2 s: twice that is kept.
+    fixture.progress("a", 8).after(13_999);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    fixture.after(1);
+    assert_eq!(stops(&fixture.take()), [("a".into(), true, 6_000), ("b".into(), true, 6_000)]);
 }
 
 #[test]
