@@ -15,8 +15,8 @@ use vicuna_model::layers::Projection;
 use vicuna_protocol::gigabytes;
 use vicuna_protocol::job::{Base, Method, Parameters, Precision, Recipe, Recompute};
 
-/// Bytes of code, libraries, tokenizer and small change on the host: what a rank of the tiny model takes.
-const PROGRAM: u64 = 120 << 20;
+/// Bytes of code, libraries, small change and a tokenizer of 50,000 tokens on the host.
+const PROGRAM: u64 = 160 << 20;
 /// Bytes that CUDA's context, its libraries' workspaces and the allocator's rounding take of a device.
 const CUDA_CONTEXT: u64 = 900 << 20;
 /// Bytes of the context's host side, libraries' code not counted.
@@ -112,6 +112,7 @@ impl Workload<'_> {
             self.computed("weights", self.frozen() + trained),
             host("masters and moments", self.state(ranks)),
             host("a checkpoint on its way", checkpoint),
+            host("messages", self.messages(ranks, sharded)),
             host("program", PROGRAM + if self.gpu { CUDA_HOST } else { 0 }),
             host("prepared data", self.data),
             Part { what: "CUDA", on_device: true, bytes: if self.gpu { CUDA_CONTEXT } else { 0 } },
@@ -120,14 +121,15 @@ impl Workload<'_> {
 
     /// What each phase of a step, and of what comes between steps, adds.
     fn phases(&self, ranks: u32, sharded: bool) -> Vec<Vec<Part>> {
-        let whole = if sharded { self.compute_bytes() * self.trained_elements() } else { 0 };
+        let whole = if sharded { self.trained_elements() } else { 0 };
+        let largest = self.trained_elements_of(EMBEDDING_GROUP).max(self.trained_elements_of(self.table.head_group()));
         vec![
             self.at_the_head(ranks, sharded),
             self.at_a_layer(ranks, sharded),
             self.at_the_embedding(ranks),
-            vec![host("weights from others", if sharded { 0 } else { self.weights_from_others(ranks) })],
             vec![host("a checkpoint", if self.slow_store { 0 } else { self.checkpoint(ranks) })],
-            vec![host("the result", whole)],
+            // All of it, and a tensor as it is written.
+            vec![host("the result", self.compute_bytes() * (whole + largest))],
         ]
     }
 
@@ -142,7 +144,7 @@ impl Workload<'_> {
         let mut parts = self.kept(ranks, sharded);
         parts.push(self.gathered(sharded, 2 * self.trained_elements_of(LAYER)));
         parts.push(self.computed("a layer at work", self.layer_work(ranks)));
-        parts.push(self.sent(ranks, self.top_elements()));
+        parts.push(Self::sent(self.top_elements()));
         parts
     }
 
@@ -152,7 +154,7 @@ impl Workload<'_> {
         vec![
             host("gradients", 4 * self.kept_elements(ranks)),
             self.computed("the embedding at work", self.sums(ranks, embedding)),
-            self.sent(ranks, embedding),
+            Self::sent(embedding),
         ]
     }
 
@@ -162,8 +164,8 @@ impl Workload<'_> {
     }
 
     /// A group's sums as they go to owners, and those of others that come to this rank.
-    fn sent(&self, ranks: u32, elements: u64) -> Part {
-        host("sums on their way", 4 * elements.next_multiple_of(u64::from(ranks.max(1))))
+    fn sent(elements: u64) -> Part {
+        host("sums on their way", 4 * elements)
     }
 
     /// What the way forward leaves for the way back.
@@ -331,9 +333,12 @@ impl Workload<'_> {
         12 * self.kept_elements(ranks)
     }
 
-    /// New weights of blocks that are kept elsewhere, as they come in after a step.
-    fn weights_from_others(&self, ranks: u32) -> u64 {
-        self.compute_bytes() * (self.trained_elements() - self.kept_elements(ranks).min(self.trained_elements()))
+    /// Weights of blocks that are kept elsewhere, as they come in: after a step, or, sharded, of the next two groups. The C
+    /// library keeps this memory for more of them, apart from that of other threads.
+    fn messages(&self, ranks: u32, sharded: bool) -> u64 {
+        let elsewhere = self.trained_elements() - self.kept_elements(ranks).min(self.trained_elements());
+        let largest = self.trained_elements_of(EMBEDDING_GROUP).max(self.trained_elements_of(LAYER));
+        self.compute_bytes() * if sharded { elsewhere.min(2 * largest) } else { elsewhere }
     }
 
     /// A copy of the owned blocks.

@@ -394,7 +394,7 @@ impl Engine {
         let Held::All { weights, step: complete } = held else { return Ok(()) };
         let lacks = lacking[peers.collective.rank()];
         let owners = Owners { table, layout, blocks, step: *step, kind, device, peers };
-        owners.bring(Purpose::Update, lacking, lacks.then_some(weights))?;
+        owners.bring(lacking, lacks.then_some(weights))?;
         if lacks {
             *complete = Some(*step);
         }
@@ -404,13 +404,29 @@ impl Engine {
     /// All compute weights by name, on rank 0's host; the other ranks give theirs.
     pub fn whole(&self, peers: Peers<'_>) -> Result<Option<BTreeMap<String, Tensor>>, StepError> {
         let is_first = peers.collective.rank() == 0;
-        if let Held::All { weights, .. } = &self.held {
-            return Ok(is_first.then(|| weights.to_map(&self.table)));
-        }
-        let mut weights = is_first.then(|| Weights::zeros(&self.table, self.kind, Device::Cpu));
-        let lacking: Vec<bool> = (0..peers.collective.world()).map(|rank| rank == 0).collect();
-        self.owners(peers).bring(Purpose::Result, &lacking, weights.as_mut())?;
-        Ok(weights.map(|weights| weights.to_map(&self.table)))
+        let mut whole = BTreeMap::new();
+        self.each_group(Purpose::Result, peers, |group, tensors| {
+            let named = self.table.parameters[self.table.group_parameters(group)].iter().zip(tensors);
+            let on_host = named.map(|(parameter, tensor)| (parameter.name.clone(), tensor.to_device(Device::Cpu)));
+            if is_first {
+                whole.extend(on_host);
+            }
+            Ok(())
+        })?;
+        Ok(is_first.then_some(whole))
+    }
+
+    /// All weights in canonical order, which every rank goes through at the same time.
+    fn each_group(
+        &self,
+        purpose: Purpose,
+        peers: Peers<'_>,
+        mut work: impl FnMut(usize, &[Tensor]) -> Result<(), StepError>,
+    ) -> Result<(), StepError> {
+        let route = Route::everything(&self.table);
+        self.owners(peers).pass(&self.held, purpose, &route, |weights| {
+            route.groups().try_for_each(|group| work(group, &weights.take(group)?))
+        })
     }
 
     /// Digest of the gradients of one micro-batch on the present weights: what a rank of another
@@ -436,11 +452,7 @@ impl Engine {
     /// Digest of the weights that passes compute with; the same whether they are replicated or sharded.
     pub fn digest(&self, peers: Peers<'_>) -> Result<String, StepError> {
         let mut hasher = blake3::Hasher::new();
-        let route = Route::everything(&self.table);
-        self.owners(peers).pass(&self.held, Purpose::Digest, &route, |weights| {
-            let groups = (0..=self.table.head_group()).filter(|group| !self.table.group_blocks(*group).is_empty());
-            groups.into_iter().try_for_each(|group| self.hash(group, &weights.take(group)?, &mut hasher))
-        })?;
+        self.each_group(Purpose::Digest, peers, |group, tensors| self.hash(group, tensors, &mut hasher))?;
         Ok(hasher.finalize().to_hex().to_string())
     }
 

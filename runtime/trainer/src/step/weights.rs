@@ -85,6 +85,10 @@ impl Route {
         Self::of(table, (EMBEDDING_GROUP..=table.head_group()).map(|group| Leg { group, way: 0 }))
     }
 
+    pub fn groups(&self) -> impl Iterator<Item = usize> + '_ {
+        self.0.iter().map(|leg| leg.group)
+    }
+
     /// Of adapters not every group has any.
     fn of(table: &BlockTable, legs: impl Iterator<Item = Leg>) -> Self {
         Self(legs.filter(|leg| !table.group_blocks(leg.group).is_empty()).collect())
@@ -92,11 +96,13 @@ impl Route {
 }
 
 /// Gives a pass the weights of each group when it comes to it.
-#[derive(Debug)]
 pub enum Source<'a> {
     Here(&'a BlockTable, &'a Weights),
-    Gathered { groups: mpsc::Receiver<Result<Vec<Tensor>, StepError>>, waited: Duration },
+    Gathered { owners: Owners<'a>, groups: mpsc::Receiver<Result<Values<'a>, StepError>>, waited: Duration },
 }
+
+/// Of a group's blocks, in order, each as [`rounded`].
+type Values<'a> = Vec<Cow<'a, [u8]>>;
 
 impl Source<'_> {
     /// Tensors of the group's parameters, in order. Groups are taken in the order of the pass's route.
@@ -106,12 +112,14 @@ impl Source<'_> {
                 let tensors = &weights.tensors[table.group_parameters(group)];
                 Ok(tensors.iter().map(Tensor::shallow_clone).collect())
             }
-            Self::Gathered { groups, waited } => {
+            Self::Gathered { owners, groups, waited } => {
                 let started = Instant::now();
                 let gathered = groups.recv();
                 *waited += started.elapsed();
                 // Its thread ends early only after an error, which the pass would have ended with.
-                gathered.unwrap_or_else(|_| Err(CollectiveError::Aborted.into()))
+                let values = gathered.unwrap_or_else(|_| Err(CollectiveError::Aborted.into()))?;
+                // Here and not in that thread, whose memory the C library would keep apart.
+                owners.tensors(group, &values)
             }
         }
     }
@@ -138,7 +146,7 @@ pub struct Owners<'a> {
     pub peers: Peers<'a>,
 }
 
-impl Owners<'_> {
+impl<'a> Owners<'a> {
     /// Runs a pass along `route`, which every rank does at the same time where weights are sharded.
     pub fn pass<T>(
         &self,
@@ -169,7 +177,7 @@ impl Owners<'_> {
                 // OpenMP keeps this per thread.
                 tch::set_num_threads(threads);
                 for Leg { group, way } in &route.0 {
-                    let gathered = owners.group(*group, purpose.tag(owners.step, *way));
+                    let gathered = owners.gather(*group, purpose.tag(owners.step, *way));
                     let failed = gathered.is_err();
                     if hand_over.send(gathered).is_err() || failed {
                         return;
@@ -178,28 +186,33 @@ impl Owners<'_> {
             });
             // However the pass ends, the thread does not wait for peers beyond it.
             let _ended = ended.clone().drop_guard();
-            let mut source = Source::Gathered { groups, waited: Duration::ZERO };
+            let mut source = Source::Gathered { owners, groups, waited: Duration::ZERO };
             work(&mut source)
         })
     }
 
-    /// A group's weights on the device, from whoever has them.
-    fn group(&self, group: usize, tag: Tag) -> Result<Vec<Tensor>, StepError> {
-        let (parameters, blocks) = (self.table.group_parameters(group), self.table.group_blocks(group));
+    /// A group's weights, from whoever has them, while others get this rank's.
+    fn gather(&self, group: usize, tag: Tag) -> Result<Values<'a>, StepError> {
+        let blocks = self.table.group_blocks(group);
         self.send(blocks.clone(), tag, |_| true)?;
+        blocks.map(|index| self.block(index, tag)).collect()
+    }
+
+    /// A group's parameters on the device.
+    fn tensors(&self, group: usize, values: &Values<'_>) -> Result<Vec<Tensor>, StepError> {
+        let parameters = self.table.group_parameters(group);
         let empty = |shape: &Vec<i64>| Tensor::f_empty(shape, (self.kind, self.device));
         let tensors = self.table.parameters[parameters.clone()].iter().map(|parameter| empty(&parameter.shape));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
-        for index in blocks {
-            let values = self.block(index, tag)?;
-            write_block(&self.table.blocks[index], &values, |parameter| &tensors[parameter - parameters.start])?;
+        for (index, values) in self.table.group_blocks(group).zip(values) {
+            write_block(&self.table.blocks[index], values, |parameter| &tensors[parameter - parameters.start])?;
         }
         Ok(tensors)
     }
 
     /// Brings all weights to the ranks that lack them; `into` are this rank's, if it does.
-    pub fn bring(&self, purpose: Purpose, lacking: &[bool], into: Option<&mut Weights>) -> Result<(), StepError> {
-        let tag = purpose.tag(self.step, 0);
+    pub fn bring(&self, lacking: &[bool], into: Option<&mut Weights>) -> Result<(), StepError> {
+        let tag = Purpose::Update.tag(self.step, 0);
         self.send(0..self.table.blocks.len(), tag, |to| lacking[to])?;
         let Some(weights) = into else { return Ok(()) };
         for (index, block) in self.table.blocks.iter().enumerate() {
@@ -225,7 +238,7 @@ impl Owners<'_> {
     }
 
     /// A block's values: owner and twin have them, the others get them from the owner.
-    fn block(&self, index: usize, tag: Tag) -> Result<Cow<'_, [u8]>, StepError> {
+    fn block(&self, index: usize, tag: Tag) -> Result<Cow<'a, [u8]>, StepError> {
         let Peers { collective, abort } = self.peers;
         if self.layout.keeps(collective.rank(), index) {
             return self.own(index);
@@ -238,7 +251,7 @@ impl Owners<'_> {
         Ok(Cow::Owned(values))
     }
 
-    fn own(&self, index: usize) -> Result<Cow<'_, [u8]>, StepError> {
+    fn own(&self, index: usize) -> Result<Cow<'a, [u8]>, StepError> {
         let Some(state) = self.blocks.get(&index) else {
             let rank = self.peers.collective.rank();
             return Err(StepError::malformed(rank, "a block is not where everybody believes it to be"));
@@ -252,7 +265,7 @@ mod tests {
     use super::*;
 
     fn groups(route: &Route) -> Vec<usize> {
-        route.0.iter().map(|leg| leg.group).collect()
+        route.groups().collect()
     }
 
     #[test]
