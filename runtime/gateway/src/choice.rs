@@ -16,6 +16,8 @@ use vicuna_protocol::tools::Dialect;
 
 /// Log probabilities of a prompt's tokens and their alternatives that are kept of a choice.
 const MAX_PROMPT_SCORES: usize = 1 << 18;
+/// How often a client that waits for the whole answer looks at what there is, so that its memory is counted.
+const TOKENS_A_LOOK: usize = 64;
 
 /// What is asked, shared by the choices of a prompt.
 #[derive(Clone, Debug, Default)]
@@ -27,6 +29,8 @@ pub struct Job {
     pub route: Route,
     /// How long it may wait for its first worker.
     pub patience: Duration,
+    /// The client wants it in one piece: it is not woken for each token.
+    pub whole: bool,
 }
 
 impl Job {
@@ -302,7 +306,9 @@ impl Choice {
         state.extend(delta);
         let bounded = state.is_bounded();
         drop(state);
-        self.news.notify_one();
+        if !self.job.whole || have == 0 || have / TOKENS_A_LOOK != end / TOKENS_A_LOOK {
+            self.news.notify_one();
+        }
         match bounded {
             true => Ok(new),
             false => Err(Broken::Endless { request: request() }),
@@ -580,6 +586,25 @@ pub(crate) mod tests {
         assert_eq!(choice.append(1, delta(2, &[3], "c")), Ok(1));
         let text = |bytes| choice.news(Seen { bytes, tokens: 0 }).text;
         assert_eq!((text(0), text(2)), ("abc".to_owned(), "c".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_the_whole_answer_is_woken_seldom() {
+        let news = Arc::new(Notify::new());
+        let woken = || tokio::time::timeout(Duration::ZERO, news.notified());
+        for whole in [false, true] {
+            let job = Arc::new(Job { whole, ..Job::clone(&job()) });
+            let choice = Choice::new(job, 0, news.clone());
+            choice.begin(Server { max_length: 1 << 10, ..server(1) });
+            choice.append(1, delta(0, &[1], "a")).unwrap();
+            woken().await.expect("the first token is news to everybody");
+            choice.append(1, delta(1, &[2], "b")).unwrap();
+            assert_eq!(woken().await.is_err(), whole);
+            choice.append(1, delta(2, &[0; TOKENS_A_LOOK], "c")).unwrap();
+            woken().await.expect("so much is");
+            choice.finish(1, Done::default());
+            woken().await.expect("the end is");
+        }
     }
 
     #[test]

@@ -167,7 +167,7 @@ fn job(gateway: &Gateway, shape: &Shape, ask: &Ask, prompt: &Prompt, index: usiz
     };
     let limits = &gateway.limits;
     let patience = if ask.stream { limits.stream_queue_timeout } else { limits.queue_timeout };
-    Job { generate, key: caller.client.name().to_owned(), route, patience }
+    Job { generate, key: caller.client.name().to_owned(), route, patience, whole: !ask.stream }
 }
 
 /// Of what a prompt begins with.

@@ -109,7 +109,7 @@ fn job(gateway: &Gateway, generate: Generate, caller: &Caller) -> Job {
     let generate = Generate { generated: Vec::new(), choice: 0, ..generate };
     let route = Route { draw: rand::random(), ..Route::default() };
     let patience = gateway.limits.stream_queue_timeout;
-    Job { generate, key: caller.client.name().to_owned(), route, patience }
+    Job { generate, key: caller.client.name().to_owned(), route, patience, whole: false }
 }
 
 /// The longest of the transcripts of one choice: a request that has moved is known to several.
