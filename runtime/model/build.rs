@@ -25,8 +25,9 @@ fn build_autograd(torch: &Path) {
         .cpp(true)
         .std("c++17")
         .opt_level(3)
-        // Neither changes a result; without the first, comparisons keep loops from becoming vectors.
-        .flags(["-fno-trapping-math", "-fno-math-errno"])
+        // The first two change no result; without the first, comparisons keep loops from becoming vectors. Bits of
+        // numbers are looked at as integers.
+        .flags(["-fno-trapping-math", "-fno-math-errno", "-fno-strict-aliasing"])
         .warnings(false)
         .includes([torch, &torch.join("torch/csrc/api/include")])
         .file(AUTOGRAD)

@@ -110,9 +110,20 @@ impl Start {
     /// The rank that writes the log: one that has the lines since the last part.
     pub(crate) fn scribe(&self) -> usize {
         match self {
-            Self::Memory { base, .. } => base.holdings.iter().position(|it| !it.blocks.is_empty()).unwrap_or(0),
+            Self::Memory { step, base } => {
+                // Who is not at the step may have to start empty.
+                let with_lines = |at: u64| base.holdings.iter().position(|it| it.lines && it.step == at);
+                with_lines(*step).or_else(|| with_lines(step.checked_sub(1)?)).unwrap_or(0)
+            }
             Self::Model | Self::Manifest(_) => 0,
         }
+    }
+
+    /// The ranks that lack lines of the log which the scribe has.
+    fn without_lines(&self) -> Vec<usize> {
+        let Self::Memory { step, base } = self else { return Vec::new() };
+        let ranks = base.holdings.iter().enumerate().filter(|(_, it)| !it.lines || it.step != *step);
+        ranks.map(|(rank, _)| rank).filter(|rank| *rank != self.scribe()).collect()
     }
 
     /// The step in the store that the generation starts from, if that is where it does.
@@ -272,6 +283,8 @@ impl<'a> Generation<'a> {
         let (generation, rank) = (membership.generation, membership.rank);
         tracing::info!(generation, rank, world, step = engine.step, sharded, digest, "ready");
         observer.ready(&digest);
+        // Where every step is made already, the result is told with what the last one came to.
+        let loss = engine.last.as_ref().map_or(f64::NAN, |last| last.loss);
         Ok(Self {
             scribe: (rank == start.scribe()).then(|| Arc::new(session.scribe(start.step_in_store()))),
             inherited: None,
@@ -287,7 +300,7 @@ impl<'a> Generation<'a> {
             upload: None,
             saved: None,
             broken: 0,
-            loss: f64::NAN,
+            loss,
         })
     }
 
@@ -570,13 +583,14 @@ impl Base<'_> {
         if !matches!(assignment.start, Start::Model) {
             session.forget_base();
         }
-        let (engine, holders, lacking) = match (&assignment.start, &self.manifest) {
+        let start = &assignment.start;
+        let (engine, holders, lacking) = match (start, &self.manifest) {
             (Start::Memory { step, base }, _) => {
                 let mut holders = transfer::holders(&base.holdings, *step, session.table.blocks.len());
                 if *purpose != Purpose::Train {
                     let layout = Layout::among(&holders, nodes, leaves);
                     let engine = from_memory(session, *step, base, layout, memory);
-                    hand_over(engine, base, &mut holders, assignment, peers)?;
+                    hand_over(engine, &mut holders, assignment, peers)?;
                     return Ok(engine);
                 }
                 let layout = Layout::new(&holders, nodes);
@@ -593,7 +607,7 @@ impl Base<'_> {
                 let holders = (0..session.table.blocks.len()).map(|block| vec![layout.owner(block)]).collect();
                 let engine = memory.insert(self.load(base, manifest, layout, peers.abort)?);
                 engine.hold(self.sharded);
-                engine.log = log;
+                (engine.log, engine.has_lines) = (log, true);
                 (engine, holders, vec![true; world])
             }
             (Start::Model | Start::Manifest(_), _) => {
@@ -604,6 +618,7 @@ impl Base<'_> {
         };
         transfer::spread(engine, &holders, peers)?;
         engine.gather(peers, &lacking)?;
+        log::inherit::hand_over(engine, start.scribe(), &start.without_lines(), peers)?;
         Ok(engine)
     }
 
@@ -653,21 +668,19 @@ fn unloadable(base: &ManifestRef, error: CheckpointError) -> GenerationError {
 }
 
 /// What only those have who leave goes to those who stay: state first, since time may be short, then lines of the log. Where
-/// it is to be written down all do their part, and twins are not needed any more.
+/// it is to be written down all do their part, and nothing is moved to twins first.
 fn hand_over(
     engine: &mut Engine,
-    base: &MemoryBase,
     holders: &mut Holders,
     assignment: &Assignment,
     peers: Peers<'_>,
 ) -> Result<(), GenerationError> {
     let Assignment { nodes, leaves, purpose, start, .. } = assignment;
     transfer::hand_over(engine, holders, leaves, peers)?;
-    let is_new = |rank: &usize| base.holdings[*rank].blocks.is_empty() && !leaves[*rank];
-    let newcomers: Vec<usize> = (0..leaves.len()).filter(is_new).collect();
-    log::inherit::hand_over(&mut engine.log, engine.step, start.scribe(), &newcomers, peers)?;
+    let without_lines: Vec<usize> = start.without_lines().into_iter().filter(|rank| !leaves[*rank]).collect();
+    log::inherit::hand_over(engine, start.scribe(), &without_lines, peers)?;
     if *purpose == Purpose::Save {
-        engine.enter(Layout::new(holders, nodes));
+        engine.enter(Layout::new(holders, nodes).without_twins());
         transfer::spread(engine, holders, peers)?;
     }
     Ok(())
@@ -683,6 +696,7 @@ fn from_model(session: &Session, layout: Layout, rank: usize, sharded: bool) -> 
     };
     let mut engine = engine(session, held, layout);
     engine.blocks = blocks;
+    engine.has_lines = true;
     Ok(engine)
 }
 
@@ -706,7 +720,7 @@ fn from_memory<'a>(
     let kept = kept.filter(|engine| (engine.step, engine.updates) == (step, base.updates));
     let mut engine = kept.unwrap_or_else(|| {
         let mut empty = engine(session, Held::Own, layout.clone());
-        (empty.step, empty.updates) = (step, base.updates);
+        (empty.step, empty.updates, empty.committed) = (step, base.updates, committed);
         empty
     });
     engine.enter(layout);

@@ -43,6 +43,11 @@ impl Layout {
         Self { world: leaves.len(), owners: owners.into_iter().map(rank).collect(), twins }
     }
 
+    /// Where each block is wanted once: to be written down.
+    pub fn without_twins(self) -> Self {
+        Self { twins: vec![None; self.owners.len()], ..self }
+    }
+
     /// For state that nobody holds yet.
     pub fn fresh(table: &BlockTable, nodes: &[String]) -> Self {
         Self::new(&vec![Vec::new(); table.blocks.len()], nodes)

@@ -33,7 +33,7 @@ pub fn description(device: Device) -> String {
     )
 }
 
-/// Instruction sets that torch's and oneDNN's kernels are chosen by.
+/// Instruction sets that torch's, oneDNN's and our own kernels are chosen by.
 #[cfg(target_arch = "x86_64")]
 fn isa() -> Vec<&'static str> {
     let sets = [
@@ -41,6 +41,13 @@ fn isa() -> Vec<&'static str> {
         ("fma", std::is_x86_feature_detected!("fma")),
         ("avx512f", std::is_x86_feature_detected!("avx512f")),
         ("avx512bw", std::is_x86_feature_detected!("avx512bw")),
+        ("avx512cd", std::is_x86_feature_detected!("avx512cd")),
+        ("avx512dq", std::is_x86_feature_detected!("avx512dq")),
+        ("avx512vl", std::is_x86_feature_detected!("avx512vl")),
+        ("bmi2", std::is_x86_feature_detected!("bmi2")),
+        ("f16c", std::is_x86_feature_detected!("f16c")),
+        ("lzcnt", std::is_x86_feature_detected!("lzcnt")),
+        ("movbe", std::is_x86_feature_detected!("movbe")),
         ("avx512vnni", std::is_x86_feature_detected!("avx512vnni")),
         ("avx512bf16", std::is_x86_feature_detected!("avx512bf16")),
     ];

@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use vicuna_checkpoint::{ManifestRef, StoreError};
 use vicuna_protocol::coordinator::coordinator_message::Body as Heard;
+use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::coordinator::rank_message::Body;
 use vicuna_protocol::coordinator::{self as wire, Cause};
 use vicuna_protocol::job::TrainingJob;
@@ -92,6 +93,8 @@ struct Current {
     thread: Option<JoinHandle<()>>,
     ended: Option<oneshot::Receiver<Ending>>,
     step: Arc<AtomicU64>,
+    /// It makes steps; else it is over once it has formed, and the coordinator says so.
+    trains: bool,
     /// The coordinator waits to hear that it has ended.
     stopping: bool,
     /// … and somebody is about to go.
@@ -302,6 +305,7 @@ impl Life {
             step: step.clone(),
             control: control.clone(),
         });
+        let trains = assignment.purpose == Purpose::Train;
         let (end, ended) = oneshot::channel();
         let (network, steering) = (self.network.clone(), control.clone());
         let mut memory = self.memory.take();
@@ -313,7 +317,8 @@ impl Life {
             // Nobody listens when the rank is ending.
             drop(end.send(Ending { outcome, memory }));
         });
-        Current { generation, control, thread: Some(thread), ended: Some(ended), step, stopping: false, hurried: false }
+        let (thread, ended) = (Some(thread), Some(ended));
+        Current { generation, control, thread, ended, step, trains, stopping: false, hurried: false }
     }
 
     /// Gives the present generation up; its thread ends soon, without being heard.
@@ -426,9 +431,16 @@ impl Life {
             }
             GenerationError::Collective(_) | GenerationError::Checkpoint(_) => {
                 tracing::warn!(generation, %error, "the generation broke; waiting for the coordinator");
-                self.list().await;
+                let current = self.in_generation(generation);
+                let (ordered, hurried) = current.map_or((false, false), |current| {
+                    (current.stopping && current.control.abort.is_cancelled(), current.hurried)
+                });
+                if !hurried {
+                    self.list().await;
+                }
                 let lost = match &error {
-                    GenerationError::Collective(error) => error.lost_peer().map(str::to_owned),
+                    // Those who were told to end at once close their connections.
+                    GenerationError::Collective(error) if !ordered => error.lost_peer().map(str::to_owned),
                     _ => None,
                 };
                 self.say_stopped(generation, lost.into_iter().collect());
@@ -465,10 +477,12 @@ impl Life {
         self.link.say(Body::Notice(wire::Notice { source: "SIGTERM".to_owned(), deadline_ms }));
         let running = self.current.as_ref().filter(|current| current.ended.is_some());
         match running {
-            Some(current) => {
+            Some(current) if current.trains => {
                 current.control.leave.cancel();
                 current.control.stop.cancel();
             }
+            // Others may be amid taking what it holds; it is over soon.
+            Some(_) => {}
             // Others may yet need what it holds.
             None if self.memory.is_some() => {}
             None => return Next::End(Exit::Done),

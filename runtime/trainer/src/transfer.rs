@@ -119,6 +119,7 @@ pub fn holding(engine: &Engine, data: &Dataset) -> wire::Holding {
         last: None,
         norm: engine.committed.norm,
         updated: engine.committed.updated,
+        lines: engine.has_lines,
     }
 }
 

@@ -396,7 +396,7 @@ fn a_rank_that_has_read_something_else_is_told_before_it_trains() {
     assert_eq!(agreed(&sessions[..2], &Start::Model, None), [true, false]);
     assert_eq!(agreed(&sessions[1..], &Start::Model, None), [true, true]);
     // Who holds the state is right, however few they are.
-    let holding = |blocks: &[u8]| Holding { blocks: blocks.to_vec(), ..Holding::default() };
+    let holding = |blocks: &[u8]| Holding { lines: !blocks.is_empty(), step: 3, ..Holding::default() };
     let base = MemoryBase { holdings: vec![holding(&[0]), holding(&[]), holding(&[])], ..MemoryBase::default() };
     assert_eq!(agreed(&sessions, &Start::Memory { step: 3, base }, None), [true, false, false]);
 }
@@ -1062,6 +1062,23 @@ fn real_conversations_are_prepared_and_learned_and_the_held_out_loss_falls() {
 fn assert_whole(log: &[Line]) {
     let steps: Vec<u64> = log.iter().filter(|line| matches!(line.what, What::Step(_))).map(|line| line.step).collect();
     assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_newcomer_has_the_lines_that_are_not_in_the_store_yet() {
+    let fixture = Fixture::new();
+    let session = fixture.session(fixture.job("bucket"));
+    let mut memories = continued(&session, 1, &Start::Model, vec![None, None], End::Paused(2)).memories;
+    memories.push(None);
+    let start = from_memory(&session, &memories);
+    let memories = continued(&session, 2, &start, memories, End::Paused(3)).memories;
+    let [old, new] = [0, 2].map(|rank| memories[rank].as_ref().unwrap());
+    let steps = |engine: &Engine| engine.log.lines().iter().map(|line| line.step).collect::<Vec<u64>>();
+    assert_eq!((steps(old), steps(new)), (vec![1, 2, 3], vec![1, 2, 3]));
+    // It may be the one who goes on alone, and writes them down.
+    let start = from_memory(&session, &memories[2..]);
+    let Start::Memory { base, .. } = &start else { panic!("of memory") };
+    assert!(base.holdings[0].lines);
 }
 
 #[test]

@@ -278,7 +278,11 @@ impl Membership {
             return proven;
         }
         let holdings = formation.memory.iter().flat_map(|memory| &memory.holdings);
-        members().zip(holdings).filter(|(_, holding)| !holding.blocks.is_empty()).map(|(pod, _)| pod).collect()
+        members()
+            .zip(holdings)
+            .filter(|(_, holding)| holding.blocks.iter().any(|bits| *bits != 0))
+            .map(|(pod, _)| pod)
+            .collect()
     }
 
     fn moving(&mut self, now: Millis, moving: &Move) -> bool {

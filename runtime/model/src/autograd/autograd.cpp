@@ -33,7 +33,11 @@ const char* guarded(Work work) {
 
 // One copy for each generation of processors; the loops are written so that the compiler makes vectors of them. Which one
 // runs is part of the numerics class (the processor's instruction set).
+#ifdef __x86_64__
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORISED
+#endif
 
 // Sums are kept in so many parts, in one order on every machine.
 constexpr int64_t LANES = 16;
@@ -132,6 +136,8 @@ void with_type(const at::Tensor& tensor, Work work) {
 // RMSNorm (Zhang and Sennrich 2019) of rows on a CPU; all arithmetic is fp32.
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
     static at::Tensor forward(AutogradContext* context, const at::Tensor& input, const at::Tensor& weight, double eps) {
+        TORCH_CHECK(input.dim() > 0 && input.size(-1) > 0 && weight.numel() == input.size(-1),
+                    "a norm's weight is as wide as its rows: ", weight.sizes(), " and ", input.sizes());
         const auto x = input.contiguous(), wide = weight.to(at::kFloat).contiguous();
         auto y = at::empty_like(x), factors = at::empty({x.numel() / x.size(-1)}, wide.options());
         with_type(x, [&](auto value) { normalise<decltype(value)>(x, wide, static_cast<float>(eps), y, factors); });
@@ -250,6 +256,8 @@ struct SwiGlu : torch::autograd::Function<SwiGlu> {
     static constexpr int64_t PIECE = 4096;
 
     static at::Tensor forward(AutogradContext* context, const at::Tensor& opened, const at::Tensor& given) {
+        TORCH_CHECK(opened.sizes() == given.sizes() && opened.scalar_type() == given.scalar_type(),
+                    "a gate is of the shape and type of what it lets through: ", opened.sizes(), " and ", given.sizes());
         const auto gate = opened.contiguous(), up = given.contiguous();
         auto y = at::empty_like(gate);
         with_type(gate, [&](auto value) {

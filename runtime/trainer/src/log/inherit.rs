@@ -1,31 +1,30 @@
-//! Lines that are not in the store yet go along with the state: newcomers who are to go on alone have them from one who
-//! leaves.
+//! Lines that are not in the store yet go along with the state: newcomers have them before they count as members, for they
+//! may be the ones who go on.
 
-use super::{Line, Log};
+use super::Line;
 use crate::collective::{CollectiveError, Kind, Tag};
-use crate::step::Peers;
+use crate::step::{Engine, Peers};
 use std::ops::Range;
 
 /// Lines in a frame: well below its limit.
 const CHUNK: usize = 4096;
 
-/// The first rank that has lines gives them to those of `newcomers`.
+/// The rank `from`, which has lines, gives them to those of `newcomers`.
 pub fn hand_over(
-    log: &mut Log,
-    step: u64,
+    engine: &mut Engine,
     from: usize,
     newcomers: &[usize],
     peers: Peers<'_>,
 ) -> Result<(), CollectiveError> {
-    let rank = peers.collective.rank();
+    let (rank, step) = (peers.collective.rank(), engine.step);
     if rank == from {
-        newcomers.iter().try_for_each(|to| send(log.lines(), step, *to, peers))
-    } else if newcomers.contains(&rank) {
-        log.inherit(receive(step, from, peers)?);
-        Ok(())
-    } else {
-        Ok(())
+        return newcomers.iter().try_for_each(|to| send(engine.log.lines(), step, *to, peers));
     }
+    if newcomers.contains(&rank) {
+        engine.log.inherit(receive(step, from, peers)?);
+        engine.has_lines = true;
+    }
+    Ok(())
 }
 
 fn tag(step: u64, part: usize) -> Tag {

@@ -3,7 +3,7 @@
 //! Every rank hears every step, and so keeps the lines that may not be in the bucket yet; one rank, the generation's
 //! scribe, writes them in parts: before each checkpoint, so that no manifest is ahead of its log, when it takes the
 //! task over, and at the end. It looks first how far the parts reach. So each step is in the log once, whoever was
-//! lost: a newcomer lacks no line, since what was made before it joined was written when it did.
+//! lost: a newcomer lacks no line, since it is given what others keep when it joins.
 
 pub mod events;
 pub mod inherit;

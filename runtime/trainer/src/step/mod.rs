@@ -71,6 +71,8 @@ pub struct Engine {
     pub saved_at: Instant,
     /// Lines that may not be in the store yet.
     pub log: Log,
+    /// All of these lines: a newcomer has none before it is given them.
+    pub has_lines: bool,
     pace: Pace,
     rope: Rope,
     /// What passes compute in, and where.
@@ -162,6 +164,7 @@ impl Engine {
             stall: None,
             saved_at: Instant::now(),
             log: Log::default(),
+            has_lines: false,
             rope,
             kind,
             device,
