@@ -1,6 +1,9 @@
 //! What happens to processes in real life.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
@@ -49,18 +52,40 @@ fn send(pids: &[i32], signal: Signal) {
     }
 }
 
-/// Kills every worker of a model at once, as an out-of-memory killer does: no notice, no grace. The nodes' processes
-/// are this machine's.
-pub fn kill_workers(model: &str) -> Result<()> {
-    let flag = format!("--model-name={model}");
-    let of_model = |pid: &i32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.split(|byte| *byte == 0).any(|word| word == flag.as_bytes())
-    };
-    let victims: Vec<i32> = all_pids()?.filter(of_model).collect();
-    if victims.is_empty() {
-        bail!("no worker of {model} runs on this machine");
+/// The workers of a model; the nodes' processes are this machine's.
+#[derive(Debug)]
+pub struct Workers(Vec<i32>);
+
+impl Workers {
+    pub fn of(model: &str) -> Result<Self> {
+        let flag = format!("--model-name={model}");
+        let of_model = |pid: &i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|word| word == flag.as_bytes())
+        };
+        let pids: Vec<i32> = all_pids()?.filter(of_model).collect();
+        if pids.is_empty() {
+            bail!("no worker of {model} runs on this machine");
+        }
+        Ok(Self(pids))
     }
-    send(&victims, Signal::Kill);
-    Ok(())
+
+    /// All at once, as an out-of-memory killer does: no notice, no grace.
+    pub fn kill(&self) {
+        send(&self.0, Signal::Kill);
+    }
+
+    /// Lets them work for moments only until `amid` is set, and kills them then: in the middle of what they do, however
+    /// fast they are.
+    pub fn kill_amid(&self, amid: &AtomicBool) {
+        const WORK: Duration = Duration::from_millis(2);
+        const REST: Duration = Duration::from_millis(10);
+        while !amid.load(Ordering::Acquire) {
+            send(&self.0, Signal::Continue);
+            thread::sleep(WORK);
+            send(&self.0, Signal::Stop);
+            thread::sleep(REST);
+        }
+        self.kill();
+    }
 }

@@ -9,7 +9,7 @@ mod prometheus;
 
 pub use bucket::{Bucket, SMOLLM2, smollm2};
 pub use chat::{Answer, Chat, Stream, StreamEvent};
-pub use faults::{Signal, kill_workers, signal_pod};
+pub use faults::{Signal, Workers, signal_pod};
 pub use install::{
     Images, STORAGE_SECRET, SYSTEM_NAMESPACE, gateway, install, install_operator, install_with, storage_secret,
 };

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use vicuna_tests::cluster::{repository, wait_for};
-use vicuna_tests::product::{Chat, Objects, StreamEvent, field, kill_workers};
+use vicuna_tests::product::{Chat, Objects, StreamEvent, Workers, field};
 
 use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED, make_tiny, put_folder, serving as one_worker};
 
@@ -42,17 +42,22 @@ pub fn the_result_is_served(fixture: &Fixture) -> Result<()> {
 }
 
 pub fn a_stream_survives_its_worker(fixture: &Fixture) -> Result<()> {
-    // The tiny model's answer is over before anyone could be killed in it: it is not to end by itself.
+    // It is not to end by itself.
     let chat = Chat { banned: ENDS.to_vec(), ..chat(fixture, 400) };
     let undisturbed = chat.ask(WORDS)?;
-    let mut seen = 0;
-    let answer = chat.stream(WORDS)?.read_to_end(|event| {
-        seen += usize::from(matches!(event, StreamEvent::Text(_)));
-        if seen == 3 {
-            seen += 1;
-            kill_workers(&format!("{NAMESPACE}/tiny"))?;
-        }
-        Ok(())
+    let workers = Workers::of(&format!("{NAMESPACE}/tiny"))?;
+    let amid = AtomicBool::new(false);
+    let answer = std::thread::scope(|scope| {
+        scope.spawn(|| workers.kill_amid(&amid));
+        let answer = chat.stream(WORDS).and_then(|stream| {
+            stream.read_to_end(|event| {
+                amid.fetch_or(matches!(event, StreamEvent::Text(_)), Ordering::Release);
+                Ok(())
+            })
+        });
+        // Also where nothing came.
+        amid.store(true, Ordering::Release);
+        answer
     })?;
     ensure!(answer.resumes >= 1, "the worker was not killed in time: {answer:?}");
     ensure!(answer.text == undisturbed.text, "{:?} is not {:?}", answer.text, undisturbed.text);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use vicuna_tests::cluster::wait_for;
-use vicuna_tests::product::{Answer, Chat, Objects, StreamEvent, field, kill_workers};
+use vicuna_tests::product::{Answer, Chat, Objects, StreamEvent, Workers, field};
 
 use crate::report::Report;
 use crate::stage::{NAMESPACE, Stage};
@@ -82,7 +82,7 @@ pub fn kill_a_worker(stage: &Stage, report: &mut Report) -> Result<()> {
         if tokens == 12 {
             tokens += 1;
             print!(" \u{26a1} ");
-            kill_workers(&format!("{NAMESPACE}/tuned"))?;
+            Workers::of(&format!("{NAMESPACE}/tuned"))?.kill();
         }
         Ok(())
     })?;
