@@ -41,7 +41,7 @@ pub const ROWS: &[Row] = &[
     row("notice_of_30_s", Shape { notice_seconds: 30, steps: MEDIUM, ..TWO }, notice),
     row("notice_of_120_s", Shape { notice_seconds: 120, steps: LONGEST, ..TWO }, notice),
     row("notice_of_5_s", Shape { notice_seconds: 5, ..TWO }, notice),
-    row("notice_taken_back", TWO, notice_taken_back),
+    row("notice_taken_back", Shape { steps: LONG, ..TWO }, notice_taken_back),
     row("pod_deleted", TWO, pod_deleted),
     row("rank_killed", TWO, rank_killed),
     row("rank_stopped", TWO, rank_stopped),
