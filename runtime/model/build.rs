@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::{env, process};
 
 const AUTOGRAD: &str = "src/autograd/autograd.cpp";
+const GUARDED: &str = "src/guarded.h";
 const GRAPH: &str = "src/cuda/graph.cpp";
 
 fn main() {
     for variable in ["LIBTORCH", "VICUNA_CUDA_INCLUDE"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
-    for source in [AUTOGRAD, GRAPH] {
+    for source in [AUTOGRAD, GRAPH, GUARDED] {
         println!("cargo::rerun-if-changed={source}");
     }
     let torch = folder("LIBTORCH", "libtorch").join("include");

@@ -41,16 +41,6 @@ pub fn memory_bytes() -> Result<(u64, u64), ModelError> {
     crate::cuda::device_memory_bytes()
 }
 
-/// Gives memory that was freed back to the system, where the C library keeps it for later: after reading a model, or
-/// copying one, that is a good part of it.
-pub fn give_back_freed() {
-    // SAFETY: takes a number, and no lock that this thread holds.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 fn threads(value: Option<&str>) -> Result<i32, ModelError> {
     let value = value.unwrap_or("1");
     match value.parse() {

@@ -273,7 +273,7 @@ impl<'a> Generation<'a> {
         let sharded = agreement.is_some_and(|agreement| agreement.sharded);
         let base = Base { session, assignment, manifest, sharded, observer };
         let engine = base.stand_at_start(peers, memory)?;
-        vicuna_model::device::give_back_freed();
+        crate::heap::give_back_freed();
         if let Some(agreement) = agreement {
             let names = membership.members.iter().map(|member| member.name.clone()).collect();
             engine.log.enter(membership.generation, names);
@@ -536,7 +536,7 @@ impl<'a> Generation<'a> {
         self.control.parting.cancel();
         self.write_log()?;
         let manifest = self.save()?;
-        vicuna_model::device::give_back_freed();
+        crate::heap::give_back_freed();
         let result = self.write_result()?;
         Ok(Outcome::Complete { step: self.engine.step, manifest, result })
     }

@@ -528,13 +528,7 @@ fn adapters_are_the_same_bits_for_every_number_of_ranks_and_whatever_happens() {
         // Of three ranks one leaves; two, of which one is lost in a step; another joins; a checkpoint; one rank
         // that resumes from it in another session.
         let disturbed = session("disturbed");
-        let mut memories = continued(&disturbed, 1, &Start::Model, vec![None, None, None], End::Left(1)).memories;
-        memories.truncate(2);
-        let start = from_memory(&disturbed, &memories);
-        let mut memories = continued(&disturbed, 2, &start, memories, End::Paused(2)).memories;
-        broken_step(&disturbed, &mut memories, Kind::Commit);
-        assert_eq!(steps_of(&memories), [3, 2]);
-        memories.truncate(1);
+        let mut memories = after_leave_and_loss(&disturbed);
         let start = from_memory(&disturbed, &memories);
         memories.push(None);
         let joined = from_memory(&disturbed, &memories);
@@ -583,6 +577,18 @@ fn keeping_layers_instead_of_running_them_again_changes_no_bit() {
     }
 }
 
+/// Of three ranks one leaves; of the two that stay one is lost in a step. What the last one holds.
+fn after_leave_and_loss(session: &Arc<Session>) -> Vec<Option<Engine>> {
+    let mut memories = continued(session, 1, &Start::Model, vec![None, None, None], End::Left(1)).memories;
+    memories.truncate(2);
+    let start = from_memory(session, &memories);
+    let mut memories = continued(session, 2, &start, memories, End::Paused(2)).memories;
+    broken_step(session, &mut memories, Kind::Commit);
+    assert_eq!(steps_of(&memories), [3, 2]);
+    memories.truncate(1);
+    memories
+}
+
 /// A training with held-out sequences and these weights.
 fn weights_of(fixture: &Fixture, bucket: &str, parameters: Parameters, precision: Precision) -> Arc<Session> {
     let mut job = fixture.job(bucket);
@@ -608,13 +614,7 @@ fn sharded_weights_train_the_bits_of_replicated_ones_whatever_happens() {
         // Of three ranks one leaves; two, of which one is lost in a step; two others join; a checkpoint; one rank with
         // all weights goes on from it.
         let disturbed = session("disturbed", Parameters::Sharded);
-        let mut memories = continued(&disturbed, 1, &Start::Model, vec![None, None, None], End::Left(1)).memories;
-        memories.truncate(2);
-        let start = from_memory(&disturbed, &memories);
-        let mut memories = continued(&disturbed, 2, &start, memories, End::Paused(2)).memories;
-        broken_step(&disturbed, &mut memories, Kind::Commit);
-        assert_eq!(steps_of(&memories), [3, 2]);
-        memories.truncate(1);
+        let mut memories = after_leave_and_loss(&disturbed);
         memories.extend([None, None]);
         let start = from_memory(&disturbed, &memories);
         let (step, manifest) = continued(&disturbed, 3, &start, memories, End::Saved(4)).stopped();

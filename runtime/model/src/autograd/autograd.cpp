@@ -8,28 +8,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <exception>
-#include <string>
 #include <vector>
+
+#include "../guarded.h"
 
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-thread_local std::string failure;
-
-// Runs `work`; null if it went well, else what went wrong, until the thread's next failure.
-template <typename Work>
-const char* guarded(Work work) {
-    try {
-        work();
-        return nullptr;
-    } catch (const std::exception& error) {
-        failure = error.what();
-        return failure.c_str();
-    }
-}
 
 // One copy for each generation of processors; the loops are written so that the compiler makes vectors of them. Which one
 // runs is part of the numerics class (the processor's instruction set).
