@@ -410,7 +410,14 @@ impl Membership {
             let (min, max) = (target.min, self.max());
             return Some((format!("{min} to {max} ranks are asked for"), 0));
         }
-        (progressed && self.can_grow(now, members)).then(|| ("ranks join".to_owned(), 0))
+        if !progressed || !self.can_grow(now, members) {
+            return None;
+        }
+        if members.iter().any(|member| self.departure(&member.pod_uid).is_some_and(|departure| departure.hurry)) {
+            // Its replacement is here before it is due to leave: what that takes is the notice's doing all the same.
+            self.interrupt(now);
+        }
+        Some(("ranks join".to_owned(), 0))
     }
 
     fn why_it_leaves(&self, member: &Member) -> String {

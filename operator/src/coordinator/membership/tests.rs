@@ -914,6 +914,19 @@ fn who_has_more_notice_than_leaving_takes_trains_on() {
 }
 
 #[test]
+fn a_replacement_that_comes_before_the_leaver_is_due_is_a_recovery_too() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("a", 7).notice("b", 120_000);
+    fixture.join("c", 0).prepare("c", vec![]).after(2_000).progress("a", 8);
+    assert_eq!(stops(&fixture.take()), [("a".into(), true, 0), ("b".into(), true, 0)], "nothing presses");
+    fixture.stopped("a", 8, vec![manifest(1, 8)]).stopped("b", 8, vec![]);
+    let record = record_of(&fixture.take());
+    assert_eq!(record.members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["a", "c"]);
+    fixture.written().ready("a").ready("c").after(1_500).progress("a", 9);
+    assert_eq!(fixture.membership.report(fixture.now).disruptions.last_recovery_ms, Some(1_500));
+}
+
+#[test]
 fn a_stop_without_a_deadline_does_not_wait_long_for_a_rank_that_hangs() {
     let mut fixture = Fixture::training(1, 2);
     fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true, any_class: false }));

@@ -41,7 +41,8 @@ pub const ROWS: &[Row] = &[
     row("notice_of_30_s", Shape { notice_seconds: 30, steps: MEDIUM, ..TWO }, notice),
     row("notice_of_120_s", Shape { notice_seconds: 120, steps: LONGEST, ..TWO }, notice),
     row("notice_of_5_s", Shape { notice_seconds: 5, ..TWO }, notice),
-    row("notice_taken_back", Shape { steps: LONG, ..TWO }, notice_taken_back),
+    // No other node may take the rank's place meanwhile.
+    row("notice_taken_back", Shape { steps: LONG, notice_seconds: 30, nodes: &SPOT, ..TWO }, notice_taken_back),
     row("pod_deleted", TWO, pod_deleted),
     row("rank_killed", TWO, rank_killed),
     row("rank_stopped", TWO, rank_stopped),
@@ -86,11 +87,18 @@ fn reclaim(run: &Run, node: &str, notice: Duration) -> Result<()> {
     run.wait_for_recovery(before)
 }
 
-/// The same process trains on: nothing is started again.
+/// Before the rank is due to leave nothing changes; after it has left it comes back. The same process trains on.
 fn notice_taken_back(run: &Run) -> Result<()> {
     let cluster = &run.fixture.cluster;
-    let (victim, before) = (run.victim()?, run.recoveries()?.len());
-    cluster.notice(&victim.node, Duration::from_secs(run.shape.notice_seconds))?;
+    let (victim, generation) = (run.victim()?, run.generation()?);
+    let notice = || cluster.notice(&victim.node, Duration::from_secs(run.shape.notice_seconds));
+    notice()?;
+    wait_for("the operator to hear of the notice", PATIENCE, || Ok(run.notes("Noticed")?.first().map(drop)))?;
+    cluster.withdraw_notice(&victim.node)?;
+    run.wait_for_progress()?;
+    ensure!(run.generation()? == generation, "ranks were stopped although the notice was taken back");
+    let before = run.recoveries()?.len();
+    notice()?;
     run.wait_for_recovery(before)?;
     cluster.withdraw_notice(&victim.node)?;
     run.wait_for_ranks(run.shape.max)?;

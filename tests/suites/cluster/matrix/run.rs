@@ -108,6 +108,10 @@ impl<'a> Run<'a> {
         first.with_context(|| format!("no rank of {} is on a spot node", self.name))
     }
 
+    pub fn generation(&self) -> Result<u64> {
+        self.status()?["membership"]["generation"].as_u64().context("no generation yet")
+    }
+
     pub fn recoveries(&self) -> Result<Vec<Recovery>> {
         let notes = self.notes("Recovered")?;
         Ok(notes.iter().filter_map(|note| recovery(note)).collect())
