@@ -6,14 +6,29 @@ use tch::{Device, Kind, Tensor};
 /// Hexadecimal BLAKE3 over all tensors in name order: the name, a zero byte, then the values as
 /// little-endian fp32. Equal for trainer and worker, whatever file format lay in between.
 pub fn weights_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String, tch::TchError> {
-    let mut hasher = blake3::Hasher::new();
-    let mut bytes = Vec::new();
-    for (name, tensor) in tensors {
-        hasher.update(name.as_bytes()).update(&[0]);
-        copy_f32_bytes(tensor, &mut bytes)?;
-        hasher.update(&bytes);
+    let mut hasher = WeightsHasher::default();
+    tensors.iter().try_for_each(|(name, tensor)| hasher.add(name, tensor))?;
+    Ok(hasher.finish())
+}
+
+/// The same of tensors that come one by one, in name order.
+#[derive(Debug, Default)]
+pub struct WeightsHasher {
+    hasher: blake3::Hasher,
+    bytes: Vec<u8>,
+}
+
+impl WeightsHasher {
+    pub fn add(&mut self, name: &str, tensor: &Tensor) -> Result<(), tch::TchError> {
+        self.hasher.update(name.as_bytes()).update(&[0]);
+        copy_f32_bytes(tensor, &mut self.bytes)?;
+        self.hasher.update(&self.bytes);
+        Ok(())
     }
-    Ok(hasher.finalize().to_hex().to_string())
+
+    pub fn finish(self) -> String {
+        self.hasher.finalize().to_hex().to_string()
+    }
 }
 
 /// The tensor's values as fp32 in row-major order, in the machine's byte order (little-endian on

@@ -2,7 +2,7 @@
 //! given back in the compute precision (QLoRA, Dettmers et al. 2023).
 
 use crate::layers::{LayerWeights, Projection};
-use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD, layer_bias_names, layer_weight_names};
+use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD, layer_bias_names, layer_weight_names, parameter_names};
 use crate::{Config, ModelError};
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
@@ -56,20 +56,21 @@ enum Held {
 }
 
 impl Frozen {
-    /// Takes a model's tensors, which must be complete, letting each go as soon as it is converted.
+    /// Asks for a model's weights one by one, letting each go as soon as it is converted.
     pub fn new(
         config: &Config,
-        mut tensors: BTreeMap<String, Tensor>,
+        weight: impl Fn(&str) -> Result<Tensor, ModelError>,
         quantization: Option<Quantization>,
         device: Device,
         kind: Kind,
     ) -> Result<Self, ModelError> {
-        parameters::check(config, &tensors)?;
         let projections: Vec<String> = (0..config.layers)
             .flat_map(|layer| Projection::ALL.map(|projection| projection.weight_name(layer)))
             .collect();
         let mut held = BTreeMap::new();
-        while let Some((name, tensor)) = tensors.pop_first() {
+        for name in parameter_names(config) {
+            let tensor = weight(&name)?;
+            parameters::check_shape(config, &name, &tensor.size())?;
             let quantization = quantization.filter(|_| projections.contains(&name));
             held.insert(name, Held::new(&tensor, quantization, device, kind)?);
         }
@@ -198,8 +199,8 @@ mod tests {
 
     fn frozen(quantization: Option<Quantization>) -> (Frozen, crate::Pretrained) {
         let model = tiny(5);
-        let tensors = model.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
-        (Frozen::new(&model.config, tensors, quantization, Device::Cpu, Kind::Float).unwrap(), model)
+        let weight = |name: &str| Ok(model.tensors[name].shallow_clone());
+        (Frozen::new(&model.config, weight, quantization, Device::Cpu, Kind::Float).unwrap(), model)
     }
 
     #[test]

@@ -2,14 +2,12 @@
 //! tokenizer and its settings.
 
 use crate::config::token_ids;
-use crate::parameters::{self, LM_HEAD};
-use crate::pretrained::map_file;
+use crate::on_disk::{OnDisk, Weight};
+use crate::parameters::{self, LM_HEAD, parameter_names, parameter_shape};
+use crate::weights_file::{self, WeightsWriter};
 use crate::{Config, ModelError, Pretrained, SpecialTokens};
-use safetensors::{Dtype, SafeTensors, View};
 use serde_json::{Value, json};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 use tokenizers::Tokenizer;
@@ -17,27 +15,30 @@ use tokenizers::Tokenizer;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-pub(crate) fn load(directory: &Path) -> Result<Pretrained, ModelError> {
+pub(crate) fn open(directory: &Path) -> Result<OnDisk, ModelError> {
     let mut config = Config::from_hugging_face(&read_json(&directory.join("config.json"))?)?;
     if let Some(generation) = read_optional_json(&directory.join("generation_config.json"))? {
         add_end_tokens(&mut config, &token_ids(&generation["eos_token_id"]));
     }
-    let mut tensors = BTreeMap::new();
-    for file in weight_files(directory)? {
-        read_safetensors(&file, &config, &mut tensors)?;
-    }
-    parameters::check(&config, &tensors)?;
+    let weights = weights(directory, &config)?;
     let path = directory.join("tokenizer.json");
     let tokenizer =
         Tokenizer::from_file(&path).map_err(|error| ModelError::Tokenizer(format!("{}: {error}", path.display())))?;
-    Ok(Pretrained {
+    Ok(OnDisk {
         special_tokens: SpecialTokens::read(directory, &config, &tokenizer)?,
         config,
-        tensors,
-        packed: BTreeMap::new(),
+        weights,
         tokenizer,
         chat_template: chat_template(directory)?,
     })
+}
+
+pub(crate) fn load(directory: &Path) -> Result<Pretrained, ModelError> {
+    let opened = open(directory)?;
+    let read = |name: &str| Ok((name.to_owned(), opened.tensor(name)?));
+    let tensors = opened.names().map(read).collect::<Result<_, ModelError>>()?;
+    let OnDisk { config, tokenizer, special_tokens, chat_template, .. } = opened;
+    Ok(Pretrained { config, tensors, packed: BTreeMap::new(), tokenizer, special_tokens, chat_template })
 }
 
 /// Chat models often name more end tokens in `generation_config.json` than in `config.json`.
@@ -69,50 +70,23 @@ pub(crate) fn weight_files(directory: &Path) -> Result<Vec<PathBuf>, ModelError>
     Ok(names.iter().map(|name| directory.join(name)).collect())
 }
 
-fn read_safetensors(path: &Path, config: &Config, into: &mut BTreeMap<String, Tensor>) -> Result<(), ModelError> {
-    let bytes = map_file(path)?;
-    read_safetensors_bytes(&bytes, config, into).map_err(|error| match error {
-        ModelError::Safetensors { reason, .. } => ModelError::Safetensors { path: path.to_owned(), reason },
-        other => other,
-    })
-}
-
-fn read_safetensors_bytes(
-    bytes: &[u8],
-    config: &Config,
-    into: &mut BTreeMap<String, Tensor>,
-) -> Result<(), ModelError> {
-    let file = SafeTensors::deserialize(bytes)
-        .map_err(|error| ModelError::Safetensors { path: PathBuf::new(), reason: error.to_string() })?;
-    for (name, view) in file.iter() {
-        if is_redundant(config, name) {
-            continue;
+/// All weights, of which none has been read yet.
+fn weights(directory: &Path, config: &Config) -> Result<BTreeMap<String, Weight>, ModelError> {
+    let mut weights = BTreeMap::new();
+    for file in weight_files(directory)? {
+        for (name, stored) in weights_file::open(&file)?.into_iter().filter(|(name, _)| !is_redundant(config, name)) {
+            parameters::check_shape(config, &name, &stored.shape)?;
+            weights_file::kind_of(&name, stored.dtype)?;
+            weights.insert(name, Weight::Safetensors(stored));
         }
-        let shape: Vec<i64> = view.shape().iter().map(|size| *size as i64).collect();
-        parameters::check_shape(config, name, &shape)?;
-        let kind = tensor_kind(name, view.dtype())?;
-        let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)?.f_to_kind(Kind::Float)?;
-        into.insert(name.to_owned(), tensor);
     }
-    Ok(())
+    parameters::check_complete(config, |name| weights.contains_key(name))?;
+    Ok(weights)
 }
 
 /// Old checkpoints store the rotary frequencies, and some a copy of the tied projection.
 fn is_redundant(config: &Config, name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || (config.tie_word_embeddings && name == LM_HEAD)
-}
-
-pub(crate) fn tensor_kind(name: &str, dtype: Dtype) -> Result<Kind, ModelError> {
-    match dtype {
-        Dtype::F32 => Ok(Kind::Float),
-        Dtype::F16 => Ok(Kind::Half),
-        Dtype::BF16 => Ok(Kind::BFloat16),
-        other => Err(ModelError::UnsupportedType {
-            name: name.to_owned(),
-            found: format!("{other:?}"),
-            supported: "F32, F16 and BF16",
-        }),
-    }
 }
 
 /// In a file of its own since transformers 4.51, before that in `tokenizer_config.json`.
@@ -141,8 +115,8 @@ pub(crate) fn read_optional_json(path: &Path) -> Result<Option<Value>, ModelErro
     if path.is_file() { read_json(path).map(Some) } else { Ok(None) }
 }
 
-/// Writes a directory that transformers loads: fp32 weights in one safetensors file. The directory
-/// is made if need be; files of the same names are replaced.
+/// Writes a directory that transformers loads: all weights in one safetensors file, bf16 as they are and others in fp32. The
+/// directory is made if need be; files of the same names are replaced.
 pub fn save(
     directory: &Path,
     config: &Config,
@@ -151,15 +125,41 @@ pub fn save(
     chat_template: Option<&str>,
 ) -> Result<(), ModelError> {
     parameters::check(config, tensors)?;
+    let all_bf16 = tensors.values().all(|tensor| tensor.kind() == Kind::BFloat16);
+    let kind = if all_bf16 { Kind::BFloat16 } else { Kind::Float };
+    save_description(directory, config, kind, tokenizer, chat_template)?;
+    weights_file::write(&directory.join(SINGLE), tensors)
+}
+
+/// The same where weights of one kind come one by one, in any order.
+pub fn save_one_by_one(
+    directory: &Path,
+    config: &Config,
+    kind: Kind,
+    tokenizer: &Tokenizer,
+    chat_template: Option<&str>,
+) -> Result<WeightsWriter, ModelError> {
+    save_description(directory, config, kind, tokenizer, chat_template)?;
+    let shape = |name: &String| parameter_shape(config, name).unwrap_or_default();
+    let described = parameter_names(config).into_iter().map(|name| (name.clone(), kind, shape(&name)));
+    WeightsWriter::create(&directory.join(SINGLE), described)
+}
+
+/// All but the weights.
+fn save_description(
+    directory: &Path,
+    config: &Config,
+    kind: Kind,
+    tokenizer: &Tokenizer,
+    chat_template: Option<&str>,
+) -> Result<(), ModelError> {
     let failed = |source| ModelError::Write { path: directory.to_owned(), source };
     std::fs::create_dir_all(directory).map_err(failed)?;
     let mut description = config.to_hugging_face();
-    let all_bf16 = tensors.values().all(|tensor| tensor.kind() == Kind::BFloat16);
-    description["torch_dtype"] = json!(if all_bf16 { "bfloat16" } else { "float32" });
+    description["torch_dtype"] = json!(if kind == Kind::BFloat16 { "bfloat16" } else { "float32" });
     write_json(&directory.join("config.json"), &description)?;
     write_json(&directory.join("generation_config.json"), &generation_config(config))?;
-    save_tokenizer(directory, config, tokenizer, chat_template)?;
-    write_safetensors(&directory.join(SINGLE), tensors)
+    save_tokenizer(directory, config, tokenizer, chat_template)
 }
 
 /// Writes the tokenizer and its settings into a directory that is there.
@@ -175,63 +175,6 @@ pub fn save_tokenizer(
         &Value::Object(SpecialTokens::of(config, tokenizer).to_map()),
     )?;
     tokenizer.save(directory.join("tokenizer.json"), false).map_err(|error| ModelError::Tokenizer(error.to_string()))
-}
-
-pub(crate) fn write_safetensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<(), ModelError> {
-    let views = tensors
-        .iter()
-        .map(|(name, tensor)| Ok((name.as_str(), StoredView::new(tensor)?)))
-        .collect::<Result<Vec<_>, ModelError>>()?;
-    // transformers refuses files that do not say which framework wrote them.
-    let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    safetensors::serialize_to_file(views, Some(metadata), path)
-        .map_err(|error| ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() })?;
-    readable(path)
-}
-
-/// The crate makes files readable for their owner only, unlike those beside them.
-pub(crate) fn readable(path: &Path) -> Result<(), ModelError> {
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
-        .map_err(|source| ModelError::Write { path: path.to_owned(), source })
-}
-
-/// A tensor's values as bytes, made when they are written: bf16 stays so, all else is fp32.
-struct StoredView {
-    tensor: Tensor,
-    shape: Vec<usize>,
-}
-
-impl StoredView {
-    fn new(tensor: &Tensor) -> Result<Self, ModelError> {
-        let tensor = tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_contiguous()?;
-        let tensor = if tensor.kind() == Kind::BFloat16 { tensor } else { tensor.f_to_kind(Kind::Float)? };
-        let shape = tensor.size().iter().map(|size| *size as usize).collect();
-        Ok(Self { tensor, shape })
-    }
-}
-
-impl View for StoredView {
-    fn dtype(&self) -> Dtype {
-        if self.tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 }
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = vec![0; self.data_len()];
-        // A contiguous CPU tensor is only copied; a failure would leave the wrong length, which the
-        // writer below refuses.
-        if self.tensor.f_copy_data_u8(&mut bytes, self.tensor.numel()).is_err() {
-            bytes.clear();
-        }
-        Cow::Owned(bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
-    }
 }
 
 fn generation_config(config: &Config) -> Value {
@@ -273,7 +216,7 @@ mod tests {
     }
 
     fn rewrite(directory: &Path, tensors: &BTreeMap<String, Tensor>) {
-        write_safetensors(&directory.join(SINGLE), tensors).unwrap();
+        weights_file::write(&directory.join(SINGLE), tensors).unwrap();
     }
 
     #[test]
@@ -298,7 +241,7 @@ mod tests {
         };
         let mut map = Map::new();
         for (parity, file) in ["a.safetensors", "b.safetensors"].iter().enumerate() {
-            write_safetensors(&path.join(file), &clone(parity)).unwrap();
+            weights_file::write(&path.join(file), &clone(parity)).unwrap();
             map.extend(clone(parity).into_keys().map(|name| (name, json!(file))));
         }
         write_json(&path.join(INDEX), &json!({ "weight_map": map })).unwrap();
@@ -367,7 +310,7 @@ mod tests {
         for position in 0..400 {
             let mut mutated = whole.clone();
             mutated[position] ^= 1 << (position % 8);
-            let _ = read_safetensors_bytes(&mutated, &crate::tiny::config(), &mut BTreeMap::new());
+            let _ = weights_file::header(&mutated);
         }
     }
 

@@ -97,7 +97,12 @@ pub fn check(config: &Config, tensors: &BTreeMap<String, Tensor>) -> Result<(), 
     for (name, tensor) in tensors {
         check_shape(config, name, &tensor.size())?;
     }
-    match parameter_names(config).into_iter().find(|name| !tensors.contains_key(name)) {
+    check_complete(config, |name| tensors.contains_key(name))
+}
+
+/// Refuses what lacks a parameter.
+pub(crate) fn check_complete(config: &Config, has: impl Fn(&str) -> bool) -> Result<(), ModelError> {
+    match parameter_names(config).into_iter().find(|name| !has(name)) {
         Some(name) => {
             Err(ModelError::MissingTensor { expected: parameter_shape(config, &name).unwrap_or_default(), name })
         }

@@ -74,7 +74,7 @@ pub fn load_adapted(base: &Path, adapter: &Path) -> Result<Pretrained, ModelErro
     Ok(model)
 }
 
-fn only_gguf(directory: &Path) -> Option<std::path::PathBuf> {
+pub(crate) fn only_gguf(directory: &Path) -> Option<std::path::PathBuf> {
     let mut found = std::fs::read_dir(directory)
         .ok()?
         .filter_map(|entry| Some(entry.ok()?.path()))

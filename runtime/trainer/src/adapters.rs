@@ -1,11 +1,10 @@
 //! Training adapters instead of the model: the base is the same, frozen, on every rank; blocks, twins,
 //! checkpoints and the result are the adapters' alone.
 
-use std::collections::BTreeMap;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 use vicuna_model::frozen::{Frozen, Quantization};
 use vicuna_model::lora::{Dropout, Lora};
-use vicuna_model::{Config, ModelError};
+use vicuna_model::{ModelError, OnDisk};
 use vicuna_protocol::job::{self, Base, Method, Recipe};
 
 /// The frozen base, and what is trained of it.
@@ -17,16 +16,10 @@ pub struct AdaptedBase {
 }
 
 impl AdaptedBase {
-    /// Takes the base model's weights over.
-    pub fn new(
-        recipe: &Recipe,
-        lora: Lora,
-        config: &Config,
-        tensors: BTreeMap<String, Tensor>,
-        kind: Kind,
-        device: Device,
-    ) -> Result<Self, ModelError> {
-        let frozen = Frozen::new(config, tensors, quantization(&recipe.method), device, kind)?;
+    /// Reads the base model's weights.
+    pub fn new(recipe: &Recipe, lora: Lora, model: &OnDisk, kind: Kind, device: Device) -> Result<Self, ModelError> {
+        let quantization = quantization(&recipe.method);
+        let frozen = Frozen::new(&model.config, |name| model.tensor(name), quantization, device, kind)?;
         tracing::info!(bytes = frozen.bytes(), "the base model is frozen");
         Ok(Self { frozen, lora, seed: recipe.seed })
     }

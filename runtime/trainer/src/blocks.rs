@@ -48,6 +48,13 @@ pub struct Block {
     pub segments: Vec<Segment>,
 }
 
+impl Block {
+    /// Whether a part of the parameter is in it.
+    pub fn has(&self, parameter: usize) -> bool {
+        self.segments.iter().any(|segment| segment.parameter == parameter)
+    }
+}
+
 /// All blocks of what is trained: a pure function of the model's configuration and the adapters'.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlockTable {

@@ -14,12 +14,13 @@ use crate::log::scribe::{Part, Scribe};
 use crate::log::{self, Log};
 use crate::memory::agreement;
 use crate::prepare::{Session, Trouble};
-use crate::result;
-use crate::state::BlockState;
+use crate::result::Directory;
+use crate::state::{BlockState, Weights, fill_block};
 use crate::step::commit::{Commit, Wishes};
 use crate::step::weights::Held;
 use crate::step::{Committed, Engine, Peers, StepError, StepReport, unread_limit_bytes};
 use crate::transfer;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -182,6 +183,7 @@ impl From<StepError> for GenerationError {
         match error {
             StepError::Collective(error) => Self::Collective(error),
             StepError::Torch(error) => Self::Torch(error),
+            StepError::Model(error) => Self::Model(error),
         }
     }
 }
@@ -541,11 +543,17 @@ impl<'a> Generation<'a> {
         Ok(Outcome::Complete { step: self.engine.step, manifest, result })
     }
 
-    /// On rank 0, with what the others have of the weights.
+    /// By rank 0, with what the others have of the weights.
     fn write_result(&self) -> Result<Option<Finished>, GenerationError> {
         let (observer, abort) = (self.observer, &self.control.abort);
-        let Some(weights) = self.engine.whole(Peers { collective: &*self.mesh, abort })? else { return Ok(None) };
-        let written = result::write(self.session, &weights, abort, &|error| observer.blocked(error))?;
+        let peers = Peers { collective: &*self.mesh, abort };
+        if self.mesh.rank() != 0 {
+            self.engine.each_weight(peers, |_, _| Ok(()))?;
+            return Ok(None);
+        }
+        let mut result = Directory::create(self.session)?;
+        self.engine.each_weight(peers, |parameter, tensor| result.add(parameter, tensor))?;
+        let written = result.upload(abort, &|error| observer.blocked(error))?;
         Ok(Some(Finished { uri: written.uri, digest: written.digest, loss: self.loss }))
     }
 }
@@ -580,9 +588,6 @@ impl Base<'_> {
         let rank = assignment.membership.rank;
         let Assignment { nodes, leaves, purpose, .. } = assignment;
         let world = nodes.len();
-        if !matches!(assignment.start, Start::Model) {
-            session.forget_base();
-        }
         let start = &assignment.start;
         let (engine, holders, lacking) = match (start, &self.manifest) {
             (Start::Memory { step, base }, _) => {
@@ -686,16 +691,31 @@ fn hand_over(
     Ok(())
 }
 
+/// Parameters are read one after another: no whole model is in memory beside what is kept of it.
 fn from_model(session: &Session, layout: Layout, rank: usize, sharded: bool) -> Result<Engine, GenerationError> {
-    let masters = session.first_weights()?;
-    let state = |block: usize| Ok((block, BlockState::new(masters.read(&session.table.blocks[block])?)));
-    let blocks = layout.kept(rank).map(state).collect::<Result<_, GenerationError>>()?;
+    let table = &session.table;
+    let blank = |block: usize| (block, vec![0.0; table.blocks[block].elements]);
+    let mut masters: BTreeMap<usize, Vec<f32>> = layout.kept(rank).map(blank).collect();
+    let mut tensors = Vec::new();
+    for (index, parameter) in table.parameters.iter().enumerate() {
+        let is_kept = || masters.keys().any(|block| table.blocks[*block].has(index));
+        if sharded && !is_kept() {
+            continue;
+        }
+        let value = session.first_value(parameter)?;
+        for (block, values) in &mut masters {
+            fill_block(&table.blocks[*block], index, &value, values)?;
+        }
+        if !sharded {
+            tensors.push(value.f_to_kind(session.kind())?.f_to_device(session.device)?);
+        }
+    }
     let held = match sharded {
         true => Held::Own,
-        false => Held::All { weights: masters.to(session.kind(), session.device), step: Some(0) },
+        false => Held::All { weights: Weights { tensors }, step: Some(0) },
     };
     let mut engine = engine(session, held, layout);
-    engine.blocks = blocks;
+    engine.blocks = masters.into_iter().map(|(block, values)| (block, BlockState::new(values))).collect();
     engine.has_lines = true;
     Ok(engine)
 }

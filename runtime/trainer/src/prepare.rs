@@ -2,7 +2,7 @@
 
 use crate::adapters::{self, AdaptedBase};
 use crate::batch::Dataset;
-use crate::blocks::BlockTable;
+use crate::blocks::{BlockTable, Parameter};
 use crate::checkpoint::Publisher;
 use crate::collective::Collective;
 use crate::evaluation::HeldOut;
@@ -11,19 +11,19 @@ use crate::log::Line;
 use crate::log::scribe::{self, Scribe};
 use crate::memory::limits::Limits;
 use crate::memory::{self, Need, Workload};
-use crate::state::Weights;
 use crate::step::Room;
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 use vicuna_checkpoint::manifest::{digest, list_manifests};
 use vicuna_checkpoint::{Inputs, ManifestRef, Store, StoreError, fetch};
 use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
 use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
 use vicuna_model::gguf::Gguf;
-use vicuna_model::{Config, ModelError, Pretrained, Stretch};
+use vicuna_model::lora::Lora;
+use vicuna_model::{Config, ModelError, OnDisk, Stretch};
 use vicuna_protocol::coordinator::Cause;
 use vicuna_protocol::gigabytes;
 use vicuna_protocol::job::{
@@ -71,9 +71,8 @@ pub struct Session {
     pub held_out: HeldOut,
     /// What preparing did to the data.
     pub data_report: Report,
-    /// The tokenizer for the result, and the base weights until they are needed for the last time.
-    pub model: Mutex<Pretrained>,
-    model_path: PathBuf,
+    /// The base model, of which no weights are kept.
+    pub model: OnDisk,
     /// Jinja source that the result is to carry.
     pub chat_template: String,
     pub device: Device,
@@ -304,8 +303,7 @@ fn assemble(
     }
     let lora = adapters::lora(&job.recipe.method);
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
-    let model = vicuna_model::load(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
-    let mut model = model.unpacked();
+    let mut model = OnDisk::open(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
     model.config = stretched(&job, model.config)?;
     let template = template(&job, &model)?;
     let prepared = data(&job, files, &model, &template)?;
@@ -314,8 +312,7 @@ fn assemble(
     let inputs = Inputs { data: Some(prepared.digest), base: lora.as_ref().map(|_| base_digest(&model)).transpose()? };
     tracing::info!(data = inputs.data, base = inputs.base, "read");
     let freeze = |lora| {
-        let tensors = std::mem::take(&mut model.tensors);
-        let adapted = AdaptedBase::new(&job.recipe, lora, &model.config, tensors, kind(&job), place.device);
+        let adapted = AdaptedBase::new(&job.recipe, lora, &model, kind(&job), place.device);
         adapted.map(Mutex::new).map_err(|error| Trouble::new(Cause::Model, error.to_string()))
     };
     Ok(Session {
@@ -326,8 +323,7 @@ fn assemble(
         data,
         held_out: HeldOut::new(prepared.held_out, job.recipe.micro_batch as usize),
         data_report: prepared.report,
-        model: Mutex::new(model),
-        model_path,
+        model,
         chat_template: template.jinja().to_owned(),
         device: place.device,
         threads: place.threads,
@@ -341,9 +337,8 @@ fn assemble(
 }
 
 /// Of a whole model's weights no digest is needed: they are in its checkpoints.
-fn base_digest(model: &Pretrained) -> Result<String, Trouble> {
-    let digest = vicuna_model::weights_digest(&model.tensors);
-    digest.map_err(|error| Trouble::new(Cause::Model, error.to_string()))
+fn base_digest(model: &OnDisk) -> Result<String, Trouble> {
+    model.digest().map_err(|error| Trouble::new(Cause::Model, error.to_string()))
 }
 
 /// A model that cannot be read may be replaced in the bucket: the next attempt fetches it anew.
@@ -355,7 +350,7 @@ fn model_trouble(job: &TrainingJob, path: &Path, error: &ModelError) -> Trouble 
     Trouble::new(Cause::Model, format!("the base model {}: {error}", job.model.from))
 }
 
-fn template(job: &TrainingJob, model: &Pretrained) -> Result<Template, Trouble> {
+fn template(job: &TrainingJob, model: &OnDisk) -> Result<Template, Trouble> {
     let failed = |error: vicuna_data::TemplateError| Trouble::new(Cause::Model, error.to_string());
     if let Some(name) = &job.model.template {
         return Template::named(name).map_err(failed);
@@ -370,12 +365,7 @@ fn template(job: &TrainingJob, model: &Pretrained) -> Result<Template, Trouble> 
     }
 }
 
-fn data(
-    job: &TrainingJob,
-    files: &[read::Files],
-    model: &Pretrained,
-    template: &Template,
-) -> Result<Prepared, Trouble> {
+fn data(job: &TrainingJob, files: &[read::Files], model: &OnDisk, template: &Template) -> Result<Prepared, Trouble> {
     let bound = template.bind(&model.tokenizer);
     let encoder = bound.map_err(|error| Trouble::new(Cause::Model, error.to_string()))?;
     let sources = job.dataset.iter().zip(files).map(|(set, files)| Source {
@@ -399,7 +389,7 @@ fn data(
 }
 
 /// The embedding has a row for every token, or torch would fail in the midst of the training.
-fn check_ids(prepared: &Prepared, model: &Pretrained) -> Result<(), Trouble> {
+fn check_ids(prepared: &Prepared, model: &OnDisk) -> Result<(), Trouble> {
     let rows = model.config.vocab;
     let all = prepared.examples.iter().chain(&prepared.held_out);
     let Some(id) = all.flat_map(|example| &example.ids).find(|id| **id as usize >= rows) else { return Ok(()) };
@@ -539,23 +529,13 @@ impl Session {
         kind(&self.job)
     }
 
-    /// What training starts from, on the CPU: the base model's weights, read again when a generation
-    /// took them before, or the adapters' first values.
-    pub fn first_weights(&self) -> Result<Weights, ModelError> {
-        if self.adapted.is_some() {
-            return Ok(Weights::adapters(&self.table, self.job.recipe.seed));
+    /// What training of a parameter starts from, in fp32 on the CPU: the base model's weight, or an adapter's first value.
+    pub fn first_value(&self, parameter: &Parameter) -> Result<Tensor, ModelError> {
+        let Parameter { name, shape, .. } = parameter;
+        match &self.adapted {
+            Some(_) => Ok(Lora::initial(self.job.recipe.seed, name, shape)),
+            None => self.model.tensor(name),
         }
-        let mut tensors = std::mem::take(&mut self.model.lock().tensors);
-        if tensors.is_empty() {
-            tensors = vicuna_model::load(&self.model_path)?.tensors;
-        }
-        Weights::from_map(&self.table, &tensors)
-            .ok_or_else(|| ModelError::Config("the base model lacks parameters".to_owned()))
-    }
-
-    /// Frees the base weights: there is something else to start from, and they can be read again.
-    pub fn forget_base(&self) {
-        self.model.lock().tensors.clear();
     }
 
     pub fn publisher(&self, collective: Arc<dyn Collective>, layout: Layout, generation: u64) -> Publisher {

@@ -654,8 +654,6 @@ impl Observer for Reporter {
 
     fn checkpointed(&self, published: &Published) {
         self.status.metrics.checkpointed(published);
-        // The first checkpoint makes the base model superfluous.
-        self.session.forget_base();
         if self.rank != 0 {
             return;
         }

@@ -1,12 +1,10 @@
 //! What a rank holds: masters and moments of the blocks that it owns or is twin of, and, where they are replicated,
 //! the compute weights of all that is trained (ZeRO, Rajbhandari et al. 2020, with one spare copy of each block).
 
-use crate::blocks::{Block, BlockTable, Parameter};
+use crate::blocks::{Block, BlockTable, Segment};
 use crate::optimizer::{Slot, Update, adamw};
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use tch::{Device, Kind, TchError, Tensor};
-use vicuna_model::lora::Lora;
 
 /// Master weights and AdamW's moments of one block, in the order of its elements.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,31 +76,6 @@ impl Weights {
         Self { tensors: table.parameters.iter().map(|p| zeros(&p.shape)).collect() }
     }
 
-    /// Takes a model's tensors as they are, in fp32; `None` if one is missing.
-    pub fn from_map(table: &BlockTable, map: &BTreeMap<String, Tensor>) -> Option<Self> {
-        let take = |name: &String| Some(map.get(name)?.to_kind(Kind::Float).contiguous());
-        let tensors = table.parameters.iter().map(|parameter| take(&parameter.name)).collect::<Option<_>>()?;
-        Some(Self { tensors })
-    }
-
-    /// For computing with, there.
-    pub fn to(self, kind: Kind, device: Device) -> Self {
-        let tensors = self.tensors.into_iter().map(|tensor| tensor.to_kind(kind).to_device(device)).collect();
-        Self { tensors }
-    }
-
-    /// The first values of adapters, on the CPU.
-    pub fn adapters(table: &BlockTable, seed: u64) -> Self {
-        let initial = |parameter: &Parameter| Lora::initial(seed, &parameter.name, &parameter.shape);
-        Self { tensors: table.parameters.iter().map(initial).collect() }
-    }
-
-    /// By name, on the CPU.
-    pub fn to_map(&self, table: &BlockTable) -> BTreeMap<String, Tensor> {
-        let named = table.parameters.iter().zip(&self.tensors);
-        named.map(|(parameter, tensor)| (parameter.name.clone(), tensor.to_device(Device::Cpu))).collect()
-    }
-
     /// Replaces a block's elements by values of [`rounded`].
     pub fn write(&mut self, block: &Block, values: &[u8]) -> Result<(), TchError> {
         write_block(block, values, |parameter| &self.tensors[parameter])
@@ -137,16 +110,32 @@ pub fn write_block<'a>(block: &Block, values: &[u8], tensor: impl Fn(usize) -> &
     Ok(())
 }
 
+/// Puts a parameter's part of a block where it belongs among the block's values.
+pub fn fill_block(block: &Block, parameter: usize, tensor: &Tensor, values: &mut [f32]) -> Result<(), TchError> {
+    let mut start = 0;
+    for segment in &block.segments {
+        let range = start..start + segment.elements;
+        start = range.end;
+        if segment.parameter == parameter {
+            copy_segment(segment, tensor, &mut values[range])?;
+        }
+    }
+    Ok(())
+}
+
+fn copy_segment(segment: &Segment, tensor: &Tensor, values: &mut [f32]) -> Result<(), TchError> {
+    let place = tensor.f_view([-1])?.f_narrow(0, segment.offset as i64, segment.elements as i64)?;
+    place.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_copy_data(values, segment.elements)
+}
+
 /// Collects a block from tensors, given by parameter index.
 pub fn read_block<'a>(block: &Block, tensor: impl Fn(usize) -> &'a Tensor) -> Result<Vec<f32>, TchError> {
     let mut values = vec![0f32; block.elements];
     let mut start = 0;
     for segment in &block.segments {
-        let flat = tensor(segment.parameter).f_view([-1])?;
-        let place = flat.f_narrow(0, segment.offset as i64, segment.elements as i64)?;
-        let place = place.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-        place.f_copy_data(&mut values[start..start + segment.elements], segment.elements)?;
-        start += segment.elements;
+        let range = start..start + segment.elements;
+        start = range.end;
+        copy_segment(segment, tensor(segment.parameter), &mut values[range])?;
     }
     Ok(values)
 }
@@ -154,6 +143,10 @@ pub fn read_block<'a>(block: &Block, tensor: impl Fn(usize) -> &'a Tensor) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn weights(table: &BlockTable, model: &vicuna_model::Pretrained) -> Weights {
+        Weights { tensors: table.parameters.iter().map(|it| model.tensors[&it.name].shallow_clone()).collect() }
+    }
 
     #[test]
     fn a_block_survives_the_store_bit_for_bit() {
@@ -169,10 +162,11 @@ mod tests {
     fn computing_in_bf16_rounds_the_masters_and_keeps_them() {
         let model = vicuna_model::tiny::tiny(3);
         let table = BlockTable::new(&model.config);
-        let masters = Weights::from_map(&table, &model.tensors).unwrap();
+        let masters = weights(&table, &model);
         let block = &table.blocks[1];
         let state = BlockState::new(masters.read(block).unwrap());
-        let rounded = masters.to(Kind::BFloat16, Device::Cpu);
+        let rounded =
+            Weights { tensors: masters.tensors.iter().map(|tensor| tensor.to_kind(Kind::BFloat16)).collect() };
         let mut written = Weights::zeros(&table, Kind::BFloat16, Device::Cpu);
         written.write(block, &super::rounded(&state.weights, Kind::BFloat16).unwrap()).unwrap();
         let read = written.read(block).unwrap();
@@ -185,13 +179,27 @@ mod tests {
     fn blocks_read_from_the_weights_write_back_the_same_model() {
         let model = vicuna_model::tiny::tiny(3);
         let table = BlockTable::new(&model.config);
-        let weights = Weights::from_map(&table, &model.tensors).unwrap();
+        let weights = weights(&table, &model);
         let mut copy = Weights::zeros(&table, Kind::Float, Device::Cpu);
         for block in &table.blocks {
             copy.write(block, &rounded(&weights.read(block).unwrap(), Kind::Float).unwrap()).unwrap();
         }
-        let digest = |weights: &Weights| vicuna_model::weights_digest(&weights.to_map(&table)).unwrap();
-        assert_eq!(digest(&copy), digest(&weights));
-        assert_eq!(digest(&copy), vicuna_model::weights_digest(&model.tensors).unwrap());
+        assert_eq!(copy.tensors, weights.tensors);
+    }
+
+    #[test]
+    fn a_block_is_filled_parameter_by_parameter_in_any_order() {
+        let model = vicuna_model::tiny::tiny(3);
+        let table = BlockTable::new(&model.config);
+        let weights = weights(&table, &model);
+        for block in &table.blocks {
+            let mut values = vec![0.0; block.elements];
+            for (index, tensor) in weights.tensors.iter().enumerate().rev() {
+                let before = values.clone();
+                fill_block(block, index, tensor, &mut values).unwrap();
+                assert!(block.has(index) || values == before, "{} has nothing of parameter {index}", block.name);
+            }
+            assert_eq!(values, weights.read(block).unwrap(), "{}", block.name);
+        }
     }
 }

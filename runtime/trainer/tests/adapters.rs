@@ -28,6 +28,7 @@ use vicuna_trainer::generation::{Control, Observer, Start};
 use vicuna_trainer::local::generation_on_threads;
 use vicuna_trainer::prepare::Session;
 use vicuna_trainer::schedule::learning_rate;
+use vicuna_trainer::state::Weights;
 use vicuna_trainer::step::StepReport;
 use vicuna_trainer::step::gradients::Computation;
 use vicuna_trainer::step::weights::Source;
@@ -106,9 +107,13 @@ fn train(session: &Arc<Session>) -> Vec<f64> {
     std::mem::take(&mut *losses.0.lock())
 }
 
+fn first_weights(session: &Session) -> Weights {
+    Weights { tensors: session.table.parameters.iter().map(|it| session.first_value(it).unwrap()).collect() }
+}
+
 /// The first step's gradients by name.
 fn first_gradients(session: &Session) -> BTreeMap<String, Tensor> {
-    let weights = session.first_weights().unwrap();
+    let weights = first_weights(session);
     let base = session.adapted.as_ref().unwrap().lock();
     let rope = Rope::new(&session.config, session.data.longest(), Device::Cpu, session.kind());
     let plan = session.data.plan(1);
@@ -170,7 +175,8 @@ fn gradients_and_thirty_steps_are_those_of_peft() {
         let fixture = Fixture::new();
         let session = session(&fixture, method.clone());
         let start = fixture.path("start");
-        let first = session.first_weights().unwrap().to_map(&session.table);
+        let named = session.table.parameters.iter().map(|it| it.name.clone());
+        let first = named.zip(first_weights(&session).tensors).collect();
         Adapter::save(&start, &session.adapted.as_ref().unwrap().lock().lora, "base", &first).unwrap();
         let recipe = &session.job.recipe;
         let run = json!({

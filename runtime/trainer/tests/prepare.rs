@@ -105,7 +105,7 @@ fn the_model_s_own_template_means_the_tokenizer_s_tokens() {
         settings["eos_token"] = json!({ "content": "<|im_start|>" });
     });
     let session = attempt(&fixture, job(&fixture, Prepare::default())).unwrap();
-    let tokenizer = session.model.lock().tokenizer.clone();
+    let tokenizer = session.model.tokenizer.clone();
     let id = |token: &str| i64::from(tokenizer.token_to_id(token).unwrap());
     let ids = session.data.micro_batch(&[0]).ids;
     assert!(ids.contains(&id("<|im_start|>")) && !ids.contains(&i64::from(session.config.eos[0])), "{ids:?}");

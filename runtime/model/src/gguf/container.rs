@@ -40,6 +40,7 @@ pub struct TensorInfo {
 pub struct Gguf<'a> {
     metadata: HashMap<String, Value>,
     tensors: Vec<TensorInfo>,
+    start: usize,
     data: &'a [u8],
 }
 
@@ -67,7 +68,7 @@ impl<'a> Gguf<'a> {
         let tensors = (0..tensor_count).map(|_| reader.tensor()).collect::<Result<Vec<_>, _>>()?;
         let start = reader.position.next_multiple_of(alignment(&metadata)?);
         let data = bytes.get(start..).unwrap_or_default();
-        Ok(Self { metadata, tensors, data })
+        Ok(Self { metadata, tensors, start, data })
     }
 
     pub fn tensors(&self) -> &[TensorInfo] {
@@ -82,6 +83,11 @@ impl<'a> Gguf<'a> {
     pub fn values(&self, name: &str) -> Result<Option<Vec<f32>>, ModelError> {
         let found = self.tensors.iter().find(|info| info.name == name);
         found.map(|info| quantization::dequantize(name, info.kind, self.data(info)?)).transpose()
+    }
+
+    /// Where in the file a tensor's bytes start, and how many they are.
+    pub fn range(&self, info: &TensorInfo) -> (usize, usize) {
+        (self.start + info.offset, info.length)
     }
 
     /// The packed bytes of a tensor.

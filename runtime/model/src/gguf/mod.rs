@@ -9,7 +9,7 @@ mod tokenizer;
 
 pub use container::{Gguf, MAGIC, TensorInfo, Value};
 pub use export::{Weights, save};
-pub(crate) use tokenizer::added_token;
+pub(crate) use tokenizer::{added_token, build as tokenizer};
 
 use self::packed::Packed;
 use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD};
@@ -42,22 +42,15 @@ pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
     let config = Config::from_gguf(&gguf)?;
     let mut tensors = BTreeMap::new();
     let mut packed = BTreeMap::new();
-    // The configuration has read the rotary factors.
-    for info in gguf.tensors().iter().filter(|info| info.name != ROPE_FACTORS) {
-        let name = hugging_face_name(&info.name).ok_or_else(|| ModelError::UnexpectedTensor {
-            name: info.name.clone(),
-            found: info.shape.clone(),
-            family: config.family.model_type(),
-        })?;
-        parameters::check_shape(&config, &name, &info.shape)?;
-        let tensor = read_tensor(&gguf, info)?;
-        if let Some(blocks) = read_packed(&gguf, info, &config, &name)? {
+    for (name, info) in named(&gguf, &config)? {
+        let data = gguf.data(info)?;
+        if let Some(blocks) = read_packed(&config, &name, info, data) {
             packed.insert(name.clone(), blocks);
         }
-        tensors.insert(name.clone(), restore_row_order(&config, &name, tensor)?);
+        let tensor = read_tensor(&config, &name, info, data)?;
+        tensors.insert(name, tensor);
     }
-    parameters::check(&config, &tensors)?;
-    let tokenizer = tokenizer::build(&gguf)?;
+    let tokenizer = tokenizer(&gguf)?;
     Ok(Pretrained {
         special_tokens: SpecialTokens::of(&config, &tokenizer),
         tokenizer,
@@ -66,6 +59,23 @@ pub fn load(bytes: &[u8]) -> Result<Pretrained, ModelError> {
         tensors,
         packed,
     })
+}
+
+/// All weights by Hugging Face's names, complete and of the right shapes.
+pub(crate) fn named<'g>(gguf: &'g Gguf<'_>, config: &Config) -> Result<BTreeMap<String, &'g TensorInfo>, ModelError> {
+    let mut named = BTreeMap::new();
+    // The configuration has read the rotary factors.
+    for info in gguf.tensors().iter().filter(|info| info.name != ROPE_FACTORS) {
+        let name = hugging_face_name(&info.name).ok_or_else(|| ModelError::UnexpectedTensor {
+            name: info.name.clone(),
+            found: info.shape.clone(),
+            family: config.family.model_type(),
+        })?;
+        parameters::check_shape(config, &name, &info.shape)?;
+        named.insert(name, info);
+    }
+    parameters::check_complete(config, |name| named.contains_key(name))?;
+    Ok(named)
 }
 
 fn hugging_face_name(name: &str) -> Option<String> {
@@ -80,20 +90,21 @@ fn hugging_face_name(name: &str) -> Option<String> {
     Some(format!("model.layers.{index}.{ours}"))
 }
 
-fn read_tensor(gguf: &Gguf, info: &TensorInfo) -> Result<Tensor, ModelError> {
-    let values = quantization::dequantize(&info.name, info.kind, gguf.data(info)?)?;
+/// From a tensor's bytes, in fp32.
+pub(crate) fn read_tensor(config: &Config, name: &str, info: &TensorInfo, data: &[u8]) -> Result<Tensor, ModelError> {
+    let values = quantization::dequantize(&info.name, info.kind, data)?;
     let bytes = bytemuck::cast_slice(&values);
-    Ok(Tensor::f_from_data_size(bytes, &info.shape, Kind::Float)?)
+    restore_row_order(config, name, Tensor::f_from_data_size(bytes, &info.shape, Kind::Float)?)
 }
 
 /// The tensor as it lies in the file, if it is quantised.
-fn read_packed(gguf: &Gguf, info: &TensorInfo, config: &Config, name: &str) -> Result<Option<Packed>, ModelError> {
+fn read_packed(config: &Config, name: &str, info: &TensorInfo, data: &[u8]) -> Option<Packed> {
     let (rotated, half) = (rotated_heads(config, name).is_some(), config.head_dim / 2);
     let from_row = |row: usize| {
         let (head, within) = (row / config.head_dim, row % config.head_dim);
         if rotated { head * config.head_dim + within % half * 2 + within / half } else { row }
     };
-    Ok(Packed::new(info.kind, &info.shape, gguf.data(info)?, from_row))
+    Packed::new(info.kind, &info.shape, data, from_row)
 }
 
 /// GGUF pairs neighbouring rows of a head's queries and keys for rotation; we pair row `i` with row

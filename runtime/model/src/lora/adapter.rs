@@ -2,11 +2,10 @@
 
 use super::{A, B, Lora, PREFIX};
 use crate::digest::copy_f32_bytes;
-use crate::hugging_face::{chat_template, read_json, tensor_kind, write_json, write_safetensors};
+use crate::hugging_face::{chat_template, read_json, write_json};
 use crate::layers::Projection;
-use crate::pretrained::map_file;
+use crate::weights_file::{self, Stored};
 use crate::{ModelError, Pretrained};
-use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -125,7 +124,7 @@ impl Adapter {
             "use_rslora": false,
         });
         write_json(&directory.join(SETTINGS), &settings)?;
-        write_safetensors(&directory.join(WEIGHTS), tensors)
+        weights_file::write(&directory.join(WEIGHTS), tensors)
     }
 }
 
@@ -157,16 +156,11 @@ fn positive(settings: &Value, field: &str) -> Result<f64, ModelError> {
 }
 
 fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>, ModelError> {
-    let bytes = map_file(path)?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() })?;
-    let mut tensors = BTreeMap::new();
-    for (name, view) in file.iter() {
-        let shape: Vec<i64> = view.shape().iter().map(|size| *size as i64).collect();
-        let kind = tensor_kind(name, view.dtype())?;
-        tensors.insert(name.to_owned(), Tensor::f_from_data_size(view.data(), &shape, kind)?.f_to_kind(Kind::Float)?);
-    }
-    Ok(tensors)
+    let read = |(name, stored): (String, Stored)| {
+        let tensor = stored.read(&name)?.f_to_kind(Kind::Float)?;
+        Ok((name, tensor))
+    };
+    weights_file::open(path)?.into_iter().map(read).collect()
 }
 
 /// Pairs by the name of the weight that they change.
@@ -252,7 +246,7 @@ pub(super) mod tests {
         write_json(&path, &settings).unwrap();
         let name = tensors.keys().next().unwrap().clone();
         tensors.remove(&name);
-        write_safetensors(&directory.path().join(WEIGHTS), &tensors).unwrap();
+        weights_file::write(&directory.path().join(WEIGHTS), &tensors).unwrap();
         let message = Adapter::load(directory.path()).unwrap_err().to_string();
         assert!(message.contains(&name), "{message}");
     }

@@ -1,15 +1,12 @@
 //! Merging an adapter into its base model on disk, tensor by tensor.
 
 use super::Adapter;
-use crate::hugging_face::{readable, save, tensor_kind, weight_files};
-use crate::pretrained::map_file;
+use crate::hugging_face::{save, weight_files};
+use crate::weights_file::{self, Stored, WeightsWriter, kind_of};
 use crate::{ModelError, load};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors, View};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 /// What an adapter's directory may have of its own, and the merged model takes over.
 const TOKENIZER: [&str; 4] =
@@ -28,12 +25,13 @@ pub fn merge(base: &Path, adapter: &Path, out: &Path) -> Result<(), ModelError> 
         return save(out, &model.config, &model.tensors, &model.tokenizer, model.chat_template.as_deref());
     }
     let weights = weight_files(base)?;
-    check(&weights, &added)?;
+    let tensors = weights.iter().map(|file| weights_file::open(file)).collect::<Result<Vec<_>, _>>()?;
+    check(&tensors, &added)?;
     copy_others(base, &weights, out)?;
     for name in TOKENIZER.iter().filter(|name| adapter.join(name).is_file()) {
         copy(&adapter.join(name), &out.join(name))?;
     }
-    weights.iter().try_for_each(|file| merge_file(file, &added, out))
+    weights.iter().zip(&tensors).try_for_each(|(file, tensors)| merge_file(file, tensors, &added, out))
 }
 
 /// What is read while it is written is lost, and what lies there might be mixed with the model.
@@ -53,24 +51,12 @@ fn check_out(base: &Path, adapter: &Path, out: &Path) -> Result<(), ModelError> 
     Err(ModelError::Occupied { path: out.to_owned(), reason })
 }
 
-fn invalid(path: &Path, error: impl ToString) -> ModelError {
-    ModelError::Safetensors { path: path.to_owned(), reason: error.to_string() }
-}
-
 /// All that the adapter changes must be there, before anything is written.
-fn check(files: &[PathBuf], adapter: &Adapter) -> Result<(), ModelError> {
-    let mut shapes = BTreeMap::new();
-    for path in files {
-        let bytes = map_file(path)?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|error| invalid(path, error))?;
-        for (name, view) in file.iter() {
-            if adapter.pairs.contains_key(name) {
-                tensor_kind(name, view.dtype())?;
-            }
-            shapes.insert(name.to_owned(), view.shape().iter().map(|size| *size as i64).collect::<Vec<_>>());
-        }
+fn check(files: &[BTreeMap<String, Stored>], adapter: &Adapter) -> Result<(), ModelError> {
+    for (name, stored) in files.iter().flatten().filter(|(name, _)| adapter.pairs.contains_key(*name)) {
+        kind_of(name, stored.dtype)?;
     }
-    adapter.check(|name| shapes.get(name).cloned())
+    adapter.check(|name| files.iter().find_map(|file| Some(file.get(name)?.shape.clone())))
 }
 
 /// Configuration, tokenizer, the index: every file of the directory but its weights in any format.
@@ -92,65 +78,31 @@ fn copy(from: &Path, to: &Path) -> Result<(), ModelError> {
     Ok(())
 }
 
-fn merge_file(path: &Path, adapter: &Adapter, out: &Path) -> Result<(), ModelError> {
-    let bytes = map_file(path)?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| invalid(path, error))?;
-    let views: Vec<_> =
-        file.iter().map(|(name, view)| (name, Merged { adapter, name: name.to_owned(), view })).collect();
-    let target = out.join(path.file_name().unwrap_or_default());
-    let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    safetensors::serialize_to_file(views, Some(metadata), &target).map_err(|error| invalid(&target, error))?;
-    readable(&target)
-}
-
-/// A tensor of the base with what the adapter adds, made when it is written.
-struct Merged<'a> {
-    adapter: &'a Adapter,
-    name: String,
-    view: TensorView<'a>,
-}
-
-impl Merged<'_> {
-    fn sum(&self) -> Result<Option<Vec<u8>>, ModelError> {
-        let Some(added) = self.adapter.added(&self.name) else { return Ok(None) };
-        let kind = tensor_kind(&self.name, self.view.dtype())?;
-        let base = Tensor::f_from_data_size(self.view.data(), &added.size(), kind)?.f_to_kind(Kind::Float)?;
-        let sum = base.f_add(&added)?.f_to_kind(kind)?.f_contiguous()?;
-        let mut bytes = vec![0; self.view.data().len()];
-        sum.f_copy_data_u8(&mut bytes, sum.numel())?;
-        Ok(Some(bytes))
-    }
-}
-
-impl View for Merged<'_> {
-    fn dtype(&self) -> Dtype {
-        self.view.dtype()
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.view.shape()
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        match self.sum() {
-            Ok(None) => Cow::Borrowed(self.view.data()),
-            Ok(Some(bytes)) => Cow::Owned(bytes),
-            // Shapes and types were checked. Without memory the length is wrong, and readers refuse the file.
-            Err(error) => {
-                tracing::error!(%error, tensor = self.name, "a tensor could not be merged");
-                Cow::Owned(Vec::new())
+fn merge_file(
+    path: &Path,
+    tensors: &BTreeMap<String, Stored>,
+    adapter: &Adapter,
+    out: &Path,
+) -> Result<(), ModelError> {
+    let described = tensors.iter().map(|(name, stored)| (name.clone(), stored.dtype, stored.shape.clone()));
+    let mut writer = WeightsWriter::of_types(&out.join(path.file_name().unwrap_or_default()), described)?;
+    for (name, stored) in tensors {
+        match adapter.added(name) {
+            None => writer.write_bytes(name, &stored.place.read()?)?,
+            Some(added) => {
+                let base = stored.read(name)?;
+                let sum = base.f_to_kind(Kind::Float)?.f_add(&added)?.f_to_kind(base.kind())?;
+                writer.write(name, &sum)?;
             }
         }
     }
-
-    fn data_len(&self) -> usize {
-        self.view.data().len()
-    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tch::Tensor;
     use crate::lora::Lora;
     use crate::lora::adapter::tests::saved;
     use crate::tiny::tiny;

@@ -121,15 +121,16 @@ impl Workload<'_> {
 
     /// What each phase of a step, and of what comes between steps, adds.
     fn phases(&self, ranks: u32, sharded: bool) -> Vec<Vec<Part>> {
-        let whole = if sharded { self.trained_elements() } else { 0 };
+        let layer = self.trained_elements_of(LAYER);
         let largest = self.trained_elements_of(EMBEDDING_GROUP).max(self.trained_elements_of(self.table.head_group()));
+        let gathered = if sharded { largest + layer } else { 0 };
         vec![
             self.at_the_head(ranks, sharded),
             self.at_a_layer(ranks, sharded),
             self.at_the_embedding(ranks),
             vec![host("a checkpoint", if self.slow_store { 0 } else { self.checkpoint(ranks) })],
-            // All of it, and a tensor as it is written.
-            vec![host("the result", self.compute_bytes() * (whole + largest))],
+            // A group of tensors and the next one, and a tensor as it is written.
+            vec![host("the result", self.compute_bytes() * (gathered + largest))],
         ]
     }
 
@@ -346,17 +347,15 @@ impl Workload<'_> {
         12 * self.trained_elements().div_ceil(u64::from(ranks.max(1)))
     }
 
-    /// The host's peak while the model is read: all of it in fp32, and the state that is made of it.
+    /// The host's peak while the model is read, one tensor after another: what is made of it, and the largest tensor as it is
+    /// stored and in fp32.
     fn loading(&self, ranks: u32, sharded: bool) -> u64 {
-        let whole = 4 * self.model_elements();
-        let compute = match (self.gpu, self.recipe.precision, &self.recipe.method) {
-            // The very tensors that were read.
-            (true, ..) | (false, Precision::Fp32, Method::Full | Method::LoRA(_)) => 0,
-            (false, Precision::Bf16, Method::Full) if sharded => 0,
-            (false, Precision::Bf16, Method::Full) => self.compute_bytes() * self.trained_elements(),
-            _ => self.frozen(),
+        let largest = self.config.vocab as u64 * self.config.hidden as u64;
+        let computed = match self.gpu {
+            true => 0,
+            false => self.frozen() + if sharded { 0 } else { self.compute_bytes() * self.trained_elements() },
         };
-        PROGRAM + whole + compute + self.state(ranks) + self.data
+        PROGRAM + 8 * largest + computed + self.state(ranks) + self.data
     }
 }
 

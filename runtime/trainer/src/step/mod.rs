@@ -7,7 +7,7 @@ pub mod weights;
 
 use crate::adapters::AdaptedBase;
 use crate::batch::{Dataset, MicroBatch, StepPlan};
-use crate::blocks::BlockTable;
+use crate::blocks::{BlockTable, Parameter};
 use crate::collective::{Collective, CollectiveError};
 use crate::layout::Layout;
 use crate::log::Log;
@@ -25,8 +25,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 use tokio_util::sync::CancellationToken;
-use vicuna_model::Config;
 use vicuna_model::layers::Rope;
+use vicuna_model::{Config, ModelError};
 use vicuna_protocol::job::Recipe;
 use weights::{Held, Owners, Purpose, Route};
 
@@ -36,6 +36,8 @@ pub enum StepError {
     Collective(#[from] CollectiveError),
     #[error("torch failed: {0}")]
     Torch(#[from] tch::TchError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
 }
 
 impl StepError {
@@ -404,19 +406,18 @@ impl Engine {
         Ok(())
     }
 
-    /// All compute weights by name, on rank 0's host; the other ranks give theirs.
-    pub fn whole(&self, peers: Peers<'_>) -> Result<Option<BTreeMap<String, Tensor>>, StepError> {
+    /// Gives rank 0 all compute weights, one after another in canonical order, with what the other ranks have of them.
+    pub fn each_weight(
+        &self,
+        peers: Peers<'_>,
+        mut work: impl FnMut(&Parameter, &Tensor) -> Result<(), ModelError>,
+    ) -> Result<(), StepError> {
         let is_first = peers.collective.rank() == 0;
-        let mut whole = BTreeMap::new();
         self.each_group(Purpose::Result, peers, |group, tensors| {
-            let named = self.table.parameters[self.table.group_parameters(group)].iter().zip(tensors);
-            let on_host = named.map(|(parameter, tensor)| (parameter.name.clone(), tensor.to_device(Device::Cpu)));
-            if is_first {
-                whole.extend(on_host);
-            }
-            Ok(())
-        })?;
-        Ok(is_first.then_some(whole))
+            let parameters = &self.table.parameters[self.table.group_parameters(group)];
+            let mut named = parameters.iter().zip(tensors).filter(|_| is_first);
+            Ok(named.try_for_each(|(parameter, tensor)| work(parameter, tensor))?)
+        })
     }
 
     /// All weights in canonical order, which every rank goes through at the same time.
