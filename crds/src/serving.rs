@@ -93,7 +93,7 @@ pub struct ServedModel {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 8, max = 1_048_576))]
     pub max_length: Option<u32>,
-    /// What weights are held as; File leaves the quantised tensors of a GGUF file as they are, None quantises nothing, Int8 and Int4 round on loading and are for the CPU only.
+    /// What weights are held as; File leaves the quantised tensors of a GGUF file as they are, None quantises nothing, Int8 and Int4 round on loading. On GPUs File is as None.
     #[serde(default)]
     pub quantization: Quantization,
 }

@@ -7,5 +7,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 source tests/tools/env.sh
 tests/tools/model.sh > /dev/null
-cargo build --release --locked --package vicuna-trainer --bin vicuna-memory-bench
+cargo build --release --locked --workspace --bins
 exec "$CARGO_TARGET_DIR/release/vicuna-memory-bench" --model "$VICUNA_CACHE/smollm2-135m" --template chatml "$@"

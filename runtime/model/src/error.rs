@@ -42,8 +42,6 @@ pub enum ModelError {
     MaxLength { wanted: usize, allowed: usize },
     #[error("{tokens} tokens do not fit in {blocks} blocks of the cache")]
     Blocks { tokens: usize, blocks: usize },
-    #[error("int8 and int4 weights run on the CPU only; use bf16 on a GPU")]
-    QuantizedOnGpu,
     #[error("cannot start the engine's threads: {0}")]
     NoThreads(std::io::Error),
     #[error("device {0:?} is not known; use cpu or cuda")]

@@ -9,7 +9,7 @@ use crate::lora::Adapter;
 use crate::{Config, ModelError, Pretrained};
 use cpu::CpuEngine;
 use tch::{Device, Kind};
-use torch::TorchEngine;
+use torch::{Bits, Place, TorchEngine};
 
 /// Tokens whose keys and values share a block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -21,9 +21,11 @@ pub enum Precision {
     File,
     Fp32,
     Bf16,
-    /// Integers with a scale for each 32 weights of a row. Activations are rounded to 15 bits.
+    /// On the CPU integers with a scale for each 32 weights of a row, and activations rounded to 15 bits; on a GPU integers with
+    /// a scale for each row, and activations in bf16.
     Int8,
-    /// 4 bits with scale and minimum; embedding and output projection have 8.
+    /// 4 bits with scale and minimum for each 32 weights; on the CPU embedding and output projection have 8. On a GPU
+    /// activations are bf16, and so is the embedding.
     Int4,
 }
 
@@ -142,7 +144,7 @@ impl Engine {
         let on_cpu = options.device == Device::Cpu;
         let token_bytes = match on_cpu {
             true => CpuEngine::token_bytes(config),
-            false => TorchEngine::token_bytes(config, torch_kind(options.precision)?),
+            false => TorchEngine::token_bytes(config, on_gpu(options.precision, options.device).kind),
         };
         let blocks = blocks_within(options.cache_bytes, token_bytes, max_length);
         let backend = match on_cpu {
@@ -151,11 +153,11 @@ impl Engine {
                 Backend::Cpu(Box::new(engine))
             }
             false => {
-                let kind = torch_kind(options.precision)?;
-                Backend::Torch(Box::new(TorchEngine::new(model, adapters, (options.device, kind), max_length, blocks)?))
+                let place = on_gpu(options.precision, options.device);
+                Backend::Torch(Box::new(TorchEngine::new(model, adapters, place, max_length, blocks)?))
             }
         };
-        let precision = name_of(options.precision, on_cpu && !model.packed.is_empty());
+        let precision = name_of(options.precision, on_cpu, !model.packed.is_empty());
         Ok(Self { config: config.clone(), max_length, blocks, precision, adapters: adapters.len(), backend })
     }
 
@@ -224,22 +226,28 @@ fn blocks_within(bytes: usize, token_bytes: usize, max_length: usize) -> usize {
     wanted.max(max_length.div_ceil(BLOCK_TOKENS))
 }
 
-fn name_of(precision: Precision, as_in_file: bool) -> &'static str {
-    match precision {
-        Precision::File if as_in_file => "gguf",
-        Precision::File | Precision::Fp32 => "fp32",
-        Precision::Bf16 => "bf16",
-        Precision::Int8 => "int8",
-        Precision::Int4 => "int4",
+fn name_of(precision: Precision, on_cpu: bool, packed: bool) -> &'static str {
+    match (precision, on_cpu) {
+        (Precision::File, true) if packed => "gguf",
+        (Precision::File | Precision::Fp32, _) => "fp32",
+        (Precision::Bf16, _) => "bf16",
+        (Precision::Int8, true) => "int8",
+        (Precision::Int4, true) => "int4",
+        // Rounded another way: a stream that began with one of them does not go on with the other.
+        (Precision::Int8, false) => "int8-gpu",
+        (Precision::Int4, false) => "int4-gpu",
     }
 }
 
-fn torch_kind(precision: Precision) -> Result<Kind, ModelError> {
-    match precision {
-        Precision::File | Precision::Fp32 => Ok(Kind::Float),
-        Precision::Bf16 => Ok(Kind::BFloat16),
-        Precision::Int8 | Precision::Int4 => Err(ModelError::QuantizedOnGpu),
-    }
+/// What a GPU holds and computes with; next to integers there is bf16.
+fn on_gpu(precision: Precision, device: Device) -> Place {
+    let (kind, bits) = match precision {
+        Precision::File | Precision::Fp32 => (Kind::Float, None),
+        Precision::Bf16 => (Kind::BFloat16, None),
+        Precision::Int8 => (Kind::BFloat16, Some(Bits::Eight)),
+        Precision::Int4 => (Kind::BFloat16, Some(Bits::Four)),
+    };
+    Place { device, kind, bits }
 }
 
 fn missing_if_none<T>(name: &str, found: Option<T>) -> Result<T, ModelError> {

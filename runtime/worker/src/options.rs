@@ -41,7 +41,7 @@ pub struct Options {
     #[arg(long, env = "VICUNA_DTYPE", value_enum, default_value = "auto")]
     pub dtype: Dtype,
     /// What weights are held as: quantised tensors of a GGUF file as they are (file), or all as dtype
-    /// says (none), or rounded on loading (int8, int4). All but none are for the CPU.
+    /// says (none), or rounded on loading (int8, int4). On a GPU file is as none.
     #[arg(long, env = "VICUNA_QUANTIZATION", value_enum, default_value = "file")]
     pub quantization: Quantization,
     /// Memory for keys and values, in MiB; one sequence of the greatest length fits in any case.

@@ -3,6 +3,9 @@ use crate::tiny::{self, tiny};
 use crate::{Family, RopeScaling};
 use tch::Tensor;
 
+/// Torch's engine on the CPU, for comparison.
+const PLACE: Place = Place { device: Device::Cpu, kind: Kind::Float, bits: None };
+
 fn options(precision: Precision) -> EngineOptions {
     EngineOptions { device: Device::Cpu, precision, max_length: None, cache_bytes: 1 << 20, threads: 2 }
 }
@@ -16,7 +19,7 @@ fn torch() -> Engine {
     let engine = cpu(Precision::Fp32);
     let adapters = adapters();
     let backend =
-        TorchEngine::new(&tiny(3), &adapters, (Device::Cpu, Kind::Float), engine.max_length, engine.blocks).unwrap();
+        TorchEngine::new(&tiny(3), &adapters, PLACE, engine.max_length, engine.blocks).unwrap();
     Engine { backend: Backend::Torch(Box::new(backend)), adapters: adapters.len(), ..engine }
 }
 
@@ -297,7 +300,7 @@ fn every_family_is_computed_alike_by_training_and_both_engines() {
         assert_eq!(whole, on_cpu(&[37, 1, 1, 60, 41]), "{:?}: pieces change bits", model.config);
         let engine = Engine::new(&model, &options(Precision::Fp32)).unwrap();
         let backend =
-            TorchEngine::new(&model, &[], (Device::Cpu, Kind::Float), engine.max_length, engine.blocks).unwrap();
+            TorchEngine::new(&model, &[], PLACE, engine.max_length, engine.blocks).unwrap();
         let mut torch = Engine { backend: Backend::Torch(Box::new(backend)), ..engine };
         for found in [whole, in_pieces(&mut torch, &ids, &BLOCKS, &[50, 1, 1, 70, 1, 17])] {
             for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {

@@ -350,12 +350,11 @@ impl Workload<'_> {
     /// The host's peak while the model is read, one tensor after another: what is made of it, and the largest tensor as it is
     /// stored and in fp32.
     fn loading(&self, ranks: u32, sharded: bool) -> u64 {
-        let largest = self.config.vocab as u64 * self.config.hidden as u64;
         let computed = match self.gpu {
             true => 0,
             false => self.frozen() + if sharded { 0 } else { self.compute_bytes() * self.trained_elements() },
         };
-        PROGRAM + 8 * largest + computed + self.state(ranks) + self.data
+        PROGRAM + 8 * self.vocabulary_elements() + computed + self.state(ranks) + self.data
     }
 }
 

@@ -9,7 +9,6 @@ use super::{Batch, NONE, Net, Singles, number};
 use crate::ModelError;
 use crate::cuda::{Capture, Graph};
 use crate::inference::{BLOCK_TOKENS, Outputs, Piece};
-use crate::layers::head_logits;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use tch::{Device, Kind, Tensor};
@@ -86,7 +85,7 @@ impl Step {
             let batch = batch(net, &inputs, adapted)?;
             let ids = inputs.f_select(1, 0)?.f_contiguous()?;
             let x = net.forward(&ids, &batch);
-            Ok(head_logits(&net.config, &x, &net.norm, &net.head).f_to_kind(Kind::Float)?)
+            Ok(net.logits(&x))
         })?;
         tracing::debug!(shape = ?example.size(), "decoding recorded");
         Ok(Self { graph, inputs, logits })
@@ -146,12 +145,14 @@ fn batch(net: &Net, inputs: &Tensor, adapted: bool) -> Result<Batch, ModelError>
 mod tests {
     use super::*;
     use crate::inference::Want;
+    use crate::inference::torch::Place;
     use crate::inference::tests::adapter;
     use crate::tiny::tiny;
 
     #[test]
     fn a_filled_up_step_computes_what_a_plain_one_does() {
-        let net = Net::new(&tiny(3), &[adapter()], (Device::Cpu, Kind::Float), 512, 40).unwrap();
+        let place = Place { device: Device::Cpu, kind: Kind::Float, bits: None };
+        let net = Net::new(&tiny(3), &[adapter()], place, 512, 40).unwrap();
         let adapters = [None, Some(0), None];
         let tables: [Vec<u32>; 3] = [vec![7, 1, 30], vec![4, 39], (10..30).collect()];
         let lengths = [33usize, 20, 300];
@@ -177,7 +178,7 @@ mod tests {
         assert_eq!(shape, Shape { rows: 4, blocks: 32, adapted: true });
         let inputs = rounding.numbers(&pieces, shape);
         let x = net.forward(&inputs.select(1, 0).contiguous(), &batch(&net, &inputs, shape.adapted).unwrap());
-        let filled = head_logits(&net.config, &x, &net.norm, &net.head);
+        let filled = net.logits(&x);
         outputs.begin(net.config.vocab, &pieces);
         net.step(&pieces, &mut outputs).unwrap();
         for row in 0..3 {

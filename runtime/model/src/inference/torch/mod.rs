@@ -4,16 +4,19 @@
 
 mod additions;
 mod decode;
+mod weight;
 
 use super::{BLOCK_TOKENS, Outputs, Piece, Want, missing_if_none};
 use crate::autograd::rms_norm;
-use crate::layers::{LayerWeights, Projection, Rope, attention, embed, head_logits, linear, shared};
+use crate::layers::{LayerWeights, Projection, Rope, attention, embed, shared};
 use crate::lora::Adapter;
 use crate::parameters::{EMBEDDING, FINAL_NORM, head_name};
 use crate::{Config, ModelError, Pretrained};
 use additions::{Additions, NONE};
 use decode::Decoder;
 use tch::{Device, Kind, Tensor};
+pub use weight::{Bits, Place};
+use weight::Weight;
 
 #[derive(Debug)]
 pub struct TorchEngine {
@@ -29,7 +32,7 @@ struct Net {
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: Tensor,
-    head: Tensor,
+    head: Weight,
     rope: Rope,
     caches: Vec<LayerCache>,
 }
@@ -39,14 +42,14 @@ struct Net {
 struct Layer {
     input_norm: Tensor,
     /// Of queries, keys and values: `[(heads + 2 · kv_heads) · head_dim, H]`.
-    attention: Tensor,
+    attention: Weight,
     /// What they add, in the same order.
     biases: Option<Tensor>,
-    output: Tensor,
+    output: Weight,
     post_norm: Tensor,
     /// Gate and up: `[2 · I, H]`.
-    feed_forward: Tensor,
-    down: Tensor,
+    feed_forward: Weight,
+    down: Weight,
     adapted: Adapted,
 }
 
@@ -102,12 +105,12 @@ impl TorchEngine {
     pub fn new(
         model: &Pretrained,
         adapters: &[Adapter],
-        (device, kind): (Device, Kind),
+        place: Place,
         max_length: usize,
         blocks: usize,
     ) -> Result<Self, ModelError> {
-        let decoder = if device.is_cuda() { Some(Decoder::new(max_length, blocks)?) } else { None };
-        Ok(Self { net: Net::new(model, adapters, (device, kind), max_length, blocks)?, decoder })
+        let decoder = if place.device.is_cuda() { Some(Decoder::new(max_length, blocks)?) } else { None };
+        Ok(Self { net: Net::new(model, adapters, place, max_length, blocks)?, decoder })
     }
 
     /// Bytes of keys and values of one token.
@@ -126,22 +129,19 @@ impl TorchEngine {
 }
 
 impl Layer {
-    /// On `device`, as `kind`.
-    fn new(weights: &LayerWeights, adapted: Adapted, device: Device, kind: Kind) -> Result<Self, ModelError> {
+    fn new(weights: &LayerWeights, adapted: Adapted, place: Place) -> Result<Self, ModelError> {
+        let Place { device, kind, .. } = place;
         let moved = |tensor: &Tensor| Ok::<_, ModelError>(tensor.f_to_device(device)?.f_to_kind(kind)?.detach());
-        let one = |parts: &[&Tensor]| {
-            let parts = parts.iter().map(|part| moved(part)).collect::<Result<Vec<_>, _>>()?;
-            Ok::<_, ModelError>(Tensor::f_cat(&parts, 0)?)
-        };
-        let biases = weights.biases.as_ref().map(|biases| one(&[&biases.query, &biases.key, &biases.value]));
+        let one = |parts: &[&Tensor]| Weight::new(&Tensor::f_cat(parts, 0)?, place);
+        let biases = weights.biases.as_ref().map(|it| moved(&Tensor::f_cat(&[&it.query, &it.key, &it.value], 0)?));
         Ok(Self {
             input_norm: moved(&weights.input_norm)?,
             attention: one(&[&weights.query, &weights.key, &weights.value])?,
             biases: biases.transpose()?,
-            output: moved(&weights.output)?,
+            output: one(&[&weights.output])?,
             post_norm: moved(&weights.post_norm)?,
             feed_forward: one(&[&weights.gate, &weights.up])?,
-            down: moved(&weights.down)?,
+            down: one(&[&weights.down])?,
             adapted,
         })
     }
@@ -176,19 +176,17 @@ impl Net {
     fn new(
         model: &Pretrained,
         adapters: &[Adapter],
-        (device, kind): (Device, Kind),
+        place: Place,
         max_length: usize,
         blocks: usize,
     ) -> Result<Self, ModelError> {
-        let config = &model.config;
-        let take = |name: &str| {
-            let tensor = missing_if_none(name, model.tensors.get(name))?;
-            Ok::<_, ModelError>(tensor.f_to_device(device)?.f_to_kind(kind)?.detach())
-        };
+        let (config, Place { device, kind, .. }) = (&model.config, place);
+        let find = |name: &str| missing_if_none(name, model.tensors.get(name));
+        let take = |name| Ok::<_, ModelError>(find(name)?.f_to_device(device)?.f_to_kind(kind)?.detach());
         let layer = |index| {
             let found = LayerWeights::from_map(&model.tensors, index);
             let adapted = Adapted::new(config, adapters, index, (device, kind))?;
-            Layer::new(&missing_if_none(&format!("model.layers.{index}"), found)?, adapted, device, kind)
+            Layer::new(&missing_if_none(&format!("model.layers.{index}"), found)?, adapted, place)
         };
         let shape = [((blocks + 1) * BLOCK_TOKENS) as i64, config.kv_heads as i64, config.head_dim as i64];
         let zeros = || Tensor::f_zeros(shape, (kind, device));
@@ -197,7 +195,7 @@ impl Net {
             embedding: take(EMBEDDING)?,
             layers: (0..config.layers).map(layer).collect::<Result<_, _>>()?,
             norm: take(FINAL_NORM)?,
-            head: take(head_name(config))?,
+            head: Weight::new(find(head_name(config))?, place)?,
             rope: Rope::new(config, max_length, device, kind),
             caches: (0..config.layers).map(cache).collect::<Result<_, ModelError>>()?,
             config: config.clone(),
@@ -209,6 +207,11 @@ impl Net {
         let ids: Vec<i64> = pieces.iter().flat_map(|piece| piece.tokens).map(|id| i64::from(*id)).collect();
         let x = self.forward(&self.to_device(&ids), &batch);
         self.produce(pieces, &x, outputs)
+    }
+
+    /// Of rows that came out of the last layer: `[rows, V]`, fp32.
+    fn logits(&self, x: &Tensor) -> Tensor {
+        self.head.of(&rms_norm(x, &self.norm, self.config.eps)).to_kind(Kind::Float)
     }
 
     /// What comes out of the last layer, `[rows, H]`.
@@ -291,7 +294,8 @@ impl Net {
         let (config, head_dim) = (&self.config, self.config.head_dim as i64);
         let (heads, kv_heads) = (config.heads as i64, config.kv_heads as i64);
         let normed = rms_norm(&x, &weights.input_norm, config.eps);
-        let projected = normed.linear(&weights.attention, weights.biases.as_ref());
+        let projected = weights.attention.of(&normed);
+        let projected = weights.biases.iter().fold(projected, |projected, biases| projected + biases);
         let projected = batch.adapt(projected, &normed, weights.adapted.attention.as_ref());
         let projected = projected.view([-1, heads + 2 * kv_heads, head_dim]);
         let rotated = batch.rope.rotate(&projected.narrow(1, 0, heads + kv_heads));
@@ -301,13 +305,13 @@ impl Net {
             &projected.narrow(1, heads + kv_heads, kv_heads),
         );
         let mixed = self.mix(cache, &rotated.narrow(1, 0, heads), batch);
-        let x = x + batch.adapt(linear(&mixed, &weights.output), &mixed, weights.adapted.output.as_ref());
+        let x = x + batch.adapt(weights.output.of(&mixed), &mixed, weights.adapted.output.as_ref());
         let normed = rms_norm(&x, &weights.post_norm, config.eps);
-        let wide = linear(&normed, &weights.feed_forward);
+        let wide = weights.feed_forward.of(&normed);
         let wide = batch.adapt(wide, &normed, weights.adapted.feed_forward.as_ref());
         let width = wide.size()[1] / 2;
         let gated = wide.narrow(1, 0, width).silu() * wide.narrow(1, width, width);
-        x + batch.adapt(linear(&gated, &weights.down), &gated, weights.adapted.down.as_ref())
+        x + batch.adapt(weights.down.of(&gated), &gated, weights.adapted.down.as_ref())
     }
 
     /// Attention of `queries [rows, heads, head_dim]`.
@@ -363,7 +367,7 @@ impl Net {
         }
         if !rows.is_empty() {
             let chosen = x.index_select(0, &self.to_device(&rows));
-            let logits = head_logits(&self.config, &chosen, &self.norm, &self.head).to_kind(Kind::Float);
+            let logits = self.logits(&chosen);
             let count = outputs.logits.len();
             logits.to_device(Device::Cpu).contiguous().f_copy_data(&mut outputs.logits, count)?;
         }
