@@ -2,10 +2,12 @@
 (operator/examples/coordinator.rs) and its events, and ranks that dial it over TLS."""
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 PATIENCE_S = 180
 
@@ -60,6 +62,13 @@ class Ranks:
             "--pod-ip=127.0.0.1"]
         self.running.append(self.spawn(command, open(self.folder / f"{name}.log", "w"), **environment))
         self.born += 1
+
+    def logged(self, words, generation):
+        """When ranks logged these words of a generation, in Unix seconds."""
+        lines = [line for log in self.folder.glob("rank-*.log") for line in log.read_text().splitlines()]
+        plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if words in line]
+        named = [line for line in plain if f"generation={generation} " in line]
+        return [datetime.fromisoformat(line.split()[0]).timestamp() for line in named]
 
 
 def job(folder, model, recipe, every_s):

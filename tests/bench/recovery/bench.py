@@ -3,7 +3,7 @@
     bench.py BINARIES WORK [--model tiny|smollm2] [--kills N]
 
 Both run on this machine, a thread a rank, with the same model's shape, the same global batch, and a new process in the
-killed one's place. Ours are real trainer processes and the operator's coordinator (examples/coordinator.rs), over TLS. The
+killed one's place; for ours also how long the training stands still while that process joins. Ours are real trainer processes and the operator's coordinator (examples/coordinator.rs), over TLS. The
 peer has two agents, as on two nodes. In its first part one of two ranks is killed, and the agents start both anew; in the second
 the rank's agent is killed too, as when a node goes, and the other one has to find out and go on alone.
 """
@@ -60,14 +60,30 @@ class Ours:
         recipe = {"globalBatch": GLOBAL_BATCH, "microBatch": MICRO_BATCH, "length": {"steps": 10**6}, "maxLength": LENGTH}
         self.ranks = Ranks(work, binaries / "examples/coordinator", binaries / "vicuna-trainer", spawn, source, recipe,
                            every_s=60)
-        self.log = self.ranks.log
+        self.log, self.joins = self.ranks.log, []
         self.ranks.start(), self.ranks.start()
         self.wait_for_two()
 
     def wait_for_two(self):
-        formed = self.log.until(lambda line: line.get("formed") == 2, "two ranks")
-        self.log.until(lambda line: line.get("generation") == formed["generation"] and "step" in line, "a step of two")
+        last = {}
+
+        def noted(line):
+            last.update(line if "step" in line else {})
+            return line.get("formed") == 2
+
+        formed = self.log.until(noted, "two ranks")
+        of_two = lambda line: line.get("generation") == formed["generation"] and "step" in line
+        first = self.log.until(of_two, "a step of two")
+        if last.get("generation") == formed["generation"] - 1:
+            self.joins.append(self.pause(last, formed, first))
         time.sleep(1)
+
+    def pause(self, last, formed, first):
+        """Of a join: seconds from the last step without the newcomer to the first one's beginning, by phase."""
+        ready = max(self.ranks.logged(" ready ", formed["generation"]))
+        begun = first["at"] - first["stepSeconds"]
+        return {"agree": formed["at"] - last["at"], "move": ready - formed["at"], "go": begun - ready,
+                "all": begun - last["at"]}
 
     def measure(self):
         victim = self.ranks.running.pop(0)
@@ -134,9 +150,9 @@ class Peer:
         return step["at"] - killed_at
 
 
-def report(name, seconds):
+def report(name, seconds, what="kills"):
     median = statistics.median(seconds)
-    print(f"{name}: median {median:.2f} s of {len(seconds)} kills ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
+    print(f"{name}: median {median:.2f} s of {len(seconds)} {what} ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
 
 
 def main():
@@ -155,6 +171,8 @@ def main():
         ours = Ours(options.binaries, folders[0], source)
         own = [ours.measure() for _ in range(options.kills)]
         report("ours, rank killed", own)
+        for phase in ours.joins[0]:
+            report(f"ours, newcomer joins: {phase}", [join[phase] for join in ours.joins], "joins")
         end_all()
         peer = Peer(folders[1], options.model)
         for name, with_agent in [("torchrun, rank killed", False), ("torchrun, rank and agent killed", True)]:

@@ -51,7 +51,7 @@ impl Membership {
             return true;
         }
         if members.iter().filter(here).count() == members.len() {
-            return self.go(now);
+            return self.go_on(now);
         }
         let limit = match first_hello {
             Some(first) => first + self.limits.adopt_ms,
@@ -62,6 +62,16 @@ impl Membership {
             self.collect(now, false, reason, 0);
         }
         now >= limit
+    }
+
+    /// Members of a generation that trains were told to, or are now. Those of another say again when they have done their
+    /// part.
+    fn go_on(&mut self, now: Millis) -> bool {
+        let Some(record) = self.record.clone().filter(|record| record.purpose != Purpose::Train) else {
+            return self.go(now);
+        };
+        self.state = State::Moving(self.move_of(now, &record, BTreeSet::new()));
+        true
     }
 
     /// Waits for enough ranks.
@@ -212,6 +222,7 @@ impl Membership {
             generation: generation + 1,
             members: members.iter().filter_map(|pod| self.member(pod)).collect(),
             base_step,
+            purpose,
             base,
             in_memory: memory.is_some(),
             numerics_class: self.numerics_class().to_owned(),
@@ -223,7 +234,7 @@ impl Membership {
         let canary = purpose == Purpose::Train && alike;
         self.effects.push(Effect::WriteRecord(record.clone()));
         let between_interruptions_ms = self.between_interruptions_ms(now);
-        let formation = Formation { record, memory, canary, purpose, leavers, between_interruptions_ms };
+        let formation = Formation { record, memory, canary, leavers, between_interruptions_ms };
         self.state = State::Planning(formation);
     }
 
@@ -259,15 +270,18 @@ impl Membership {
             generation: record.generation,
             members: record.members.len(),
             base_step: record.base_step,
-            purpose: formation.purpose,
+            purpose: record.purpose,
         });
+        let moving = self.move_of(now, record, self.holders(&formation));
+        self.effects.push(Effect::Form(formation));
+        self.state = State::Moving(moving);
+    }
+
+    fn move_of(&self, now: Millis, record: &Record, holders: BTreeSet<PodUid>) -> Move {
         let leavers = record.members.iter().map(|member| member.pod_uid.clone());
         let leavers = leavers.filter(|pod| self.leaves_in_a_hurry(pod)).collect();
-        let holders = self.holders(&formation);
-        let (purpose, limit) = (formation.purpose, self.moving_limit(now, &formation));
-        self.effects.push(Effect::Form(formation));
-        let (ready, since) = (BTreeMap::new(), now);
-        self.state = State::Moving(Move { ready, leavers, holders, purpose, since, limit });
+        let (purpose, limit) = (record.purpose, self.moving_limit(now, record));
+        Move { ready: BTreeMap::new(), leavers, holders, purpose, since: now, limit }
     }
 
     /// Members that computed with the others before or, where nobody is known to have done, that hold something.

@@ -199,7 +199,7 @@ impl Membership {
             Said::Estimated(estimated) => self.estimated(pod, &estimated),
             Said::Evaluated(evaluated) => self.evaluated(now, pod, &evaluated),
             Said::Checkpointed(checkpointed) => self.checkpointed(now, checkpointed),
-            Said::Notice(notice) => self.noticed(pod, notice),
+            Said::Notice(notice) => self.noticed(now, pod, notice),
             Said::Stopped(stopped) => self.stopped(now, pod, stopped),
             Said::Finished(finished) => self.finished(pod, finished),
             Said::Failed(failed) => self.failed(pod, failed),
@@ -372,11 +372,11 @@ impl Membership {
         }
     }
 
-    fn noticed(&mut self, pod: &str, notice: wire::Notice) {
+    fn noticed(&mut self, now: Millis, pod: &str, notice: wire::Notice) {
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.own_notice = Some(Departure {
                 source: notice.source,
-                deadline_ms: notice.deadline_ms,
+                deadline_ms: if notice.time_left_ms == 0 { 0 } else { now.saturating_add(notice.time_left_ms) },
                 hurry: true,
                 // SIGTERM comes with a deletion as well as with a reclaim: the node tells which.
                 reclaim: false,

@@ -161,7 +161,6 @@ pub struct Formation {
     pub memory: Option<wire::MemoryBase>,
     /// Members prove that they compute alike.
     pub canary: bool,
-    pub purpose: Purpose,
     /// Members that will not be in the next generation.
     pub leavers: BTreeSet<PodUid>,
     pub between_interruptions_ms: Millis,
