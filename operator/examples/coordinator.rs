@@ -143,10 +143,7 @@ fn open(job: String, target: Target, told: Told) -> Result<SessionHandle> {
 fn line(happening: &Happening) -> Value {
     let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     match happening {
-        Happening::Stepped(step) => {
-            let seconds = step.step_seconds;
-            json!({ "at": at, "step": step.step, "generation": step.generation, "stepSeconds": seconds })
-        }
+        Happening::Stepped(step) => json!({ "at": at, "step": step.step, "generation": step.generation }),
         Happening::Formed { generation, members, base_step, .. } => {
             json!({ "at": at, "formed": members, "generation": generation, "baseStep": base_step })
         }

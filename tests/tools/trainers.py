@@ -63,12 +63,12 @@ class Ranks:
         self.running.append(self.spawn(command, open(self.folder / f"{name}.log", "w"), **environment))
         self.born += 1
 
-    def logged(self, words, generation):
-        """When ranks logged these words of a generation, in Unix seconds."""
+    def logged(self, message, field):
+        """When ranks logged this message, in Unix seconds, and one of its numbers."""
+        pattern = re.compile(rf"^(\S+) .*: {message} .*\b{field}=([0-9.e-]+)")
         lines = [line for log in self.folder.glob("rank-*.log") for line in log.read_text().splitlines()]
-        plain = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if words in line]
-        named = [line for line in plain if f"generation={generation} " in line]
-        return [datetime.fromisoformat(line.split()[0]).timestamp() for line in named]
+        found = [pattern.match(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines]
+        return [(datetime.fromisoformat(it[1]).timestamp(), float(it[2])) for it in found if it]
 
 
 def job(folder, model, recipe, every_s):

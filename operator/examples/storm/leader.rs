@@ -10,7 +10,6 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -26,7 +25,7 @@ use vicuna_operator::events::Events;
 use vicuna_operator::leader::Elector;
 use vicuna_operator::loads::Loads;
 use vicuna_operator::metrics::Metrics;
-use vicuna_operator::pki::Trust;
+use vicuna_operator::pki::{self, Trust};
 use vicuna_operator::spot::notices::NoticeBook;
 use vicuna_operator::watches::Watches;
 
@@ -37,8 +36,9 @@ pub struct Options {
     /// URL of the API server.
     #[arg(long)]
     api: http::Uri,
+    /// The how manyth leader it will be.
     #[arg(long)]
-    pod: String,
+    number: u16,
 }
 
 pub fn run(options: &Options, size: &Size) -> Result<()> {
@@ -48,7 +48,7 @@ pub fn run(options: &Options, size: &Size) -> Result<()> {
         ADDRESSES.iter().map(|_| Builder::new_current_thread().enable_all().build()).collect::<Result<_, _>>()?;
     let (context, told) = main.block_on(lead(options, size))?;
     for (address, runtime) in ADDRESSES.iter().zip(listening) {
-        let (context, address) = (context.clone(), format!("{address}:{}", size.port).parse()?);
+        let (context, address) = (context.clone(), format!("{address}:{}", size.port + options.number).parse()?);
         std::thread::spawn(move || match listen(&runtime, context, address) {
             Ok(()) => {}
             Err(error) => eprintln!("{address}: {error:#}"),
@@ -61,8 +61,8 @@ pub fn run(options: &Options, size: &Size) -> Result<()> {
 /// As `run::lead` does, but for the controllers.
 async fn lead(options: &Options, size: &Size) -> Result<(Arc<Context>, mpsc::Receiver<Told>)> {
     let client = kube::Client::try_from(kube::Config::new(options.api.clone()))?;
-    let config: Config =
-        Cli::parse_from(["vicuna-operator", "--pod-name", &options.pod, "--runtime-image", "none"]).into();
+    let name = format!("operator-{}", options.number);
+    let config: Config = Cli::parse_from(["vicuna-operator", "--pod-name", &name, "--runtime-image", "none"]).into();
     let config = Arc::new(config);
     let (elector, leadership) = Elector::new(client.clone(), &config, "1");
     tokio::spawn(elector.run(CancellationToken::new()));
@@ -117,7 +117,7 @@ fn listen(runtime: &Runtime, context: Arc<Context>, address: SocketAddr) -> Resu
         return Err(std::io::Error::last_os_error().into());
     }
     runtime.block_on(async {
-        let connections = context.trust.listen(TcpListener::bind(address).await?)?;
+        let connections = context.trust.listen(pki::bind(address)?)?;
         Ok(service::serve(context, connections, CancellationToken::new()).await?)
     })
 }

@@ -56,6 +56,10 @@ struct Size {
     ranks: usize,
     #[arg(long, default_value_t = 20.0)]
     step_seconds: f64,
+    /// Trainings start one after another within this: it is not their start that is looked at.
+    #[arg(long, default_value_t = 120.0)]
+    start_seconds: f64,
+    /// Of the first leader; the next one has the next.
     #[arg(long, default_value_t = 19443)]
     port: u16,
 }
@@ -97,9 +101,9 @@ async fn storm(size: &Size, patience: Duration) -> Result<()> {
     }
     let jwks = std::fs::read_to_string(trust.path("jwks.json"))?;
     let (address, api) = api::serve(jwks, size).await?;
-    let mut first = Process::start(size, &["leader", "--api", &address, "--pod", "operator-0"])?;
+    let mut first = Process::start(size, &["leader", "--api", &address, "--number", "0"])?;
     first.until("listens", patience, |said| said["listens"] == true).await?;
-    let mut second = Process::start(size, &["leader", "--api", &address, "--pod", "operator-1"])?;
+    let mut second = Process::start(size, &["leader", "--api", &address, "--number", "1"])?;
     let bundle = api.trust_bundle().context("the leader published no CA")?;
     std::fs::write(trust.path("ca.crt"), bundle)?;
 
@@ -181,8 +185,12 @@ fn summed(reports: &[Value]) -> Value {
     let keys = reports.first().and_then(Value::as_object).map(|report| report.keys().cloned()).into_iter().flatten();
     let sum = |key: &String| match &reports[0][key] {
         Value::Array(_) => {
-            let mut all: Vec<u64> =
-                reports.iter().filter_map(|report| report[key].as_array()).flatten().filter_map(Value::as_u64).collect();
+            let mut all: Vec<u64> = reports
+                .iter()
+                .filter_map(|report| report[key].as_array())
+                .flatten()
+                .filter_map(Value::as_u64)
+                .collect();
             all.sort_unstable();
             let at = |share: f64| all.get(((all.len().max(1) - 1) as f64 * share) as usize);
             json!({ "count": all.len(), "p50": at(0.5), "p99": at(0.99), "most": at(1.0) })

@@ -27,10 +27,11 @@ pub struct Cost {
 impl Process {
     /// Killed when it is dropped.
     pub fn start(size: &Size, arguments: &[&str]) -> Result<Self> {
-        let Size { trainings, ranks, step_seconds, port } = size;
+        let Size { trainings, ranks, step_seconds, start_seconds, port } = size;
         let mut child = Command::new(std::env::current_exe()?)
             .args(["--trainings", &trainings.to_string(), "--ranks", &ranks.to_string()])
-            .args(["--step-seconds", &step_seconds.to_string(), "--port", &port.to_string()])
+            .args(["--step-seconds", &step_seconds.to_string(), "--start-seconds", &start_seconds.to_string()])
+            .args(["--port", &port.to_string()])
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -56,7 +57,8 @@ impl Process {
     }
 
     pub async fn until(&mut self, what: &str, patience: Duration, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
-        let said = tokio::time::timeout(patience, self.said.wait_for(is_it)).await.map(|said| said.map(|it| it.clone()));
+        let said =
+            tokio::time::timeout(patience, self.said.wait_for(is_it)).await.map(|said| said.map(|it| it.clone()));
         match said {
             Ok(Ok(said)) => Ok(said),
             Ok(Err(_)) => bail!("a process ended before it said: {what}"),

@@ -38,6 +38,8 @@ pub struct Options {
 /// What befell the ranks since the mark.
 #[derive(Default)]
 struct Tally {
+    /// A leader took over from the one before the mark; it has another address.
+    marked: AtomicBool,
     listening: AtomicBool,
     returned: AtomicU64,
     /// Attempts that were not welcomed: there was a leader when they began.
@@ -88,7 +90,6 @@ struct Rank {
     told: Option<Loss>,
     dialled: Arc<Mutex<Option<Dial>>>,
     prepared: bool,
-    returned: bool,
 }
 
 /// An attempt to reach the coordinator.
@@ -110,9 +111,11 @@ async fn live(options: &Options, size: &Size) -> Result<()> {
         for place in 0..size.ranks {
             start(training.clone(), tally.clone(), place, options, size);
         }
-        let phase = (number - options.from) as f64 / (options.until - options.from) as f64;
+        let trainings_here = (options.until - options.from) as f64;
+        let phase = (number - options.from) as f64 / trainings_here;
         tokio::spawn(keep_step(training.clone(), tally.clone(), size.step_seconds, phase));
         trainings.push(training);
+        tokio::time::sleep(Duration::from_secs_f64(size.start_seconds / trainings_here)).await;
     }
     let mut orders = BufReader::new(tokio::io::stdin()).lines();
     let mut said = tokio::time::interval(SAY_EVERY);
@@ -139,6 +142,7 @@ fn mark(trainings: &[Arc<Training>], tally: &Tally) {
         count.store(0, Relaxed);
     }
     tally.handshakes_ms.lock().clear();
+    tally.marked.store(true, Relaxed);
 }
 
 /// One rank of a training that is whole again, and one of a training that is not: the fullest of these.
@@ -184,7 +188,8 @@ async fn keep_step(training: Arc<Training>, tally: Arc<Tally>, step_seconds: f64
 fn start(training: Arc<Training>, tally: Arc<Tally>, place: usize, options: &Options, size: &Size) {
     let name = pod(training.number, place);
     let token = options.folder.join(format!("{COORDINATOR_AUDIENCE}.{NAMESPACE}.{name}.token"));
-    let (url, ca) = (format!("https://{}:{}", ADDRESSES[place % ADDRESSES.len()], size.port), options.folder.join("ca.crt"));
+    let (ca, address) = (options.folder.join("ca.crt"), ADDRESSES[place % ADDRESSES.len()]);
+    let urls = [0, 1].map(|leader| format!("https://{address}:{}", size.port + leader));
     let dialled: Arc<Mutex<Option<Dial>>> = Arc::default();
     let (dials, told) = (dialled.clone(), tally.clone());
     let channel = move || {
@@ -192,7 +197,7 @@ fn start(training: Arc<Training>, tally: Arc<Tally>, place: usize, options: &Opt
         if dials.lock().replace(dial).is_some_and(|former| former.listening) {
             told.failed.fetch_add(1, Relaxed);
         }
-        tls::channel(&url, &ca, "vicuna-operator")
+        tls::channel(&urls[usize::from(told.marked.load(Relaxed))], &ca, "vicuna-operator")
     };
     let hello = wire::Hello {
         pod_name: name.clone(),
@@ -214,7 +219,6 @@ fn start(training: Arc<Training>, tally: Arc<Tally>, place: usize, options: &Opt
         told: None,
         dialled,
         prepared: false,
-        returned: false,
     };
     tokio::spawn(rank.live(inbox));
 }
@@ -246,7 +250,8 @@ impl Rank {
             Heard::Welcome(_) => self.welcomed(),
             Heard::Form(form) => self.form(&form),
             Heard::Go(go) => {
-                let training = |beat: &mut Beat| std::mem::replace(&mut beat.generation, go.generation) != go.generation;
+                let training =
+                    |beat: &mut Beat| std::mem::replace(&mut beat.generation, go.generation) != go.generation;
                 self.training.beat.send_if_modified(|beat| beat.lost.is_none() && training(beat));
             }
             Heard::Stop(stop) if stop.generation == self.generation => {
@@ -271,7 +276,12 @@ impl Rank {
         }
         if !std::mem::replace(&mut self.prepared, true) {
             let (blocks, micro_batches) = (BLOCKS as u32, BLOCKS as u32);
-            self.link.say(Body::Prepared(wire::Prepared { blocks, micro_batches, steps: STEPS, manifests: Vec::new() }));
+            self.link.say(Body::Prepared(wire::Prepared {
+                blocks,
+                micro_batches,
+                steps: STEPS,
+                manifests: Vec::new(),
+            }));
         }
     }
 

@@ -65,25 +65,20 @@ class Ours:
         self.wait_for_two()
 
     def wait_for_two(self):
-        last = {}
-
-        def noted(line):
-            last.update(line if "step" in line else {})
-            return line.get("formed") == 2
-
-        formed = self.log.until(noted, "two ranks")
-        of_two = lambda line: line.get("generation") == formed["generation"] and "step" in line
-        first = self.log.until(of_two, "a step of two")
-        if last.get("generation") == formed["generation"] - 1:
-            self.joins.append(self.pause(last, formed, first))
+        formed = self.log.until(lambda line: line.get("formed") == 2, "two ranks")
+        self.log.until(lambda line: line.get("generation") == formed["generation"] and "step" in line, "a step of two")
         time.sleep(1)
+        if formed["generation"] > 1:
+            self.joins.append(self.pause(formed))
 
-    def pause(self, last, formed, first):
-        """Of a join: seconds from the last step without the newcomer to the first one's beginning, by phase."""
-        ready = max(self.ranks.logged(" ready ", formed["generation"]))
-        begun = first["at"] - first["stepSeconds"]
-        return {"agree": formed["at"] - last["at"], "move": ready - formed["at"], "go": begun - ready,
-                "all": begun - last["at"]}
+    def pause(self, formed):
+        """Of a join: seconds from the last step without the newcomer to the first one's beginning, by phase. By the ranks' own
+        logs, since the coordinator tells of a step a second only."""
+        steps = self.ranks.logged("step", "seconds")
+        ready = max(at for at, generation in self.ranks.logged("ready", "generation") if generation == formed["generation"])
+        last = max(at for at, _ in steps if at < formed["at"])
+        begun = min(at - seconds for at, seconds in steps if at > ready)
+        return {"agree": formed["at"] - last, "move": ready - formed["at"], "go": begun - ready, "all": begun - last}
 
     def measure(self):
         victim = self.ranks.running.pop(0)

@@ -3,7 +3,7 @@
 use super::rank::Rank;
 use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, Stages, State};
 use crate::coordinator::manifest::Manifest;
-use crate::coordinator::record::{Finish, Record};
+use crate::coordinator::record::{Finish, Member, Record};
 use crate::coordinator::report::{
     Blockage, CheckpointReport, EvaluationReport, Happening, MemoryNeed, PodUid, RankFailure, RecoveryPhases,
     StepReport,
@@ -51,6 +51,9 @@ impl Membership {
             pods.entry(pod.clone()).or_default();
         }
         let member = self.is_member(&pod);
+        if member && !self.ranks.contains_key(&pod) {
+            self.newest_hello = now;
+        }
         let uncalled = member && self.is_uncalled(&hello);
         let current = hello.generation == self.generation() && (member || self.is_held(&pod));
         if hello.generation != 0 && !current && !uncalled {
@@ -124,8 +127,7 @@ impl Membership {
     fn came_back(&mut self, now: Millis, pod: &str, step: u64) {
         let generation = self.generation();
         match &mut self.state {
-            State::Adopting { first_hello, answered, .. } => {
-                first_hello.get_or_insert(now);
+            State::Adopting { answered, .. } => {
                 answered.insert(pod.to_owned());
                 self.step = self.step.max(step);
                 if let Some(rank) = self.ranks.get_mut(pod) {
@@ -412,6 +414,9 @@ impl Membership {
     }
 
     fn lost(&mut self, pod_name: &str) {
+        let named = |member: &&Member| member.pod_name == pod_name && !self.ranks.contains_key(&member.pod_uid);
+        let unheard = self.members().iter().find(named).map(|member| member.pod_uid.clone());
+        self.lost_unheard.extend(unheard);
         for rank in self.ranks.values_mut().filter(|rank| rank.pod_name == pod_name) {
             rank.reported_lost = true;
         }

@@ -233,7 +233,10 @@ impl World {
             let State::Planning(formation) = &self.membership.state else { panic!("nothing is planned") };
             let staying = record.members.len() - formation.leavers.len();
             assert!(formation.record.purpose == Purpose::Save || staying >= MIN);
-            assert!(formation.record.purpose != Purpose::Train || formation.leavers.is_empty(), "leavers train no step");
+            assert!(
+                formation.record.purpose != Purpose::Train || formation.leavers.is_empty(),
+                "leavers train no step"
+            );
             assert!(record.in_memory || record.members.len() <= MAX);
             if let Some(base) = &record.base {
                 assert!(self.written.contains(base), "a rank wrote the base");
@@ -252,7 +255,11 @@ impl World {
                 if let Doing::Ready(record) = &rank.doing
                     && record.generation == go.generation
                 {
-                    assert_eq!(rank.purpose, Purpose::Train, "who came together for something else is not told to train");
+                    assert_eq!(
+                        rank.purpose,
+                        Purpose::Train,
+                        "who came together for something else is not told to train"
+                    );
                     rank.doing = Doing::Training(record.clone());
                 }
             }

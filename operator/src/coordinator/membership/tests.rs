@@ -405,6 +405,57 @@ fn a_new_leader_goes_on_when_every_member_says_hello() {
     assert_eq!(record_of(&fixture.take()).generation, 2);
 }
 
+/// A new leader's membership of `a`, `b` and `c`, which train in generation 1; nobody has called yet.
+fn taken_over() -> Fixture {
+    let mut first = Fixture::new(1, 3);
+    for pod in ["a", "b", "c"] {
+        first.join(pod, 0).prepare(pod, vec![]);
+    }
+    first.written().ready("a").ready("b").ready("c").progress("a", 1);
+    assert_eq!((first.phase(), first.membership.members().len()), (Phase::Steady, 3));
+    let mut fixture = Fixture::with_record(first.membership.record.clone(), 1, 3);
+    fixture.pods = first.pods.clone();
+    fixture.sync();
+    fixture
+}
+
+#[test]
+fn a_new_leader_waits_as_long_as_members_call_one_after_another() {
+    let mut fixture = taken_over();
+    fixture.join("a", 1).after(9_000).join("b", 1).after(9_000);
+    assert_eq!(fixture.phase(), Phase::Adopting);
+    // Who calls again is no news.
+    fixture.apply(Event::Disconnected("a".into())).join("a", 1).after(999);
+    assert_eq!(fixture.phase(), Phase::Adopting);
+    fixture.join("c", 1);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    assert!(stops(&fixture.take()).is_empty());
+
+    let mut fixture = taken_over();
+    fixture.join("a", 1).after(9_000).join("b", 1).after(10_000);
+    assert_eq!(fixture.phase(), Phase::Collecting, "c does not call any more");
+}
+
+#[test]
+fn a_generation_that_breaks_under_a_new_leader_waits_for_who_did_not_call_yet() {
+    let mut fixture = taken_over();
+    fixture.join("a", 1).join("b", 1).holds("a", 1, 0).holds("b", 1, 0).after(9_000);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.join("c", 1);
+    assert!(stops(&fixture.take()).iter().any(|(pod, ..)| pod == "c"), "it is told when it calls");
+    fixture.holds("c", 1, 0);
+    assert_eq!(fixture.formation().record.members.len(), 3);
+
+    // Not for whom its peers have lost.
+    let mut fixture = taken_over();
+    let lost = wire::Stopped { generation: 1, step: 1, lost: vec!["c".into()], ..Default::default() };
+    fixture.join("a", 1).join("b", 1).say("a", Said::Stopped(lost)).holds("a", 1, 0).holds("b", 1, 0).after(2_500);
+    assert_eq!(fixture.formation().record.members.len(), 2);
+    let mut fixture = taken_over();
+    fixture.join("a", 1).join("b", 1).notice("c", 4_000).holds("a", 1, 0).holds("b", 1, 0).after(5_000);
+    assert_eq!(fixture.formation().record.members.len(), 2, "nor beyond a notice");
+}
+
 #[test]
 fn a_lost_swap_reads_the_record_again_and_issues_a_higher_generation() {
     let mut fixture = Fixture::new(1, 1);
@@ -881,8 +932,9 @@ fn a_new_leader_ends_a_hand_over_once_all_have_done_their_part() {
     let record = first.formation().record;
     assert_eq!(record.purpose, Purpose::HandOver);
 
-    let mut fixture = Fixture::with_record(Some(record), 2, 4);
-    (fixture.pods, fixture.now) = (first.pods.clone(), first.now);
+    let membership = Membership::new(first.now, Limits::default(), Some(record), Counters::default());
+    let mut fixture = Fixture { membership, now: first.now, pods: first.pods.clone(), effects: Vec::new() };
+    fixture.apply(Event::Target(Target { min: 2, max: 4, suspend: false, any_class: false }));
     fixture.sync().join("a", 2).join("b", 2).join("c", 2).join("d", 2);
     assert_eq!(fixture.phase(), Phase::Moving);
     fixture.ready("a").ready("b").ready("c");
