@@ -660,6 +660,9 @@ pub struct VicunaTrainingStatus {
     /// The image of the workers' containers since the first step: another one could compute other bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// The one before it that the annotation `vicuna.dev/give-up-image` gave up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up_image: Option<String>,
     /// When the first pod was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "crate::schema::time")]

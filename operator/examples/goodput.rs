@@ -376,7 +376,7 @@ impl<'a> Elastic<'a> {
             Body::Stop(stop) => {
                 let Some(rank) = self.ranks.get_mut(pod) else { return };
                 (rank.leaves, rank.saves) = (stop.leaves, stop.checkpoint);
-                let saves = |formation: &Formation| formation.purpose == Purpose::Save;
+                let saves = |formation: &Formation| formation.record.purpose == Purpose::Save;
                 let writes = rank.loading && self.formation.as_ref().is_some_and(saves);
                 if stop.planned && (rank.trains || writes) && rank.generation == stop.generation {
                     rank.stopping = true;
@@ -418,7 +418,7 @@ impl<'a> Elastic<'a> {
         let (generation, base_step) = (formation.record.generation, formation.record.base_step);
         let members: Vec<String> = formation.record.members.iter().map(|member| member.pod_uid.clone()).collect();
         let world = members.len();
-        let (purpose, in_memory) = (formation.purpose, formation.record.in_memory);
+        let (purpose, in_memory) = (formation.record.purpose, formation.record.in_memory);
         let rescued = if purpose == Purpose::Train { BTreeMap::new() } else { self.rescued(&formation) };
         self.formation = Some(formation);
         self.step_began = None;

@@ -12,6 +12,7 @@ mod secret;
 mod testing;
 mod trust;
 
+pub use listener::bind;
 pub use trust::Trust;
 
 use crate::leader::NotLeader;

@@ -9,7 +9,7 @@ use crate::http::{self, Readiness};
 use crate::leader::{Elector, Leadership};
 use crate::loads::Loads;
 use crate::metrics::Metrics;
-use crate::pki::Trust;
+use crate::pki::{self, Trust};
 use crate::spot::notices::NoticeBook;
 use crate::watches::Watches;
 use anyhow::{Context as _, bail};
@@ -108,8 +108,7 @@ async fn lead(
         metrics,
     });
     context.watches.ready().await.context("the caches cannot be filled")?;
-    let listener = TcpListener::bind(context.config.coordinator_listen)
-        .await
+    let listener = pki::bind(context.config.coordinator_listen)
         .with_context(|| format!("cannot listen on {}", context.config.coordinator_listen))?;
     let connections = context.trust.listen(listener)?;
     mark_leader(&context.client, &context.config, true).await;

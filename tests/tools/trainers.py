@@ -2,10 +2,12 @@
 (operator/examples/coordinator.rs) and its events, and ranks that dial it over TLS."""
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 PATIENCE_S = 180
 
@@ -60,6 +62,13 @@ class Ranks:
             "--pod-ip=127.0.0.1"]
         self.running.append(self.spawn(command, open(self.folder / f"{name}.log", "w"), **environment))
         self.born += 1
+
+    def logged(self, message, field):
+        """When ranks logged this message, in Unix seconds, and one of its numbers."""
+        pattern = re.compile(rf"^(\S+) .*: {message} .*\b{field}=([0-9.e-]+)")
+        lines = [line for log in self.folder.glob("rank-*.log") for line in log.read_text().splitlines()]
+        found = [pattern.match(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines]
+        return [(datetime.fromisoformat(it[1]).timestamp(), float(it[2])) for it in found if it]
 
 
 def job(folder, model, recipe, every_s):

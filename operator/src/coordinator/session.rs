@@ -264,7 +264,7 @@ impl Session {
 
     /// Every generation has its own key, which only its members learn.
     fn form(&mut self, formation: &Formation) {
-        let Formation { record, memory, canary, purpose, leavers, between_interruptions_ms } = formation;
+        let Formation { record, memory, canary, leavers, between_interruptions_ms } = formation;
         let mut key = vec![0u8; 32];
         rand::rng().fill(&mut key[..]);
         let members: Vec<wire::Member> = record
@@ -289,7 +289,7 @@ impl Session {
                 memory: memory.clone(),
                 canary: *canary,
                 between_interruptions_ms: *between_interruptions_ms,
-                purpose: (*purpose).into(),
+                purpose: record.purpose.into(),
             };
             self.send(&member.pod_uid, Body::Form(form));
         }

@@ -10,17 +10,21 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
-/// Handshakes at a time; further callers wait in the kernel's queue.
-const HANDSHAKES: usize = 256;
+/// Handshakes at a time; further callers wait in the kernel's queue, and who finds no room there calls again, later and later.
+/// Both are short, so that who is let in is answered before it gives up: callers wait for 5 s. With long ones a storm of
+/// callers is answered when they are gone already, for ever.
+const HANDSHAKES: usize = 32;
+const QUEUE: u32 = 128;
 /// After an error of the listener itself, as when no file descriptor is left.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -53,6 +57,14 @@ fn certified(identity: &Identity) -> Result<Arc<CertifiedKey>, PkiError> {
         .map_err(unreadable)?;
     let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).map_err(unreadable)?;
     Ok(Arc::new(CertifiedKey::from_der(chain, key, &rustls::crypto::aws_lc_rs::default_provider())?))
+}
+
+/// A listener for [`connections`].
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(QUEUE)
 }
 
 /// Connections that have shaken hands, until the receiver is dropped. One that does not come to that is nobody's

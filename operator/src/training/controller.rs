@@ -313,6 +313,9 @@ impl Controller {
             );
             events.warning(&about, "ImageGivenUp", "Reconcile", note);
         }
+        if let Some(why) = super::build::pod::nothing_to_give_up(&observed.training) {
+            events.warning(&about, status::NO_SUCH_IMAGE, "Reconcile", why);
+        }
         if let Some(obstacle) = status::obstacle(observed, applied) {
             events.warning(&about, obstacle.reason, "Reconcile", obstacle.message);
         }
@@ -410,7 +413,7 @@ fn owner(training: &VicunaTraining) -> Result<Owner, JobError> {
     })
 }
 
-fn target(training: &VicunaTraining) -> Target {
+pub(super) fn target(training: &VicunaTraining) -> Target {
     Target {
         min: training.spec.workers.min as usize,
         max: training.spec.workers.max as usize,

@@ -3,6 +3,7 @@
 mod conditions;
 mod obstacle;
 
+pub use conditions::NO_SUCH_IMAGE;
 pub use obstacle::{Obstacle, obstacle};
 
 use super::accounts::Accounts;
@@ -55,6 +56,7 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
             .map(|report| disruptions(report, before.disruptions.as_ref()))
             .or(before.disruptions.clone()),
         image: image(observed, report),
+        given_up_image: build::pod::given_up_image(&observed.training).map(str::to_owned).or(before.given_up_image),
         memory: report
             .map(|report| memory(observed, report))
             .filter(|known| !known.is_empty())
@@ -82,7 +84,7 @@ fn image(observed: &Observed, report: Option<&Report>) -> Option<String> {
     let report = report.filter(|report| report.progress.is_some())?;
     let is_member = |pod: &&PodView| report.members.iter().any(|member| member.pod_uid == pod.uid);
     let images = observed.pods.iter().filter(is_member).filter_map(|pod| pod.image.as_deref());
-    images.into_iter().find(|image| build::pod::given_up_image(training) != Some(image)).map(str::to_owned)
+    images.into_iter().find(|image| build::pod::image_to_give_up(training) != Some(image)).map(str::to_owned)
 }
 
 fn memory(observed: &Observed, report: &Report) -> Vec<MemoryEstimate> {

@@ -655,10 +655,24 @@ fn an_image_that_is_given_up_by_its_name_makes_way_for_the_operator_s() {
         training.metadata.annotations.get_or_insert_default().insert(annotation, image.to_owned());
         super::build::pod::image(training, &config).to_owned()
     };
+    let target = super::controller::target;
     assert_eq!(give_up(&mut training, "runtime:0"), "runtime:1", "another one was meant");
+    assert!(!target(&training).any_class, "and opens nothing");
+    seen.training = training.clone().into();
+    let status = told(&seen);
+    let (holds, why, said) = reason(&status, "Admitted");
+    assert_eq!((holds, why), ("True", "NoSuchImageToGiveUp"));
+    assert!(said.contains("names runtime:0") && said.contains("bound to runtime:1"), "{said}");
+
     assert_eq!(give_up(&mut training, "runtime:1"), "runtime:2");
+    assert!(target(&training).any_class);
+    seen.training = training.clone().into();
+    let status = told(&seen);
+    assert_eq!(status.image, None, "who trains with it still does not bring it back");
+    assert_eq!(reason(&status, "Admitted").1, "Valid");
+    training.status = Some(status);
+    assert!(target(&training).any_class, "it is remembered what was given up");
     seen.training = training.into();
-    assert_eq!(told(&seen).image, None, "who trains with it still does not bring it back");
     seen.pods[0].image = Some("runtime:2".to_owned());
     assert_eq!(told(&seen).image.as_deref(), Some("runtime:2"));
 }

@@ -16,7 +16,7 @@ use vicuna_protocol::auth::TokenFile;
 use vicuna_protocol::coordinator::coordinator_client::CoordinatorClient;
 use vicuna_protocol::coordinator::coordinator_message::Body as Heard;
 use vicuna_protocol::coordinator::rank_message::Body;
-use vicuna_protocol::coordinator::{CoordinatorMessage, Hello, RankMessage};
+use vicuna_protocol::coordinator::{CoordinatorMessage, Hello, Notice, RankMessage};
 use vicuna_protocol::tls::TlsError;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -66,7 +66,8 @@ struct Said {
     prepared: Option<Body>,
     checkpointed: Option<Body>,
     evaluated: Option<Body>,
-    notice: Option<Body>,
+    /// … and when it was said.
+    notice: Option<(Notice, Instant)>,
     /// Blocked, Ready, Stopped, LoadFailed, Finished or Failed: where the rank is.
     place: Option<Body>,
 }
@@ -92,16 +93,31 @@ impl Said {
             }
             Body::Estimated(_) => &mut self.estimated,
             Body::Checkpointed(_) => &mut self.checkpointed,
-            Body::Notice(_) => &mut self.notice,
+            Body::Notice(notice) => {
+                self.notice = Some((notice.clone(), Instant::now()));
+                return;
+            }
             _ => &mut self.place,
         };
         *slot = Some(body.clone());
     }
 
     fn all(&self) -> impl Iterator<Item = Body> {
-        let all = [&self.estimated, &self.prepared, &self.checkpointed, &self.evaluated, &self.notice, &self.place];
-        all.into_iter().flatten().cloned()
+        let notice = self.notice.as_ref().map(|(notice, said_at)| Body::Notice(left_of(notice, said_at.elapsed())));
+        let before = [&self.estimated, &self.prepared, &self.checkpointed, &self.evaluated];
+        before.into_iter().flatten().cloned().chain(notice).chain(self.place.clone())
     }
+}
+
+/// What is left of a notice after so long.
+fn left_of(notice: &Notice, after: Duration) -> Notice {
+    let after_ms = after.as_millis() as u64;
+    let time_left_ms = match notice.time_left_ms {
+        0 => 0,
+        // Not none at all, which would be unknown.
+        left_ms => left_ms.saturating_sub(after_ms).max(1),
+    };
+    Notice { time_left_ms, ..notice.clone() }
 }
 
 impl Link {
@@ -260,4 +276,22 @@ async fn send_queued(shared: &Shared, say: &mpsc::Sender<RankMessage>) -> bool {
 
 fn message(body: Body) -> RankMessage {
     RankMessage { body: Some(body) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_notice_that_is_said_again_has_less_time_left() {
+        let notice = |time_left_ms| Notice { source: "SIGTERM".to_owned(), time_left_ms };
+        assert_eq!(left_of(&notice(30_000), Duration::from_secs(10)), notice(20_000));
+        assert_eq!(left_of(&notice(30_000), Duration::from_secs(40)), notice(1), "it is over, rather than unknown");
+        assert_eq!(left_of(&notice(0), Duration::from_secs(10)), notice(0));
+        let mut said = Said::default();
+        said.note(&Body::Notice(notice(30_000)));
+        said.notice.as_mut().unwrap().1 = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
+        let again: Vec<Body> = said.all().collect();
+        assert!(matches!(&again[..], [Body::Notice(Notice { time_left_ms: ..=20_000, .. })]), "{again:?}");
+    }
 }

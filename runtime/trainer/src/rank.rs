@@ -21,7 +21,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use vicuna_checkpoint::{ManifestRef, StoreError};
@@ -471,10 +471,9 @@ impl Life {
 
     /// SIGTERM: tells the coordinator and, through the next step's commit, the peers.
     async fn terminate(&mut self) -> Next {
-        let deadline = SystemTime::now() + self.grace;
-        let deadline_ms = deadline.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64);
+        let time_left_ms = self.grace.as_millis() as u64;
         tracing::warn!(grace_seconds = self.grace.as_secs(), "terminated");
-        self.link.say(Body::Notice(wire::Notice { source: "SIGTERM".to_owned(), deadline_ms }));
+        self.link.say(Body::Notice(wire::Notice { source: "SIGTERM".to_owned(), time_left_ms }));
         let running = self.current.as_ref().filter(|current| current.ended.is_some());
         match running {
             Some(current) if current.trains => {

@@ -338,7 +338,8 @@ fn a_termination_leaves_all_state_with_those_who_stay() {
             Body::Notice(notice) if pod == "b" => Some(notice.clone()),
             _ => None,
         });
-        assert_eq!(notice.await.source, "SIGTERM");
+        let notice = notice.await;
+        assert_eq!((notice.source.as_str(), notice.time_left_ms), ("SIGTERM", PATIENCE.as_millis() as u64));
         // The coordinator says nothing: the wish travels between the peers.
         let stopped = play.stopped(1, &["a", "b"]).await;
         assert!(stopped.iter().all(|one| one.manifests.is_empty() && one.step == stopped[0].step && one.step > 0));

@@ -8,7 +8,6 @@ goes gets a SIGTERM so many seconds before it is killed. Goodput is the share of
 usual for that number of ranks: what is made again after a loss, and any longer gap between two new steps, is none.
 """
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -60,22 +59,17 @@ def replay(fleet, plan, seconds, notice_s):
     return started, time.time()
 
 
-def gaps(log, started, ended):
+def gaps(steps, started, ended):
     """Of each new step: seconds since the one before it, and how many ranks made it."""
-    world, newest, last, found = 0, -1, None, []
-    for line in log.read_text().splitlines():
-        line = json.loads(line)
-        world = line.get("world", line.get("formed", world))
-        step = line.get("step")
-        if step is None or step <= newest:
+    newest, last, found = -1, started, []
+    for at, step, world in steps:
+        if step <= newest or at > ended:
             continue
         newest = step
-        if last is not None and last >= started and line["at"] <= ended:
-            found.append((line["at"] - last, world))
-        last = line["at"]
-    if last is not None and last < ended:
-        found.append((ended - last, world))
-    return found
+        if at >= started:
+            found.append((at - last, world))
+            last = at
+    return [*found, (ended - last, found[-1][1])]
 
 
 def judge(name, found, speed, changed):
@@ -116,8 +110,7 @@ def main():
             fleet = make(work)
             started, ended = replay(fleet, plan, seconds, options.notice)
             end_all()
-            log = work / ("events.jsonl" if name == "ours" else "log")
-            found[name] = judge(name, gaps(log, started, ended), options.speed, len(plan) - 1)
+            found[name] = judge(name, gaps(fleet.steps(), started, ended), options.speed, len(plan) - 1)
         (_, own), (_, theirs) = found["ours"], found["torchrun"]
         print(f"  seconds lost, torchrun's to ours: {theirs / max(own, 1e-3):.1f}")
     finally:

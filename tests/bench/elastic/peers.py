@@ -65,6 +65,18 @@ class Ours:
     def wait_for(self, count):
         formed = self.log.until(lambda line: line.get("formed") == count, f"{count} ranks")
         self.log.until(lambda line: line.get("generation") == formed["generation"] and "step" in line, f"a step of {count}")
+        return formed
+
+    def steps(self):
+        """When each step was done, its number, and how many ranks made it: by the ranks' own logs, since the coordinator tells of
+        a step a second only."""
+        events = [json.loads(line) for line in (self.ranks.folder / "events.jsonl").read_text().splitlines()]
+        worlds = [(event["at"], event["formed"]) for event in events if "formed" in event]
+        first = {}
+        for at, step in self.ranks.logged("step", "step"):
+            first[step] = min(at, first.get(step, at))
+        at_work = lambda at: [world for since, world in worlds if since <= at][-1]
+        return sorted((at, int(step), at_work(at)) for step, at in first.items())
 
 
 class Peer:
@@ -98,6 +110,10 @@ class Peer:
 
     def leaver(self):
         return self.agents.pop(1)
+
+    def steps(self):
+        lines = [json.loads(line) for line in (self.work / "log").read_text().splitlines()]
+        return [(line["at"], line["step"], line["world"]) for line in lines if "step" in line]
 
     def wait_for(self, count):
         self.log.until(lambda line: line.get("world") == count and "step" in line, f"a step of {count} ranks")

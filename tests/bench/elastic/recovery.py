@@ -3,7 +3,7 @@
     recovery.py BINARIES WORK [--model tiny|smollm2] [--kills N]
 
 Both run on this machine, a thread a rank, with the same model's shape, the same global batch, and a new process in the
-killed one's place. The peer has two agents, as on two nodes. In its first part one of two ranks is killed, and the agents start
+killed one's place; for ours also how long the training stands still while that process joins. The peer has two agents, as on two nodes. In its first part one of two ranks is killed, and the agents start
 both anew; in the second the rank's agent is killed too, as when a node goes, and the other one has to find out and go on alone.
 """
 import argparse
@@ -17,9 +17,23 @@ from peers import GLOBAL_BATCH, SAVE_EVERY, SHAPES, Ours, Peer, end_all, kill
 
 
 class OursKilled(Ours):
+    def __init__(self, *what):
+        super().__init__(*what)
+        self.joins = []
+
     def wait_for_two(self):
-        self.wait_for(2)
+        formed = self.wait_for(2)
         time.sleep(1)
+        if formed["generation"] > 1:
+            self.joins.append(self.pause(formed))
+
+    def pause(self, formed):
+        """Of a join: seconds from the last step without the newcomer to the first one's beginning, by phase."""
+        steps = self.ranks.logged("step", "seconds")
+        ready = max(at for at, generation in self.ranks.logged("ready", "generation") if generation == formed["generation"])
+        last = max(at for at, _ in steps if at < formed["at"])
+        begun = min(at - seconds for at, seconds in steps if at > ready)
+        return {"agree": formed["at"] - last, "move": ready - formed["at"], "go": begun - ready, "all": begun - last}
 
     def start(self):
         self.add(), self.add()
@@ -69,9 +83,9 @@ class PeerKilled(Peer):
         return step["at"] - killed_at
 
 
-def report(name, seconds):
+def report(name, seconds, what="kills"):
     median = statistics.median(seconds)
-    print(f"{name}: median {median:.2f} s of {len(seconds)} kills ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
+    print(f"{name}: median {median:.2f} s of {len(seconds)} {what} ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
 
 
 def main():
@@ -91,6 +105,8 @@ def main():
         ours.start()
         own = [ours.measure() for _ in range(options.kills)]
         report("ours, rank killed", own)
+        for phase in ours.joins[0]:
+            report(f"ours, newcomer joins: {phase}", [join[phase] for join in ours.joins], "joins")
         end_all()
         peer = PeerKilled(folders[1], options.model)
         peer.start()

@@ -20,7 +20,7 @@ impl Membership {
         }
         for _ in 0..MAX_TRANSITIONS {
             let moved = match self.state.clone() {
-                State::Adopting { since, first_hello, answered } => self.adopting(now, since, first_hello, &answered),
+                State::Adopting { since, answered } => self.adopting(now, since, &answered),
                 State::Held { not_before, enough_since, eager } => self.held(now, not_before, enough_since, eager),
                 State::Moving(moving) => self.moving(now, &moving),
                 State::Steady { since, progressed } => self.steady(now, since, progressed),
@@ -35,14 +35,9 @@ impl Membership {
         }
     }
 
-    /// A new leader goes on with the generation only when every member still is in it.
-    fn adopting(
-        &mut self,
-        now: Millis,
-        since: Millis,
-        first_hello: Option<Millis>,
-        answered: &BTreeSet<PodUid>,
-    ) -> bool {
+    /// A new leader goes on with the generation only when every member still is in it. As long as hellos come it waits for
+    /// more: where many trainings call at once they take their time.
+    fn adopting(&mut self, now: Millis, since: Millis, answered: &BTreeSet<PodUid>) -> bool {
         let members = self.members().to_vec();
         let here = |member: &&Member| answered.contains(&member.pod_uid);
         if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
@@ -51,17 +46,27 @@ impl Membership {
             return true;
         }
         if members.iter().filter(here).count() == members.len() {
-            return self.go(now);
+            return self.go_on(now);
         }
-        let limit = match first_hello {
-            Some(first) => first + self.limits.adopt_ms,
-            None => since + self.limits.first_hello_ms,
+        let limit = match self.newest_hello {
+            0 => since + self.limits.first_hello_ms,
+            newest => newest + self.limits.adopt_ms,
         };
         if now >= limit {
             let reason = "a new leader does not hear from every rank".to_owned();
             self.collect(now, false, reason, 0);
         }
         now >= limit
+    }
+
+    /// Members of a generation that trains were told to, or are now. Those of another say again when they have done their
+    /// part.
+    fn go_on(&mut self, now: Millis) -> bool {
+        let Some(record) = self.record.clone().filter(|record| record.purpose != Purpose::Train) else {
+            return self.go(now);
+        };
+        self.state = State::Moving(self.move_of(now, &record, BTreeSet::new()));
+        true
     }
 
     /// Waits for enough ranks.
@@ -212,6 +217,7 @@ impl Membership {
             generation: generation + 1,
             members: members.iter().filter_map(|pod| self.member(pod)).collect(),
             base_step,
+            purpose,
             base,
             in_memory: memory.is_some(),
             numerics_class: self.numerics_class().to_owned(),
@@ -223,7 +229,7 @@ impl Membership {
         let canary = purpose == Purpose::Train && alike;
         self.effects.push(Effect::WriteRecord(record.clone()));
         let between_interruptions_ms = self.between_interruptions_ms(now);
-        let formation = Formation { record, memory, canary, purpose, leavers, between_interruptions_ms };
+        let formation = Formation { record, memory, canary, leavers, between_interruptions_ms };
         self.state = State::Planning(formation);
     }
 
@@ -252,6 +258,7 @@ impl Membership {
                 rank.holding = None;
             }
         }
+        self.lost_unheard.clear();
         if self.interrupted {
             self.recovery.agreed = Some(now);
         }
@@ -259,15 +266,18 @@ impl Membership {
             generation: record.generation,
             members: record.members.len(),
             base_step: record.base_step,
-            purpose: formation.purpose,
+            purpose: record.purpose,
         });
+        let moving = self.move_of(now, record, self.holders(&formation));
+        self.effects.push(Effect::Form(formation));
+        self.state = State::Moving(moving);
+    }
+
+    fn move_of(&self, now: Millis, record: &Record, holders: BTreeSet<PodUid>) -> Move {
         let leavers = record.members.iter().map(|member| member.pod_uid.clone());
         let leavers = leavers.filter(|pod| self.leaves_in_a_hurry(pod)).collect();
-        let holders = self.holders(&formation);
-        let (purpose, limit) = (formation.purpose, self.moving_limit(now, &formation));
-        self.effects.push(Effect::Form(formation));
-        let (ready, since) = (BTreeMap::new(), now);
-        self.state = State::Moving(Move { ready, leavers, holders, purpose, since, limit });
+        let (purpose, limit) = (record.purpose, self.moving_limit(now, record));
+        Move { ready: BTreeMap::new(), leavers, holders, purpose, since: now, limit }
     }
 
     /// Members that computed with the others before or, where nobody is known to have done, that hold something.
@@ -643,6 +653,10 @@ impl Membership {
         if waiting.is_empty() {
             return self.disband(now);
         }
+        if !planned && self.may_yet_call(now, &waiting) {
+            return false;
+        }
+        let limit = if planned { limit } else { self.answers_due(limit) };
         let given_up = !planned && self.are_lost(now, limit, &waiting);
         if (now < limit && !given_up) || (planned && self.store_is_in_the_way(&waiting)) {
             return false;
@@ -654,6 +668,25 @@ impl Membership {
             self.suspect(now, &pod);
         }
         self.disband(now)
+    }
+
+    /// A new leader that has not heard from all of a generation that broke: who did not call yet may hold what the others do
+    /// not, as long as hellos come.
+    fn may_yet_call(&self, now: Millis, waiting: &[PodUid]) -> bool {
+        let in_time = match self.state {
+            State::Collecting { deadline, .. } if deadline > 0 => now < deadline,
+            _ => true,
+        };
+        let unheard = |pod: &PodUid| !self.ranks.contains_key(pod) && !self.lost_unheard.contains(pod);
+        in_time && now < self.newest_hello.saturating_add(self.limits.adopt_ms) && waiting.iter().any(unheard)
+    }
+
+    /// Who called for the first time after the stop has as long as the others had.
+    fn answers_due(&self, limit: Millis) -> Millis {
+        match self.state {
+            State::Collecting { deadline, .. } if deadline > 0 => limit,
+            _ => limit.max(self.newest_hello.saturating_add(self.limits.collect_ms)),
+        }
     }
 
     /// Whom peers have lost, and who does not answer us either, is not waited for to the end; not at all where its stream

@@ -443,9 +443,9 @@ impl World {
         }
         let all_here = record.members.iter().all(|member| self.ranks.contains_key(&member.pod_uid));
         assert!(memory.is_none() || covered == ALL || !all_here, "invariant: memory holds every block");
-        let trains = formation.purpose == Purpose::Train;
+        let trains = formation.record.purpose == Purpose::Train;
         assert!(!trains || formation.leavers.is_empty(), "invariant: who only comes along trains no step");
-        let (generation, purpose) = (record.generation, formation.purpose.into());
+        let (generation, purpose) = (record.generation, formation.record.purpose.into());
         let member = |member: &Member| {
             let (pod_uid, leaves) = (member.pod_uid.clone(), formation.leavers.contains(&member.pod_uid));
             wire::Member { pod_uid, leaves, ..Default::default() }
@@ -483,12 +483,10 @@ impl World {
                 }
             }
             Body::Go(go) => match rank.doing.clone() {
-                // A new leader does not know what the generation was formed for, and the ranks do.
-                Doing::Ready(record) if record.generation == go.generation => match rank.purpose {
-                    Purpose::Train => rank.doing = Doing::Training(record),
-                    Purpose::Save => rank.stopping = true,
-                    Purpose::HandOver => self.leave(pod, Some(go.generation)),
-                },
+                Doing::Ready(record) if record.generation == go.generation => {
+                    assert_eq!(rank.purpose, Purpose::Train, "invariant: only who came together to train is told to");
+                    rank.doing = Doing::Training(record);
+                }
                 _ => {}
             },
             Body::Stop(stop) => {
@@ -684,7 +682,7 @@ impl World {
         assert_eq!(record.generation, next, "invariant: generations are issued once, in order");
         if let State::Planning(formation) = &self.membership.state {
             let staying = record.members.len() - formation.leavers.len();
-            let saves = formation.purpose == Purpose::Save;
+            let saves = formation.record.purpose == Purpose::Save;
             assert!(saves || staying >= self.min, "invariant: min ranks stay, unless all that is wanted is to save");
         }
         self.stored = Some(record);

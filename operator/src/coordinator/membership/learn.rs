@@ -3,7 +3,7 @@
 use super::rank::Rank;
 use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, Stages, State};
 use crate::coordinator::manifest::Manifest;
-use crate::coordinator::record::{Finish, Record};
+use crate::coordinator::record::{Finish, Member, Record};
 use crate::coordinator::report::{
     Blockage, CheckpointReport, EvaluationReport, Happening, MemoryNeed, PodUid, RankFailure, RecoveryPhases,
     StepReport,
@@ -51,6 +51,9 @@ impl Membership {
             pods.entry(pod.clone()).or_default();
         }
         let member = self.is_member(&pod);
+        if member && !self.ranks.contains_key(&pod) {
+            self.newest_hello = now;
+        }
         let uncalled = member && self.is_uncalled(&hello);
         let current = hello.generation == self.generation() && (member || self.is_held(&pod));
         if hello.generation != 0 && !current && !uncalled {
@@ -124,8 +127,7 @@ impl Membership {
     fn came_back(&mut self, now: Millis, pod: &str, step: u64) {
         let generation = self.generation();
         match &mut self.state {
-            State::Adopting { first_hello, answered, .. } => {
-                first_hello.get_or_insert(now);
+            State::Adopting { answered, .. } => {
                 answered.insert(pod.to_owned());
                 self.step = self.step.max(step);
                 if let Some(rank) = self.ranks.get_mut(pod) {
@@ -199,7 +201,7 @@ impl Membership {
             Said::Estimated(estimated) => self.estimated(pod, &estimated),
             Said::Evaluated(evaluated) => self.evaluated(now, pod, &evaluated),
             Said::Checkpointed(checkpointed) => self.checkpointed(now, checkpointed),
-            Said::Notice(notice) => self.noticed(pod, notice),
+            Said::Notice(notice) => self.noticed(now, pod, notice),
             Said::Stopped(stopped) => self.stopped(now, pod, stopped),
             Said::Finished(finished) => self.finished(pod, finished),
             Said::Failed(failed) => self.failed(pod, failed),
@@ -372,11 +374,11 @@ impl Membership {
         }
     }
 
-    fn noticed(&mut self, pod: &str, notice: wire::Notice) {
+    fn noticed(&mut self, now: Millis, pod: &str, notice: wire::Notice) {
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.own_notice = Some(Departure {
                 source: notice.source,
-                deadline_ms: notice.deadline_ms,
+                deadline_ms: if notice.time_left_ms == 0 { 0 } else { now.saturating_add(notice.time_left_ms) },
                 hurry: true,
                 // SIGTERM comes with a deletion as well as with a reclaim: the node tells which.
                 reclaim: false,
@@ -412,6 +414,9 @@ impl Membership {
     }
 
     fn lost(&mut self, pod_name: &str) {
+        let named = |member: &&Member| member.pod_name == pod_name && !self.ranks.contains_key(&member.pod_uid);
+        let unheard = self.members().iter().find(named).map(|member| member.pod_uid.clone());
+        self.lost_unheard.extend(unheard);
         for rank in self.ranks.values_mut().filter(|rank| rank.pod_name == pod_name) {
             rank.reported_lost = true;
         }

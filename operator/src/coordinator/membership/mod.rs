@@ -45,7 +45,7 @@ const MAX_FAILURES: usize = 64;
 /// How long things may take.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// A new leader waits so long for hellos after the first one came.
+    /// A new leader waits so long for hellos after the newest one came.
     pub adopt_ms: Millis,
     /// … and so long for the first one.
     pub first_hello_ms: Millis,
@@ -161,7 +161,6 @@ pub struct Formation {
     pub memory: Option<wire::MemoryBase>,
     /// Members prove that they compute alike.
     pub canary: bool,
-    pub purpose: Purpose,
     /// Members that will not be in the next generation.
     pub leavers: BTreeSet<PodUid>,
     pub between_interruptions_ms: Millis,
@@ -185,7 +184,6 @@ struct Move {
 enum State {
     Adopting {
         since: Millis,
-        first_hello: Option<Millis>,
         answered: BTreeSet<PodUid>,
     },
     Held {
@@ -275,6 +273,10 @@ pub struct Membership {
     memory: Vec<MemoryNeed>,
     failures: BTreeMap<PodUid, RankFailure>,
     joined: u64,
+    /// When a member called us that had not before, since we lead; 0 until one does.
+    newest_hello: Millis,
+    /// Members that peers have lost and that have not called us since we lead.
+    lost_unheard: BTreeSet<PodUid>,
     effects: Vec<Effect>,
 }
 
@@ -312,6 +314,8 @@ impl Membership {
             memory: Vec::new(),
             failures: BTreeMap::new(),
             joined: 0,
+            newest_hello: 0,
+            lost_unheard: BTreeSet::new(),
             effects: Vec::new(),
             record: None,
         };
@@ -345,10 +349,11 @@ impl Membership {
     fn adopt(&mut self, now: Millis, record: Option<Record>) {
         let Some(record) = record else { return };
         self.manifests.learn(record.base.clone());
+        self.newest_hello = 0;
         self.state = match &record.finish {
             Some(finish) => State::Finished(finish.clone()),
             None if record.members.is_empty() => State::held(now),
-            None => State::Adopting { since: now, first_hello: None, answered: BTreeSet::new() },
+            None => State::Adopting { since: now, answered: BTreeSet::new() },
         };
         self.record = Some(record);
     }

@@ -1,6 +1,7 @@
 //! How long things may take before a notice is over, and how long a stop is waited for.
 
-use super::{Departure, Formation, Membership, Millis, PodUid, Purpose, State};
+use super::{Departure, Membership, Millis, PodUid, Purpose, State};
+use crate::coordinator::record::Record;
 
 /// Until `at`; 0 if there is no hurry.
 pub(super) fn time_left(now: Millis, at: Millis) -> Millis {
@@ -73,8 +74,15 @@ impl Membership {
 
     /// … and after it for what it leaves to be done.
     pub(super) fn parting_limit(&self, now: Millis, deadline_ms: Millis, saves: bool) -> Millis {
-        let patience = if saves { self.limits.store_ms } else { self.limits.planned_ms };
+        let patience = if saves { self.saving_ms() } else { self.limits.planned_ms };
         no_longer_than(deadline_ms, now, patience + 5 * self.step_ms.unwrap_or(0))
+    }
+
+    /// How long a checkpoint that nothing else goes on beside may take, by what the last one took. Who waits for the store
+    /// says so, and is waited for: who is silent for so long hangs.
+    fn saving_ms(&self) -> Millis {
+        let usual = self.checkpoint.as_ref().map(|last| 5 * (last.stall_ms + last.upload_ms));
+        usual.map_or(self.limits.store_ms, |usual| usual.clamp(self.limits.planned_ms, self.limits.store_ms))
     }
 
     /// … and of an unplanned one for the answers.
@@ -84,11 +92,11 @@ impl Membership {
     }
 
     /// Until when members may get ready.
-    pub(super) fn moving_limit(&self, now: Millis, formation: &Formation) -> Millis {
-        let patience = if formation.record.in_memory { self.limits.move_ms } else { self.limits.store_ms };
-        let deadline_ms = match formation.purpose {
+    pub(super) fn moving_limit(&self, now: Millis, record: &Record) -> Millis {
+        let patience = if record.in_memory { self.limits.move_ms } else { self.limits.store_ms };
+        let deadline_ms = match record.purpose {
             Purpose::Train => 0,
-            Purpose::Save | Purpose::HandOver => self.earliest_deadline(&formation.record.members),
+            Purpose::Save | Purpose::HandOver => self.earliest_deadline(&record.members),
         };
         no_longer_than(deadline_ms, now, patience)
     }

@@ -162,7 +162,8 @@ impl World {
                 self.hear(&pod, body);
                 None
             }
-            Effect::Form(Formation { record, memory, purpose, leavers, .. }) => {
+            Effect::Form(Formation { record, memory, leavers, .. }) => {
+                let purpose = record.purpose;
                 assert_eq!(self.stored.as_ref(), Some(&record), "the record comes first");
                 self.check_memory(&record, memory.as_ref());
                 self.handed_over += u64::from(purpose == Purpose::HandOver);
@@ -231,8 +232,11 @@ impl World {
             // Some who leave may come along with what only they have.
             let State::Planning(formation) = &self.membership.state else { panic!("nothing is planned") };
             let staying = record.members.len() - formation.leavers.len();
-            assert!(formation.purpose == Purpose::Save || staying >= MIN);
-            assert!(formation.purpose != Purpose::Train || formation.leavers.is_empty(), "leavers train no step");
+            assert!(formation.record.purpose == Purpose::Save || staying >= MIN);
+            assert!(
+                formation.record.purpose != Purpose::Train || formation.leavers.is_empty(),
+                "leavers train no step"
+            );
             assert!(record.in_memory || record.members.len() <= MAX);
             if let Some(base) = &record.base {
                 assert!(self.written.contains(base), "a rank wrote the base");
@@ -251,12 +255,12 @@ impl World {
                 if let Doing::Ready(record) = &rank.doing
                     && record.generation == go.generation
                 {
-                    // A new leader does not know what the generation was formed for, and the ranks do.
-                    match rank.purpose {
-                        Purpose::Train => rank.doing = Doing::Training(record.clone()),
-                        Purpose::Save => rank.stopping = true,
-                        Purpose::HandOver => self.leave(pod, go.generation),
-                    }
+                    assert_eq!(
+                        rank.purpose,
+                        Purpose::Train,
+                        "who came together for something else is not told to train"
+                    );
+                    rank.doing = Doing::Training(record.clone());
                 }
             }
             Body::Stop(stop) => {

@@ -186,8 +186,9 @@ fn no_rank_hears_of_a_generation_before_the_record_is_written() {
     assert_eq!((record.generation, record.members.len(), record.base.as_ref()), (1, 2, None));
     assert!(!forms(&effects));
     fixture.written();
-    let (purpose, leavers) = (Purpose::Train, BTreeSet::new());
-    let formation = Formation { record, memory: None, canary: true, purpose, leavers, between_interruptions_ms: 0 };
+    assert_eq!(record.purpose, Purpose::Train);
+    let leavers = BTreeSet::new();
+    let formation = Formation { record, memory: None, canary: true, leavers, between_interruptions_ms: 0 };
     assert_eq!(fixture.take().last(), Some(&Effect::Form(formation)));
     fixture.ready("a");
     assert!(fixture.take().is_empty());
@@ -402,6 +403,57 @@ fn a_new_leader_goes_on_when_every_member_says_hello() {
     assert_eq!(fixture.phase(), Phase::Collecting);
     fixture.stopped("a", 1, vec![manifest(1, 1)]).after(5_000);
     assert_eq!(record_of(&fixture.take()).generation, 2);
+}
+
+/// A new leader's membership of `a`, `b` and `c`, which train in generation 1; nobody has called yet.
+fn taken_over() -> Fixture {
+    let mut first = Fixture::new(1, 3);
+    for pod in ["a", "b", "c"] {
+        first.join(pod, 0).prepare(pod, vec![]);
+    }
+    first.written().ready("a").ready("b").ready("c").progress("a", 1);
+    assert_eq!((first.phase(), first.membership.members().len()), (Phase::Steady, 3));
+    let mut fixture = Fixture::with_record(first.membership.record.clone(), 1, 3);
+    fixture.pods = first.pods.clone();
+    fixture.sync();
+    fixture
+}
+
+#[test]
+fn a_new_leader_waits_as_long_as_members_call_one_after_another() {
+    let mut fixture = taken_over();
+    fixture.join("a", 1).after(9_000).join("b", 1).after(9_000);
+    assert_eq!(fixture.phase(), Phase::Adopting);
+    // Who calls again is no news.
+    fixture.apply(Event::Disconnected("a".into())).join("a", 1).after(999);
+    assert_eq!(fixture.phase(), Phase::Adopting);
+    fixture.join("c", 1);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    assert!(stops(&fixture.take()).is_empty());
+
+    let mut fixture = taken_over();
+    fixture.join("a", 1).after(9_000).join("b", 1).after(10_000);
+    assert_eq!(fixture.phase(), Phase::Collecting, "c does not call any more");
+}
+
+#[test]
+fn a_generation_that_breaks_under_a_new_leader_waits_for_who_did_not_call_yet() {
+    let mut fixture = taken_over();
+    fixture.join("a", 1).join("b", 1).holds("a", 1, 0).holds("b", 1, 0).after(9_000);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.join("c", 1);
+    assert!(stops(&fixture.take()).iter().any(|(pod, ..)| pod == "c"), "it is told when it calls");
+    fixture.holds("c", 1, 0);
+    assert_eq!(fixture.formation().record.members.len(), 3);
+
+    // Not for whom its peers have lost.
+    let mut fixture = taken_over();
+    let lost = wire::Stopped { generation: 1, step: 1, lost: vec!["c".into()], ..Default::default() };
+    fixture.join("a", 1).join("b", 1).say("a", Said::Stopped(lost)).holds("a", 1, 0).holds("b", 1, 0).after(2_500);
+    assert_eq!(fixture.formation().record.members.len(), 2);
+    let mut fixture = taken_over();
+    fixture.join("a", 1).join("b", 1).notice("c", 4_000).holds("a", 1, 0).holds("b", 1, 0).after(5_000);
+    assert_eq!(fixture.formation().record.members.len(), 2, "nor beyond a notice");
 }
 
 #[test]
@@ -753,8 +805,8 @@ fn alone_below_min() -> Fixture {
 }
 
 fn saves(fixture: &mut Fixture, time_left_ms: Millis) {
-    let Formation { record, purpose, memory, .. } = fixture.formation();
-    assert!(purpose == Purpose::Save && memory.is_some());
+    let Formation { record, memory, .. } = fixture.formation();
+    assert!(record.purpose == Purpose::Save && memory.is_some());
     assert_eq!((record.base_step, record.members.len()), (5, 1));
     fixture.ready("a");
     let stop = |effect: &Effect| match effect {
@@ -856,8 +908,8 @@ fn a_step_that_does_not_fit_its_notice_is_given_up_and_what_only_leavers_hold_is
     let mut fixture = leaving_too_soon();
     assert_eq!(stops(&fixture.take()), [("a".into(), false, 5_000), ("b".into(), false, 5_000)]);
     hold_all(&mut fixture, &["a", "b"], 1);
-    let Formation { record, purpose, leavers, canary, .. } = fixture.formation();
-    assert_eq!((purpose, record.base_step, record.members.len()), (Purpose::HandOver, 1, 4));
+    let Formation { record, leavers, canary, .. } = fixture.formation();
+    assert_eq!((record.purpose, record.base_step, record.members.len()), (Purpose::HandOver, 1, 4));
     assert_eq!(leavers, ["a", "b"].map(str::to_owned).into());
     assert!(!canary, "nobody computes");
     fixture.ready("a").ready("b").ready("c").ready("d");
@@ -866,11 +918,31 @@ fn a_step_that_does_not_fit_its_notice_is_given_up_and_what_only_leavers_hold_is
     assert!(!told.iter().any(|effect| matches!(effect, Effect::Send(_, Body::Go(_)))), "nobody trains");
 
     hold_all(&mut fixture, &["a", "b", "c", "d"], 1);
-    let Formation { record, purpose, leavers, canary, .. } = fixture.formation();
-    assert_eq!((purpose, record.in_memory, leavers.len()), (Purpose::Train, true, 0));
+    let Formation { record, leavers, canary, .. } = fixture.formation();
+    assert_eq!((record.purpose, record.in_memory, leavers.len()), (Purpose::Train, true, 0));
     assert_eq!(record.members.iter().map(|m| m.pod_uid.as_str()).collect::<Vec<_>>(), ["c", "d"]);
     assert!(canary, "what newcomers hold was handed to them: they have yet to show that they compute alike");
     assert_eq!(fixture.membership.counters.lost_steps, 0);
+}
+
+#[test]
+fn a_new_leader_ends_a_hand_over_once_all_have_done_their_part() {
+    let mut first = leaving_too_soon();
+    hold_all(&mut first, &["a", "b"], 1);
+    let record = first.formation().record;
+    assert_eq!(record.purpose, Purpose::HandOver);
+
+    let membership = Membership::new(first.now, Limits::default(), Some(record), Counters::default());
+    let mut fixture = Fixture { membership, now: first.now, pods: first.pods.clone(), effects: Vec::new() };
+    fixture.apply(Event::Target(Target { min: 2, max: 4, suspend: false, any_class: false }));
+    fixture.sync().join("a", 2).join("b", 2).join("c", 2).join("d", 2);
+    assert_eq!(fixture.phase(), Phase::Moving);
+    fixture.ready("a").ready("b").ready("c");
+    assert_eq!(fixture.phase(), Phase::Moving, "d still takes over");
+    fixture.ready("d");
+    let told = fixture.take();
+    assert_eq!(stops(&told).iter().filter(|(_, planned, left)| *planned && *left == 5_000).count(), 4);
+    assert!(!told.iter().any(|effect| matches!(effect, Effect::Send(_, Body::Go(_)))), "nobody trains");
 }
 
 #[test]
@@ -939,6 +1011,31 @@ fn a_stop_without_a_deadline_does_not_wait_long_for_a_rank_that_hangs() {
     let mut fixture = Fixture::training(1, 2);
     fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true, any_class: false }));
     let last = wire::Progress { generation: 1, step: 8, last_of_generation: true, ..Default::default() };
-    fixture.say("a", Said::Progress(last)).after(1_700_000);
+    fixture.say("a", Said::Progress(last.clone())).after(1_700_000);
     assert!(matches!(fixture.membership.state, State::Collecting { planned: true, .. }));
+    // … which is known once it was done: not fivefold, and not without a word.
+    let mut fixture = Fixture::training(1, 2);
+    let saved = wire::Checkpointed {
+        generation: 1,
+        manifest: Some(manifest(1, 7).into()),
+        stall_seconds: 10.0,
+        upload_seconds: 30.0,
+        ..Default::default()
+    };
+    fixture.progress("a", 7).say("a", Said::Checkpointed(saved));
+    fixture.apply(Event::Target(Target { min: 1, max: 2, suspend: true, any_class: false }));
+    fixture.say("a", Said::Progress(last)).after(199_999);
+    assert!(matches!(fixture.membership.state, State::Collecting { planned: true, .. }));
+    fixture.after(60_000);
+    assert!(matches!(fixture.membership.state, State::Collecting { planned: false, .. }), "somebody hangs");
+}
+
+#[test]
+fn what_a_rank_has_left_of_its_notice_counts_by_our_clock() {
+    let mut fixture = Fixture::training(1, 2);
+    let notice = |time_left_ms| Said::Notice(wire::Notice { source: "SIGTERM".into(), time_left_ms });
+    fixture.progress("a", 7).say("b", notice(30_000));
+    assert_eq!(fixture.membership.departure("b").map(|it| it.deadline_ms), Some(fixture.now + 30_000));
+    fixture.say("b", notice(0));
+    assert_eq!(fixture.membership.departure("b").map(|it| it.deadline_ms), Some(0), "it does not know");
 }

@@ -215,7 +215,7 @@ async fn a_ca_that_somebody_deleted_is_made_anew_and_everything_follows() {
 async fn the_coordinator_is_dialled_before_and_after_a_succession_without_a_restart() {
     let cluster = Cluster::at(OffsetDateTime::now_utc());
     let trust = cluster.trust().await;
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = crate::pki::bind(([127, 0, 0, 1], 0).into()).unwrap();
     let address = listener.local_addr().unwrap();
     let _connections = trust.listen(listener).unwrap();
     trust.refresh().await.unwrap();

@@ -154,12 +154,31 @@ pub fn image<'a>(training: &'a VicunaTraining, config: &'a Config) -> &'a str {
 /// The image that the training is bound to, unless just that was given up.
 pub fn pinned_image(training: &VicunaTraining) -> Option<&str> {
     let pinned = training.status.as_ref().and_then(|status| status.image.as_deref());
-    pinned.filter(|image| given_up_image(training) != Some(image))
+    pinned.filter(|image| image_to_give_up(training) != Some(image))
 }
 
-/// The image that somebody has given up.
-pub fn given_up_image(training: &VicunaTraining) -> Option<&str> {
+/// The image that somebody wants given up.
+pub fn image_to_give_up(training: &VicunaTraining) -> Option<&str> {
     training.annotations().get(GIVE_UP_IMAGE_ANNOTATION).map(String::as_str)
+}
+
+/// The image that somebody has given up: the training is bound to it, or was until then.
+pub fn given_up_image(training: &VicunaTraining) -> Option<&str> {
+    let status = training.status.as_ref()?;
+    let bound = [&status.image, &status.given_up_image];
+    image_to_give_up(training).filter(|image| bound.into_iter().flatten().any(|it| it == image))
+}
+
+/// Why nothing is given up, where somebody wants something given up that the training was never bound to.
+pub fn nothing_to_give_up(training: &VicunaTraining) -> Option<String> {
+    let asked = image_to_give_up(training).filter(|_| given_up_image(training).is_none())?;
+    let bound = match training.status.as_ref().and_then(|status| status.image.as_deref()) {
+        Some(image) => format!("It is bound to {image}: name that, or remove the annotation."),
+        None => "It is bound to none: remove the annotation.".to_owned(),
+    };
+    Some(format!(
+        "{GIVE_UP_IMAGE_ANNOTATION} names {asked}, which this training was never bound to, so nothing is given up. {bound}"
+    ))
 }
 
 fn container(training: &VicunaTraining, config: &Config, pool: &Pool) -> Value {

@@ -3,11 +3,15 @@
 use super::Obstacle;
 use super::obstacle::reason_of;
 use crate::coordinator::report::MemoryNeed;
+use crate::training::build::pod::nothing_to_give_up;
 use crate::training::observe::Observed;
 use crate::training::plan::Plan;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use vicuna_crds::training::{Reproducibility, TrainingState, VicunaTrainingStatus, condition};
 use vicuna_protocol::gigabytes;
+
+/// Reason of condition and Event where an image is to be given up that the training was never bound to.
+pub const NO_SUCH_IMAGE: &str = "NoSuchImageToGiveUp";
 
 /// A condition before it has its time.
 struct Verdict {
@@ -60,7 +64,7 @@ fn dated(verdict: Verdict, before: &VicunaTrainingStatus, generation: Option<i64
 fn admitted(observed: &Observed) -> Verdict {
     match crate::coordinator::job::job(&observed.training) {
         Ok(_) => match too_few(observed) {
-            None => admitted_as(observed.training.spec.recipe.reproducibility),
+            None => with_doubt(admitted_as(observed.training.spec.recipe.reproducibility), observed),
             Some(message) => verdict(condition::ADMITTED, false, "DoesNotFit", message),
         },
         Err(error) => verdict(condition::ADMITTED, false, "InvalidSpec", error.to_string()),
@@ -77,6 +81,14 @@ fn admitted_as(reproducibility: Reproducibility) -> Verdict {
             "ValidButNotExact",
             "The spec can be run. recipe.reproducibility is Fast: another run, or this one with other nodes, gives weights that differ in their last bits.",
         ),
+    }
+}
+
+/// It runs, but not all that was asked for is done.
+fn with_doubt(admitted: Verdict, observed: &Observed) -> Verdict {
+    match nothing_to_give_up(&observed.training) {
+        Some(why) => verdict(admitted.kind, admitted.holds, NO_SUCH_IMAGE, format!("{} But {why}", admitted.message)),
+        None => admitted,
     }
 }
 
