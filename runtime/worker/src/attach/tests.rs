@@ -13,9 +13,7 @@ use tokio_stream::Stream as TokioStream;
 use tonic::Response;
 use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::workers_server::{Workers, WorkersServer};
-use vicuna_protocol::inference::{
-    CONTEXT_LENGTH_EXCEEDED, GatewayWelcome, LoadModel, Message, Sampling, TranscriptOf, WorkerMessage,
-};
+use vicuna_protocol::inference::{CONTEXT_LENGTH_EXCEEDED, LoadModel, Message, Sampling, TranscriptOf, WorkerMessage};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -143,7 +141,7 @@ async fn attached(setup: &mut Setup) -> Attached {
         }
         other => panic!("{other:?} came before the hello"),
     }
-    worker.send(FromGateway::Welcome(GatewayWelcome { gateway: "g".into() })).await;
+    worker.send(FromGateway::Welcome(GatewayWelcome { gateway: "g".into(), takes_batches: true })).await;
     worker
 }
 
