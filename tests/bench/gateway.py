@@ -17,7 +17,7 @@ examples = programs / "examples"
 out = pathlib.Path("target/bench")
 out.mkdir(parents=True, exist_ok=True)
 MODEL = "bench/mock"
-CONNECTIONS, RATE, IDLE, SLOTS = 64, 1000, 10_000, 4096
+CONNECTIONS, RATES, IDLE, SLOTS = 64, (1000, 4000, 16_000), 10_000, 4096
 BACKEND, GATEWAY, WORKERS, METRICS = 18000, 18080, 18443, 18090
 # Behind every gateway alike.
 BACKENDS = min(4, max(1, os.cpu_count() // 4))
@@ -130,7 +130,7 @@ http {{
 def measure(port, server):
     answers(port)
     return {
-        "at_rate": costed(server, port, "--rate", RATE),
+        "at_rates": [costed(server, port, "--rate", rate) for rate in RATES],
         "whole": costed(server, port),
         "streams": costed(server, port, "--stream"),
     }
@@ -199,25 +199,39 @@ def run(name, make):
 
 
 def table(direct, found):
-    base = direct["at_rate"]
-    cost = lambda seen: " / ".join(f"{seen[part]['cpu_seconds_per_1000']:.3f}" for part in ("whole", "streams"))
     ours = found["vicuna-gateway"]
-    added = {name: seen["at_rate"]["p99_ms"] - base["p99_ms"] for name, seen in found.items()
-             if seen["at_rate"]["per_second"] > 0.98 * RATE}
-    print(f"\n| {CONNECTIONS} connections, {os.cpu_count()} cores for all | added p50 / p99 at {RATE}/s, ms | requests/s "
-          "| ours to it | streams of 16 words/s | ours to it | CPU s per 1,000 whole / streams | errors |\n"
-          "|---|---|---|---|---|---|---|---|")
-    print(f"| backend alone | (p50 {base['p50_ms']:.2f}, p99 {base['p99_ms']:.2f}) | {direct['whole']['per_second']:.0f} | "
-          f"| {direct['streams']['per_second']:.0f} | | {cost(direct)} | |")
+    cost = lambda seen: " / ".join(f"{seen[part]['cpu_seconds_per_1000']:.3f}" for part in ("whole", "streams"))
+    ratio = lambda mine, theirs: f"{mine / theirs:.2f}" if theirs else "-"
+    print(f"\n| {CONNECTIONS} connections, {os.cpu_count()} cores for all | requests/s | ours to it | streams of 16 words/s "
+          "| ours to it | CPU s per 1,000 whole / streams | errors |\n|---|---|---|---|---|---|---|")
+    print(f"| backend alone | {direct['whole']['per_second']:.0f} | | {direct['streams']['per_second']:.0f} | "
+          f"| {cost(direct)} | |")
     for name, seen in found.items():
-        rate, whole, streams = seen["at_rate"], seen["whole"]["per_second"], seen["streams"]["per_second"]
-        late = f"{rate['p50_ms'] - base['p50_ms']:.2f} / {added[name]:.2f}" if name in added else "saturated"
-        errors = sum(part["errors"] for part in seen.values())
-        ratio = lambda mine, theirs: f"{mine / theirs:.2f}" if theirs else "-"
-        print(f"| {name} | {late} | {whole:.0f} | {ratio(ours['whole']['per_second'], whole)} | {streams:.0f} "
-              f"({seen['streams']['chunks']:.0f} chunks) | {ratio(ours['streams']['per_second'], streams)} | {cost(seen)} | {errors} |")
-    if "vllm-router" in added and "vicuna-gateway" in added:
-        print(f"\nadded p99, ours to vllm-router's: {added['vicuna-gateway'] / added['vllm-router']:.2f}")
+        whole, streams = seen["whole"]["per_second"], seen["streams"]["per_second"]
+        errors = sum(part["errors"] for part in (*seen["at_rates"], seen["whole"], seen["streams"]))
+        print(f"| {name} | {whole:.0f} | {ratio(ours['whole']['per_second'], whole)} | {streams:.0f} "
+              f"({seen['streams']['chunks']:.0f} chunks) | {ratio(ours['streams']['per_second'], streams)} | {cost(seen)} "
+              f"| {errors} |")
+    rates(direct, found)
+
+
+def rates(direct, found):
+    print(f"\n| added p50 / p99, ms, at | {' | '.join(f'{rate}/s' for rate in RATES)} |\n|---|{'---|' * len(RATES)}")
+    print(f"| (backend alone) | {' | '.join('({p50_ms:.2f} / {p99_ms:.2f})'.format(**base) for base in direct['at_rates'])} |")
+    added = {name: [late(*pair) for pair in zip(RATES, direct["at_rates"], seen["at_rates"])]
+             for name, seen in found.items()}
+    for name, lates in added.items():
+        print(f"| {name} | {' | '.join('saturated' if late is None else '{:.2f} / {:.2f}'.format(*late) for late in lates)} |")
+    ours, peer = added["vicuna-gateway"][0], added.get("vllm-router", [None])[0]
+    if ours and peer:
+        print(f"\nadded p99 at {RATES[0]}/s, ours to vllm-router's: {ours[1] / peer[1]:.2f}")
+
+
+def late(rate, base, seen):
+    """What is added to the median and to the 99th percentile; none where not all were answered in time."""
+    if seen["per_second"] > 0.98 * rate:
+        return tuple(seen[part] - base[part] for part in ("p50_ms", "p99_ms"))
+    return None
 
 
 def main():

@@ -59,7 +59,8 @@ async fn main() -> Result<()> {
     let request = TokenFile::new(&options.token_file).sign(Request::new(messages))?;
     let inbound = WorkersClient::new(channel).attach(request).await?.into_inner();
     tokio::spawn(report(outbound.clone(), options.slots));
-    serve(inbound, outbound, &batched, &options).await
+    // Not by this thread, which each message would wake.
+    tokio::spawn(async move { serve(inbound, outbound, &batched, &options).await }).await?
 }
 
 fn hello(options: &Options) -> WorkerHello {

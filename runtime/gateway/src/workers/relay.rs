@@ -170,6 +170,12 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr) {
             Err(status) if status.code() == tonic::Code::AlreadyExists => {
                 tracing::debug!(worker, %address, "the gateway has this worker already");
             }
+            Err(status) if status.code() == tonic::Code::Unauthenticated => {
+                tracing::error!(
+                    worker, %address, %status,
+                    "the other gateway refuses the worker's token; start the worker anew with one that has not expired"
+                );
+            }
             Err(status) => tracing::warn!(worker, %address, %status, "cannot pass the worker on"),
             Ok(()) => tracing::info!(worker, %address, "the other gateway's stream ended"),
         }
