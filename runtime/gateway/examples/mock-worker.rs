@@ -17,7 +17,9 @@ use vicuna_protocol::batches::{Batches, Gathered};
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body;
 use vicuna_protocol::inference::workers_client::WorkersClient;
-use vicuna_protocol::inference::{Delta, Done, GatewayMessage, Generate, Load, ModelOffer, WorkerHello, WorkerMessage};
+use vicuna_protocol::inference::{
+    Cancel, Delta, Done, GatewayMessage, Generate, Load, ModelOffer, WorkerHello, WorkerMessage,
+};
 use vicuna_protocol::tls;
 
 const LOAD_INTERVAL: Duration = Duration::from_secs(1);
@@ -101,7 +103,7 @@ async fn serve(
     options: &Options,
 ) -> Result<()> {
     let interval = Duration::from_millis(options.interval_ms);
-    let (mut answers, mut next_step) = (Vec::new(), Instant::now());
+    let (mut answers, mut next_step): (Vec<Answer>, _) = (Vec::new(), Instant::now());
     loop {
         tokio::select! {
             biased;
@@ -114,6 +116,7 @@ async fn serve(
                     answer.step(&outbound).await?;
                     answers.extend(Some(answer).filter(|answer| !answer.done));
                 }
+                Some(Some(FromGateway::Cancel(cancel))) => answers.retain(|answer| !answer.is(&cancel)),
                 Some(_) => {}
             },
             () = due(next_step), if !answers.is_empty() => {
@@ -148,6 +151,10 @@ impl Answer {
         let count = if wanted == 0 { longest } else { wanted.min(longest) };
         let position = generate.generated.len() as u32;
         Self { generate, position, count, gathered: Gathered::default(), done: false }
+    }
+
+    fn is(&self, cancelled: &Cancel) -> bool {
+        (&self.generate.request, self.generate.choice) == (&cancelled.request, cancelled.choice)
     }
 
     /// The next token, and the end after the last one.
