@@ -115,8 +115,8 @@ impl WorkerService {
                 }
                 message = inbound.message() => match message?.map(|message| message.body) {
                     Some(Some(Body::Batch(batch))) => {
-                        let bodies = batch.messages.into_iter().filter_map(|message| message.body);
-                        bodies.map(|body| self.take(connection, body, relay)).collect::<Result<(), _>>()?;
+                        let mut bodies = batch.messages.into_iter().filter_map(|message| message.body);
+                        bodies.try_for_each(|body| self.take(connection, body, relay))?;
                     }
                     Some(Some(body)) => self.take(connection, body, relay)?,
                     Some(None) => {}
