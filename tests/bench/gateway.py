@@ -17,7 +17,7 @@ examples = programs / "examples"
 out = pathlib.Path("target/bench")
 out.mkdir(parents=True, exist_ok=True)
 MODEL = "bench/mock"
-CONNECTIONS, RATE, IDLE, SLOTS = 64, 1000, 10_000, 4096
+CONNECTIONS, RATES, IDLE, SLOTS = 64, (1000, 4000, 16_000), 10_000, 4096
 BACKEND, GATEWAY, WORKERS, METRICS = 18000, 18080, 18443, 18090
 # Behind every gateway alike.
 BACKENDS = min(4, max(1, os.cpu_count() // 4))
@@ -127,21 +127,40 @@ http {{
     return [start("nginx", [nginx, "-c", config, "-e", folder / "error.log"])]
 
 
-def measure(port):
+def measure(port, server):
     answers(port)
     return {
-        "at_rate": load(port, "--rate", RATE),
-        "whole": load(port),
-        "streams": load(port, "--stream"),
+        "at_rates": [costed(server, port, "--rate", rate) for rate in RATES],
+        "whole": costed(server, port),
+        "streams": costed(server, port, "--stream"),
     }
 
 
+def costed(server, port, *flags):
+    """With the processor time that the server took for it, which says more than rates do where others share the cores."""
+    before = processor_seconds(server.pid)
+    seen = load(port, *flags)
+    seconds = processor_seconds(server.pid) - before
+    return seen | {"cpu_seconds_per_1000": round(1000 * seconds / max(1, seen["answered"]), 4)}
+
+
+def processor_seconds(session):
+    """Of a program and all that it has started."""
+    ticks = 0
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def usage(pid):
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    ticks = int(fields[11]) + int(fields[12])
     resident = next(int(line.split()[1]) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
                     if line.startswith("VmRSS"))
-    return ticks / os.sysconf("SC_CLK_TCK"), resident / 1024
+    return processor_seconds(pid), resident / 1024
 
 
 def idle(trust):
@@ -171,7 +190,7 @@ def run(name, make):
     processes = make()
     try:
         listens(GATEWAY)
-        found = measure(GATEWAY)
+        found = measure(GATEWAY, processes[0])
     finally:
         for process in reversed(processes):
             stop(process)
@@ -180,23 +199,39 @@ def run(name, make):
 
 
 def table(direct, found):
-    base = direct["at_rate"]
     ours = found["vicuna-gateway"]
-    added = {name: seen["at_rate"]["p99_ms"] - base["p99_ms"] for name, seen in found.items()
-             if seen["at_rate"]["per_second"] > 0.98 * RATE}
-    print(f"\n| {CONNECTIONS} connections, {os.cpu_count()} cores for all | added p50 / p99 at {RATE}/s, ms | requests/s "
-          "| ours to it | streams of 16 words/s | ours to it | errors |\n|---|---|---|---|---|---|---|")
-    print(f"| backend alone | (p50 {base['p50_ms']:.2f}, p99 {base['p99_ms']:.2f}) | {direct['whole']['per_second']:.0f} | "
-          f"| {direct['streams']['per_second']:.0f} | | |")
+    cost = lambda seen: " / ".join(f"{seen[part]['cpu_seconds_per_1000']:.3f}" for part in ("whole", "streams"))
+    ratio = lambda mine, theirs: f"{mine / theirs:.2f}" if theirs else "-"
+    print(f"\n| {CONNECTIONS} connections, {os.cpu_count()} cores for all | requests/s | ours to it | streams of 16 words/s "
+          "| ours to it | CPU s per 1,000 whole / streams | errors |\n|---|---|---|---|---|---|---|")
+    print(f"| backend alone | {direct['whole']['per_second']:.0f} | | {direct['streams']['per_second']:.0f} | "
+          f"| {cost(direct)} | |")
     for name, seen in found.items():
-        rate, whole, streams = seen["at_rate"], seen["whole"]["per_second"], seen["streams"]["per_second"]
-        late = f"{rate['p50_ms'] - base['p50_ms']:.2f} / {added[name]:.2f}" if name in added else "saturated"
-        errors = sum(part["errors"] for part in seen.values())
-        ratio = lambda mine, theirs: f"{mine / theirs:.2f}" if theirs else "-"
-        print(f"| {name} | {late} | {whole:.0f} | {ratio(ours['whole']['per_second'], whole)} | {streams:.0f} "
-              f"({seen['streams']['chunks']:.0f} chunks) | {ratio(ours['streams']['per_second'], streams)} | {errors} |")
-    if "vllm-router" in added and "vicuna-gateway" in added:
-        print(f"\nadded p99, ours to vllm-router's: {added['vicuna-gateway'] / added['vllm-router']:.2f}")
+        whole, streams = seen["whole"]["per_second"], seen["streams"]["per_second"]
+        errors = sum(part["errors"] for part in (*seen["at_rates"], seen["whole"], seen["streams"]))
+        print(f"| {name} | {whole:.0f} | {ratio(ours['whole']['per_second'], whole)} | {streams:.0f} "
+              f"({seen['streams']['chunks']:.0f} chunks) | {ratio(ours['streams']['per_second'], streams)} | {cost(seen)} "
+              f"| {errors} |")
+    rates(direct, found)
+
+
+def rates(direct, found):
+    print(f"\n| added p50 / p99, ms, at | {' | '.join(f'{rate}/s' for rate in RATES)} |\n|---|{'---|' * len(RATES)}")
+    print(f"| (backend alone) | {' | '.join('({p50_ms:.2f} / {p99_ms:.2f})'.format(**base) for base in direct['at_rates'])} |")
+    added = {name: [late(*pair) for pair in zip(RATES, direct["at_rates"], seen["at_rates"])]
+             for name, seen in found.items()}
+    for name, lates in added.items():
+        print(f"| {name} | {' | '.join('saturated' if late is None else '{:.2f} / {:.2f}'.format(*late) for late in lates)} |")
+    ours, peer = added["vicuna-gateway"][0], added.get("vllm-router", [None])[0]
+    if ours and peer:
+        print(f"\nadded p99 at {RATES[0]}/s, ours to vllm-router's: {ours[1] / peer[1]:.2f}")
+
+
+def late(rate, base, seen):
+    """What is added to the median and to the 99th percentile; none where not all were answered in time."""
+    if seen["per_second"] > 0.98 * rate:
+        return tuple(seen[part] - base[part] for part in ("p50_ms", "p99_ms"))
+    return None
 
 
 def main():
@@ -207,7 +242,7 @@ def main():
     try:
         for number in range(BACKENDS):
             listens(BACKEND + number)
-        direct = measure(BACKEND)
+        direct = measure(BACKEND, backends[0])
         makers = {"vllm-router": vllm_router, "LiteLLM": litellm, "nginx": nginx_proxy}
         found = {"vicuna-gateway": run("vicuna-gateway", lambda: ours(trust))}
         found |= {name: run(name, makers[name]) for name in PEERS}

@@ -40,6 +40,10 @@ struct Options {
 struct Seen {
     /// From when a request was due to its last byte.
     seconds: Vec<f64>,
+    /// When the last that counts was answered, in seconds after the first was due.
+    until: f64,
+    /// Answered in all, also what does not count for its time.
+    answered: usize,
     chunks: usize,
     errors: usize,
     first_error: Option<String>,
@@ -63,6 +67,8 @@ fn main() -> Result<()> {
     for thread in threads {
         let Ok(seen) = thread.join() else { bail!("a connection's thread ended by panic") };
         all.seconds.extend(seen.seconds);
+        all.until = all.until.max(seen.until);
+        all.answered += seen.answered;
         all.chunks += seen.chunks;
         all.errors += seen.errors;
         all.first_error = all.first_error.or(seen.first_error);
@@ -99,9 +105,11 @@ fn ask_on(address: &str, request: &[u8], options: &Options, number: u32, start: 
         let done = Instant::now();
         // Without a rate what counts is when it ended.
         let counts = if between.is_some() { due >= begin } else { done >= begin && done < end };
+        seen.answered += usize::from(answered.is_ok());
         match answered {
             Ok(chunks) if counts => {
                 seen.seconds.push((done - due).as_secs_f64());
+                seen.until = (done - begin).as_secs_f64();
                 seen.chunks += chunks;
             }
             Ok(_) => {}
@@ -184,9 +192,9 @@ fn tell(mut all: Seen, seconds: f64) {
     println!(
         "{}",
         serde_json::json!({
-            "requests": count, "per_second": (count as f64 / seconds).round(), "errors": all.errors,
+            "requests": count, "per_second": (count as f64 / seconds.max(all.until)).round(), "errors": all.errors,
             "p50_ms": ms(0.5), "p99_ms": ms(0.99), "chunks": all.chunks as f64 / count.max(1) as f64,
-            "first_error": all.first_error,
+            "answered": all.answered, "first_error": all.first_error,
         })
     );
 }

@@ -8,6 +8,7 @@ use crate::api::error::ApiError;
 use crate::routing::Route;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -29,8 +30,6 @@ pub struct Job {
     pub route: Route,
     /// How long it may wait for its first worker.
     pub patience: Duration,
-    /// The client wants it in one piece: it is not woken for each token.
-    pub whole: bool,
 }
 
 impl Job {
@@ -48,8 +47,8 @@ impl Job {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Variant {
     pub weights_digest: Arc<str>,
-    pub template: String,
-    pub quantization: String,
+    pub template: Arc<str>,
+    pub quantization: Arc<str>,
     /// How calls of tools are written; a function of the template.
     pub dialect: Option<Dialect>,
 }
@@ -58,8 +57,8 @@ impl From<&ModelOffer> for Variant {
     fn from(offer: &ModelOffer) -> Self {
         Self {
             weights_digest: offer.weights_digest.as_str().into(),
-            template: offer.template.clone(),
-            quantization: offer.quantization.clone(),
+            template: offer.template.as_str().into(),
+            quantization: offer.quantization.as_str().into(),
             dialect: Dialect::named(&offer.tool_dialect),
         }
     }
@@ -145,6 +144,8 @@ pub struct Choice {
     pub job: Arc<Job>,
     pub index: u32,
     state: Mutex<State>,
+    /// Nobody wants it any more, and nothing knows of it but who still holds it.
+    left: AtomicBool,
     /// Wakes the driver, of which there is one.
     phase_changed: Notify,
     /// Wakes the client's task, of which there is one a request.
@@ -172,6 +173,8 @@ struct State {
     work: Work,
     /// When this worker sent its first token of it, and how many there were then.
     first_token: Option<(Instant, usize)>,
+    /// When there was a first token, of any worker.
+    begun: Option<Instant>,
 }
 
 /// How far a worker is with an answer.
@@ -193,6 +196,8 @@ pub struct News {
     pub logprobs: Vec<TokenLogprob>,
     /// Tokens of the completion so far.
     pub position: usize,
+    /// When the first of those came that workers have sent here.
+    pub begun: Option<Instant>,
     /// Zero as long as no worker has said.
     pub prompt_tokens: u32,
     pub resumes: u32,
@@ -245,8 +250,10 @@ impl Choice {
             waiting_since: Instant::now(),
             work: Work::None,
             first_token: None,
+            begun: None,
         };
-        Self { job, index, state: Mutex::new(state), phase_changed: Notify::new(), news }
+        let (state, left) = (Mutex::new(state), AtomicBool::new(false));
+        Self { job, index, state, left, phase_changed: Notify::new(), news }
     }
 
     /// What a worker must be to take it: once tokens are out, the same as the last one.
@@ -306,7 +313,7 @@ impl Choice {
         state.extend(delta);
         let bounded = state.is_bounded();
         drop(state);
-        if !self.job.whole || have == 0 || have / TOKENS_A_LOOK != end / TOKENS_A_LOOK {
+        if !self.job.generate.whole || have / TOKENS_A_LOOK != end / TOKENS_A_LOOK {
             self.news.notify_one();
         }
         match bounded {
@@ -420,6 +427,11 @@ impl Choice {
         }
     }
 
+    /// Nobody wants it any more; tells whether that is new.
+    pub fn leave(&self) -> bool {
+        !self.left.swap(true, Ordering::AcqRel)
+    }
+
     /// A worker has ended it, and knows that.
     pub fn is_done(&self) -> bool {
         self.state.lock().transcript.done.is_some()
@@ -467,6 +479,7 @@ impl Choice {
             text: transcript.text.get(seen.bytes..).unwrap_or_default().to_owned(),
             logprobs: transcript.logprobs.get(seen.tokens..).unwrap_or_default().to_vec(),
             position: transcript.tokens.len(),
+            begun: state.begun,
             prompt_tokens: transcript.prompt_tokens,
             resumes: state.resumes,
             worker: state.server.as_ref().map(|server| server.name.clone()),
@@ -508,6 +521,7 @@ impl State {
         if !delta.tokens.is_empty() {
             self.work = Work::Generating;
             self.fruitless = 0;
+            self.begun.get_or_insert(now);
         }
         self.transcript.tokens.extend(delta.tokens);
         self.transcript.text.push_str(&delta.text);
@@ -593,14 +607,14 @@ pub(crate) mod tests {
         let news = Arc::new(Notify::new());
         let woken = || tokio::time::timeout(Duration::ZERO, news.notified());
         for whole in [false, true] {
-            let job = Arc::new(Job { whole, ..Job::clone(&job()) });
+            let generate = Generate { whole, ..job().generate.clone() };
+            let job = Arc::new(Job { generate, ..Job::default() });
             let choice = Choice::new(job, 0, news.clone());
             choice.begin(Server { max_length: 1 << 10, ..server(1) });
+            woken().await.expect("that it has a worker is news");
             choice.append(1, delta(0, &[1], "a")).unwrap();
-            woken().await.expect("the first token is news to everybody");
-            choice.append(1, delta(1, &[2], "b")).unwrap();
             assert_eq!(woken().await.is_err(), whole);
-            choice.append(1, delta(2, &[0; TOKENS_A_LOOK], "c")).unwrap();
+            choice.append(1, delta(1, &[0; TOKENS_A_LOOK], "c")).unwrap();
             woken().await.expect("so much is");
             choice.finish(1, Done::default());
             woken().await.expect("the end is");

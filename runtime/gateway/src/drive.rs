@@ -4,6 +4,11 @@ use crate::api::error::ApiError;
 use crate::choice::{Choice, Phase, Progress};
 use crate::config::Limits;
 use crate::workers::Registry;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use std::convert::Infallible;
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
@@ -17,6 +22,23 @@ const MAX_FAILURES: u32 = 4;
 const MAX_FRUITLESS: u32 = 4;
 /// Before a worker that had no room is asked again.
 const OVERLOADED_PAUSE: Duration = Duration::from_millis(250);
+
+/// Those of one request. They advance as long as they are polled, which is the task's that answers the client: a task for
+/// each would cost more than what they do.
+#[derive(Default)]
+pub struct Drivers(FuturesUnordered<BoxFuture<'static, ()>>);
+
+impl Drivers {
+    pub fn add(&mut self, registry: &Arc<Registry>, choice: &Arc<Choice>, limits: &Limits) {
+        self.0.push(drive(registry.clone(), choice.clone(), limits.clone()).boxed());
+    }
+
+    /// Does not end, since who runs it looks at the choices themselves.
+    pub async fn run(&mut self) -> Infallible {
+        while self.0.next().await.is_some() {}
+        pending().await
+    }
+}
 
 /// Returns once the choice has ended, with its worker free for another.
 pub async fn drive(registry: Arc<Registry>, choice: Arc<Choice>, limits: Limits) {
@@ -87,6 +109,7 @@ fn given_up(progress: &Progress) -> Option<ApiError> {
 
 async fn changed_before(choice: &Choice, deadline: Instant) -> bool {
     tokio::select! {
+        biased;
         () = choice.phase_changed() => true,
         () = sleep_until(deadline) => false,
     }

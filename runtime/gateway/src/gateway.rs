@@ -30,6 +30,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use vicuna_protocol::auth::TokenFile;
+use vicuna_protocol::inference::ModelOffer;
 use vicuna_protocol::inference::workers_server::WorkersServer;
 
 /// Between two signs of life on a worker's connection, and on a client's.
@@ -67,11 +68,19 @@ impl Gateway {
     /// others it does not exist.
     pub fn model_for(&self, client: &Client, name: &str) -> Result<Model, ApiError> {
         let model = self.registry.model(name).filter(|_| client.may_use(name));
-        model.ok_or_else(|| {
-            let models = self.registry.models().into_iter().map(|model| model.name);
-            let visible = models.filter(|model| client.may_use(model));
-            ApiError::model_not_found(name, &visible.collect::<Vec<_>>())
-        })
+        model.ok_or_else(|| self.not_found(client, name))
+    }
+
+    /// What the newest worker of such a model offers, if it has had one.
+    pub fn offer_for(&self, client: &Client, name: &str) -> Result<Option<Arc<ModelOffer>>, ApiError> {
+        let offer = self.registry.offer(name).filter(|_| client.may_use(name));
+        offer.ok_or_else(|| self.not_found(client, name))
+    }
+
+    fn not_found(&self, client: &Client, name: &str) -> ApiError {
+        let models = self.registry.models().into_iter().map(|model| model.name);
+        let visible = models.filter(|model| client.may_use(model));
+        ApiError::model_not_found(name, &visible.collect::<Vec<_>>())
     }
 
     /// Whether one more request is within the bounds of this gateway and of the client's key.

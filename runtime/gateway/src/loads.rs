@@ -70,9 +70,9 @@ impl Ticket {
         }
     }
 
-    pub fn first_token(&mut self) {
+    pub fn first_token(&mut self, at: Instant) {
         if !std::mem::replace(&mut self.first_token, true) {
-            let seconds = self.arrived.elapsed().as_secs_f64();
+            let seconds = at.duration_since(self.arrived).as_secs_f64();
             self.loads.metrics.time_to_first_token_seconds.with_label_values(&[&self.model]).observe(seconds);
         }
     }

@@ -7,6 +7,10 @@ use tracing_subscriber::EnvFilter;
 use vicuna_gateway::config::Config;
 use vicuna_gateway::gateway;
 
+/// What one thread takes another gives back, for each request several times: the C library's heap has locks for that.
+#[global_allocator]
+static HEAP: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let config = Config::parse();

@@ -56,6 +56,9 @@ impl Held {
     }
 
     fn set(&mut self, bytes: usize) {
+        if bytes == self.bytes {
+            return;
+        }
         // Wraps around where it shrinks, as the counter does.
         self.memory.used.fetch_add(bytes.wrapping_sub(self.bytes), Ordering::Relaxed);
         self.bytes = bytes;

@@ -5,7 +5,7 @@
 mod support;
 
 use serde_json::json;
-use support::{MODEL, TestGateway, Worker, gateway, gateway_of, in_time, text};
+use support::{MODEL, TestGateway, Worker, batch, ended, gateway, gateway_of, in_time, spoken, text};
 use vicuna_protocol::inference::TranscriptOf;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
@@ -39,6 +39,25 @@ async fn answers_go_to_the_gateway_that_asked() {
     assert_eq!((status, &body["choices"][0]["message"]["content"]), (200, &json!(text(0..1))));
     stream.read_to_end().await;
     assert_eq!(stream.text(), text(0..3));
+}
+
+#[tokio::test]
+async fn a_batch_is_taken_apart_for_those_who_asked() {
+    let (near, far, mut worker) = two_gateways().await;
+    let at_far = far.ask(json!({}));
+    let of_far = worker.generate().await;
+    let at_near = near.ask(json!({}));
+    let of_near = worker.generate().await;
+    assert!(of_far.whole && of_near.whole);
+    let said = [spoken(&of_far, 0..2), spoken(&of_near, 0..1), ended(&of_near, 1), ended(&of_far, 2)];
+    worker.send(batch(said)).await;
+    for (answer, count) in [(at_near, 1), (at_far, 2)] {
+        let (status, body) = in_time(answer).await.unwrap();
+        assert_eq!((status, &body["choices"][0]["message"]["content"]), (200, &json!(text(0..count))));
+    }
+
+    worker.send(batch([batch([])])).await;
+    assert_eq!(worker.next().await.unwrap_err().code(), tonic::Code::InvalidArgument);
 }
 
 #[tokio::test]

@@ -2,8 +2,10 @@
 //! bearer tokens, TLS, and how models call tools. No torch, no Kubernetes client.
 
 pub mod auth;
+pub mod batches;
 pub mod holding;
 pub mod job;
+pub mod redial;
 pub mod tls;
 pub mod tools;
 

@@ -10,36 +10,34 @@ use crate::scheduler::{Command, Connection, Handle, Job, Occupancy, Refusal, Rep
 use crate::transcripts::within_a_message;
 use anyhow::{Context, Result, anyhow, bail};
 use parking_lot::Mutex;
-use rand::Rng;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Status, Streaming};
 use vicuna_data::template::Encoder;
 use vicuna_protocol::auth::TokenFile;
+use vicuna_protocol::batches::Batches;
 use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body;
 use vicuna_protocol::inference::workers_client::WorkersClient;
 use vicuna_protocol::inference::{
-    Cancel, CountTokens, Draining, Embed, EmbedInput, GatewayMessage, Generate, Load, ModelOffers, TokenCount,
-    Transcript, WorkerHello,
+    Cancel, CountTokens, Draining, Embed, EmbedInput, GatewayMessage, GatewayWelcome, Generate, Load, ModelOffers,
+    TokenCount, Transcript, WorkerHello,
 };
+use vicuna_protocol::redial::Pauses;
 
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
 const LOAD_EVERY: Duration = Duration::from_secs(1);
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for the last messages to leave when the worker ends.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-const FIRST_RETRY: Duration = Duration::from_millis(200);
-const SLOWEST_RETRY: Duration = Duration::from_secs(5);
 /// Messages that a gateway may be behind before its connection is given up.
 const OUTGOING: usize = 4096;
 /// Gateways dialled at most; more addresses than this are a mistake of the name's owner.
@@ -182,7 +180,7 @@ fn parts(url: &str) -> Result<(String, String, u16)> {
 
 /// Attaches again whenever the stream ends, with growing pauses while that does not succeed.
 async fn stay_attached(shared: Arc<Shared>, address: SocketAddr, unwanted: CancellationToken) {
-    let mut pause = FIRST_RETRY;
+    let mut pauses = Pauses::default();
     while !unwanted.is_cancelled() {
         let started = Instant::now();
         match attach(&shared, address).await {
@@ -192,10 +190,8 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr, unwanted: Cance
             }
             Err(error) => tracing::warn!(%address, error = explain(&error), "no stream to the gateway"),
         }
-        pause = if started.elapsed() > SLOWEST_RETRY { FIRST_RETRY } else { (pause * 2).min(SLOWEST_RETRY) };
-        let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
         tokio::select! {
-            () = tokio::time::sleep(jittered) => {}
+            () = tokio::time::sleep(pauses.after(started.elapsed())) => {}
             () = unwanted.cancelled() => {}
         }
     }
@@ -218,11 +214,12 @@ async fn attach(shared: &Shared, address: SocketAddr) -> Result<()> {
     let broken = CancellationToken::new();
     let replies = Replies::new(outgoing, broken.clone());
     replies.send(Body::Hello(shared.hello()));
-    let request = gateways.token.sign(Request::new(ReceiverStream::new(messages)))?;
+    let batched = Arc::new(AtomicBool::new(false));
+    let request = gateways.token.sign(Request::new(Batches::new(messages, batched.clone())))?;
     let call = WorkersClient::new(channel);
     let answer = tokio::time::timeout(ATTACH_TIMEOUT, { call }.attach(request)).await;
     let incoming = answer.map_err(|_| anyhow!("no answer within {ATTACH_TIMEOUT:?}"))??.into_inner();
-    Stream::new(shared, replies).serve(incoming, broken).await
+    Stream::new(shared, replies, batched).serve(incoming, broken).await
 }
 
 /// One attached gateway.
@@ -231,6 +228,8 @@ struct Stream<'a> {
     connection: Connection,
     replies: Replies,
     welcomed: bool,
+    /// Whether the gateway takes batches.
+    batched: Arc<AtomicBool>,
     meter: Meter,
 }
 
@@ -243,11 +242,11 @@ impl Drop for Stream<'_> {
 }
 
 impl<'a> Stream<'a> {
-    fn new(shared: &'a Shared, replies: Replies) -> Self {
+    fn new(shared: &'a Shared, replies: Replies, batched: Arc<AtomicBool>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let connection = NEXT.fetch_add(1, Ordering::Relaxed);
         let meter = Meter { tokens: shared.tokens.get(), since: Instant::now() };
-        Self { shared, connection, replies, welcomed: false, meter }
+        Self { shared, connection, replies, welcomed: false, batched, meter }
     }
 
     /// Until the gateway ends the stream, or stops reading, or the worker closes.
@@ -288,7 +287,7 @@ impl<'a> Stream<'a> {
 
     async fn handle(&mut self, message: GatewayMessage) {
         match message.body {
-            Some(FromGateway::Welcome(welcome)) => self.welcome(&welcome.gateway),
+            Some(FromGateway::Welcome(welcome)) => self.welcome(&welcome),
             Some(FromGateway::Generate(generate)) => self.submit(generate).await,
             Some(FromGateway::Cancel(cancel)) => self.cancel(cancel).await,
             Some(FromGateway::Embed(embed)) => self.embed(embed).await,
@@ -299,9 +298,10 @@ impl<'a> Stream<'a> {
         }
     }
 
-    fn welcome(&mut self, gateway: &str) {
+    fn welcome(&mut self, welcome: &GatewayWelcome) {
+        self.batched.store(welcome.takes_batches, Ordering::Relaxed);
         if !std::mem::replace(&mut self.welcomed, true) {
-            tracing::info!(gateway, "attached");
+            tracing::info!(gateway = welcome.gateway, "attached");
             self.shared.health.attached();
         }
     }

@@ -214,14 +214,14 @@ impl Completion {
     }
 
     /// Takes the next token; returns what the gateway is to be told of it.
-    pub fn accept(&mut self, chosen: Chosen) -> Result<Option<Body>, String> {
+    pub fn accept(&mut self, chosen: Chosen) -> Result<Option<Delta>, String> {
         let position = self.tokens.len() as u32;
         let Some(text) = self.take(chosen.token)? else {
             return Ok(None);
         };
         let prompt_tokens = if std::mem::replace(&mut self.told, true) { 0 } else { self.prompt_tokens as u32 };
         self.logprobs.extend(chosen.logprob.clone());
-        Ok(Some(Body::Delta(Delta {
+        Ok(Some(Delta {
             request: self.request.clone(),
             choice: self.choice,
             position,
@@ -229,7 +229,7 @@ impl Completion {
             text,
             logprobs: chosen.logprob.into_iter().collect(),
             prompt_tokens,
-        })))
+        }))
     }
 
     /// If the completion has ended: its last message.
@@ -410,7 +410,7 @@ mod tests {
     }
 
     fn accept(completion: &mut Completion, token: u32) -> Option<Body> {
-        completion.accept(chosen(token)).unwrap()
+        completion.accept(chosen(token)).unwrap().map(Body::Delta)
     }
 
     fn text(body: &Option<Body>) -> &str {
@@ -510,10 +510,7 @@ mod tests {
         let told = chosen.logprob.clone().unwrap();
         assert!(told.logprob < -9.0, "{told:?}");
         assert_eq!((told.top[0].token, told.top.len()), (11, 2));
-        match biased.accept(chosen).unwrap() {
-            Some(Body::Delta(delta)) => assert_eq!(delta.logprobs, [told]),
-            other => panic!("{other:?}"),
-        }
+        assert_eq!(biased.accept(chosen).unwrap().unwrap().logprobs, [told]);
     }
 
     #[test]

@@ -265,7 +265,7 @@ impl Scheduler {
         self.drain();
         for mut running in self.running.drain(..) {
             running.release(&mut self.pool);
-            running.job.fail(Code::Overloaded, "this worker leaves".to_owned());
+            running.fail(Code::Overloaded, "this worker leaves".to_owned());
         }
     }
 
@@ -388,6 +388,7 @@ impl Scheduler {
     fn preempt(&mut self, victim: usize, shares: &mut Vec<Share>) {
         let mut running = self.running.remove(victim);
         running.release(&mut self.pool);
+        running.tell_all();
         self.metrics.preemptions.inc();
         self.vllm.preemptions.inc();
         shares.retain(|share| share.sequence != victim);
@@ -410,9 +411,11 @@ impl Scheduler {
             let running = &mut self.running[share.sequence];
             match &outcome {
                 Ok(()) => running.advance(share.tokens, piece, &mut self.outputs, &mut self.pool, &counts),
-                Err(error) => running.fail(error.to_string()),
+                Err(error) => running.fail(Code::Internal, error.to_string()),
             }
         }
+        // All of the step at once, so that it travels together.
+        shares.iter().for_each(|share| self.running[share.sequence].tell());
         self.vllm.step_tokens.observe(shares.iter().map(|share| share.tokens).sum::<usize>() as f64);
         if answered {
             self.metrics.decode_seconds.observe(started.elapsed().as_secs_f64());

@@ -9,7 +9,7 @@ use super::resume;
 use super::shape::{Endpoint, Shape, Usage, Whole};
 use super::stream;
 use crate::choice::{Choice, Job, News, Outcome, Phase, Seen};
-use crate::drive::drive;
+use crate::drive::Drivers;
 use crate::gateway::Gateway;
 use crate::keys::Client;
 use crate::loads::Ticket;
@@ -19,10 +19,10 @@ use crate::workers::Seat;
 use axum::Json;
 use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 use vicuna_protocol::inference::{Generate, Message};
 use vicuna_protocol::tools::Reading;
@@ -68,7 +68,8 @@ pub struct Request {
     seats: Vec<Seat>,
     /// Tokens that the client's key has been charged with for it.
     charged: u32,
-    _drivers: JoinSet<()>,
+    /// To be run by whoever waits for news.
+    pub drivers: Drivers,
 }
 
 pub async fn answer(
@@ -97,13 +98,13 @@ pub async fn answer(
 }
 
 fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: Caller) -> Result<Request, ApiError> {
-    let model = gateway.model_for(&caller.client, &ask.model)?;
-    ask.check(model.offer.as_ref())?;
+    let offer = gateway.offer_for(&caller.client, &ask.model)?;
+    ask.check(offer.as_deref())?;
     check_count(&ask, gateway.limits.max_queue)?;
     gateway.admit(&caller.client)?;
-    let mut ticket = gateway.loads.take(&model.name);
+    let mut ticket = gateway.loads.take(&ask.model);
     let id = resume::owned_id(endpoint, &caller);
-    let shape = Shape { endpoint, id, created: now_seconds(), model: model.name, alias: caller.alias };
+    let shape = Shape { endpoint, id, created: now_seconds(), model: ask.model.clone(), alias: caller.alias };
     let news = Arc::new(Notify::new());
     let mut choices = Vec::new();
     for (index, prompt) in ask.prompts.iter().enumerate() {
@@ -149,6 +150,7 @@ fn job(gateway: &Gateway, shape: &Shape, ask: &Ask, prompt: &Prompt, index: usiz
         tools_json: ask.tools.as_ref().map(|tools| tools.json.clone()).unwrap_or_default(),
         tool_use: ask.tools.as_ref().map(|tools| tools.wanted.clone()),
         priority: caller.client.priority(),
+        whole: !ask.stream,
         ..Generate::default()
     };
     match prompt {
@@ -167,7 +169,7 @@ fn job(gateway: &Gateway, shape: &Shape, ask: &Ask, prompt: &Prompt, index: usiz
     };
     let limits = &gateway.limits;
     let patience = if ask.stream { limits.stream_queue_timeout } else { limits.queue_timeout };
-    Job { generate, key: caller.client.name().to_owned(), route, patience, whole: !ask.stream }
+    Job { generate, key: caller.client.name().to_owned(), route, patience }
 }
 
 /// Of what a prompt begins with.
@@ -199,10 +201,8 @@ impl Request {
     pub fn new(gateway: &Arc<Gateway>, admitted: Admitted) -> Self {
         let Admitted { shape, ask, caller, ticket, choices, seats, news } = admitted;
         let Caller { client, held, deadline, .. } = caller;
-        let mut drivers = JoinSet::new();
-        for choice in &choices {
-            drivers.spawn(drive(gateway.registry.clone(), choice.clone(), gateway.limits.clone()));
-        }
+        let mut drivers = Drivers::default();
+        choices.iter().for_each(|choice| drivers.add(&gateway.registry, choice, &gateway.limits));
         let mut request = Self {
             shape,
             ask,
@@ -216,7 +216,7 @@ impl Request {
             held,
             seats,
             charged: 0,
-            _drivers: drivers,
+            drivers,
         };
         // What there is of it already was charged where it came from.
         request.charged = request.used();
@@ -266,8 +266,8 @@ impl Request {
         if all.iter().any(|news| news.worker.is_some()) {
             self.ticket.started();
         }
-        if all.iter().any(|news| news.position > 0) {
-            self.ticket.first_token();
+        if let Some(begun) = all.iter().filter_map(|news| news.begun).min() {
+            self.ticket.first_token(begun);
         }
         self.held.has_answers(self.choices.iter().map(|choice| choice.bytes()).sum());
     }
@@ -326,8 +326,9 @@ impl Drop for Request {
 }
 
 async fn respond(mut request: Request) -> Result<Response, ApiError> {
-    let (news, stopped) = (request.news.clone(), request.gateway.stopped.clone());
+    let (news, gateway) = (request.news.clone(), request.gateway.clone());
     let deadline = request.deadline;
+    let mut stopped = pin!(gateway.stopped.cancelled());
     loop {
         let answers = request.glance();
         if let Some(error) = answers.iter().find_map(failed) {
@@ -339,8 +340,9 @@ async fn respond(mut request: Request) -> Result<Response, ApiError> {
         }
         tokio::select! {
             () = news.notified() => {}
+            never = request.drivers.run() => match never {},
             () = deadline.passed() => return Err(request.expire()),
-            () = stopped.cancelled() => {
+            () = &mut stopped => {
                 let error = ApiError::shutting_down();
                 request.settle(error.status.as_u16());
                 return Err(error);

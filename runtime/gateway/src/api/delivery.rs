@@ -47,6 +47,16 @@ fn read(
 }
 
 impl Delivery {
+    /// Puts in what fits at once of the first text; returns the rest.
+    pub fn begin(&self, mut text: String) -> String {
+        let rest = text.split_off(text.floor_char_boundary(PIECE_BYTES));
+        if !text.is_empty() {
+            // There is room, since nothing is in it yet; that the client has gone is noticed by what comes next.
+            let _ = self.pieces.try_send(Bytes::from(text));
+        }
+        rest
+    }
+
     /// Hands over a text, as fast as the client reads.
     pub async fn hand(&self, text: &str) -> Result<(), GivenUp> {
         for piece in text.as_bytes().chunks(PIECE_BYTES) {
@@ -94,6 +104,15 @@ mod tests {
             sleep(LIMIT * 9 / 10).await;
         }
         assert_eq!((read, writer.await.unwrap()), (expected, Ok(())));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_too_long_to_begin_with_is_left() {
+        let (delivery, body) = delivery(LIMIT);
+        assert_eq!(delivery.begin("é".repeat(PIECE_BYTES / 2) + "rest"), "rest");
+        drop(delivery);
+        let mut pieces = body.into_data_stream();
+        assert_eq!(pieces.next().await.unwrap().unwrap().len(), PIECE_BYTES);
     }
 
     #[tokio::test(start_paused = true)]

@@ -49,7 +49,7 @@ pub async fn resume(
     caller: Caller,
     position: &Position,
 ) -> Result<Request, ApiError> {
-    let model = gateway.model_for(&caller.client, &ask.model)?;
+    let model = gateway.model_for(&caller.client, &ask.model)?.name;
     let unknown = || ApiError::unknown_stream(&position.request);
     let wanted = ask.prompts.len() * ask.n as usize;
     let is_secret = position.request.starts_with(SECRET);
@@ -59,7 +59,7 @@ pub async fn resume(
     }
     gateway.admit(&caller.client)?;
     if let Some(mut request) = gateway.takeovers.take(&position.request).await {
-        if request.shape.model != model.name || request.choices.len() != wanted {
+        if request.shape.model != model || request.choices.len() != wanted {
             return Err(unknown());
         }
         gateway.metrics.returns.inc();
@@ -68,17 +68,17 @@ pub async fn resume(
         return Ok(request);
     }
     let stream = match gateway.parked.take(&position.request, Instant::now()) {
-        Some(stream) if stream.iter().all(|(job, _, _)| job.model() == model.name) => stream,
-        _ => remembered(gateway, &model.name, &ask, &caller, &position.request).await,
+        Some(stream) if stream.iter().all(|(job, _, _)| job.model() == model) => stream,
+        _ => remembered(gateway, &model, &ask, &caller, &position.request).await,
     };
     if stream.len() != wanted {
         return Err(unknown());
     }
-    let ticket = gateway.loads.take(&model.name);
+    let ticket = gateway.loads.take(&model);
     gateway.metrics.returns.inc();
     tracing::info!(request = position.request, "a client comes back for its stream");
     let (id, alias) = (position.request.clone(), caller.alias);
-    let shape = Shape { endpoint, id, created: now_seconds(), model: model.name, alias };
+    let shape = Shape { endpoint, id, created: now_seconds(), model, alias };
     let news = Arc::new(Notify::new());
     let restored = |(job, index, transcript)| Arc::new(Choice::restored(job, index, news.clone(), transcript));
     let choices: Vec<_> = stream.into_iter().map(restored).collect();
@@ -109,7 +109,7 @@ fn job(gateway: &Gateway, generate: Generate, caller: &Caller) -> Job {
     let generate = Generate { generated: Vec::new(), choice: 0, ..generate };
     let route = Route { draw: rand::random(), ..Route::default() };
     let patience = gateway.limits.stream_queue_timeout;
-    Job { generate, key: caller.client.name().to_owned(), route, patience, whole: false }
+    Job { generate, key: caller.client.name().to_owned(), route, patience }
 }
 
 /// The longest of the transcripts of one choice: a request that has moved is known to several.
@@ -151,7 +151,7 @@ mod tests {
             ..TranscriptChoice::default()
         };
         let variant =
-            Variant { weights_digest: "d".into(), template: String::new(), quantization: String::new(), dialect: None };
+            Variant { weights_digest: "d".into(), template: "".into(), quantization: "".into(), dialect: None };
         (choice, variant)
     }
 

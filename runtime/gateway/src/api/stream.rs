@@ -17,6 +17,7 @@ use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use serde_json::{Value, json};
 use std::fmt::Write;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -41,7 +42,13 @@ pub async fn respond(mut request: Request, from: Vec<At>) -> Result<Response, Ap
     }
     let shape = request.shape.clone();
     let (delivery, body) = delivery(request.gateway().limits.write_timeout);
-    tokio::spawn(write(Writer::new(request, from), delivery));
+    let mut writer = Writer::new(request, from);
+    // What there is goes with the headers, and is often all.
+    let rest = delivery.begin(writer.write());
+    match writer.done && rest.is_empty() {
+        true => delivery.end(),
+        false => drop(tokio::spawn(write(writer, delivery, rest))),
+    }
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -55,6 +62,7 @@ pub async fn respond(mut request: Request, from: Vec<At>) -> Result<Response, Ap
 async fn first_news(request: &mut Request) -> Vec<News> {
     let deadline = request.deadline().at_most(Instant::now() + HEADER_PATIENCE);
     let news = request.news.clone();
+    let mut patience = pin!(sleep_until(deadline));
     loop {
         let answers = request.glance();
         if answers.iter().any(|news| news.position > 0 || is_ended(news)) {
@@ -62,19 +70,24 @@ async fn first_news(request: &mut Request) -> Vec<News> {
         }
         tokio::select! {
             () = news.notified() => {}
-            () = sleep_until(deadline) => return answers,
+            never = request.drivers.run() => match never {},
+            () = &mut patience => return answers,
         }
     }
 }
 
 /// Writes until the end, or as long as the client reads.
-async fn write(mut writer: Writer, delivery: Delivery) {
+async fn write(mut writer: Writer, delivery: Delivery, rest: String) {
     let mut entry = writer.request.gateway().takeovers.enter(&writer.request.shape.id);
+    // Beside the writing, so that an answer gets another worker also while its client does not read.
+    let mut drivers = std::mem::take(&mut writer.request.drivers);
     let ended = tokio::select! {
-        ended = write_all(&mut writer, &delivery) => ended,
+        ended = write_all(&mut writer, &delivery, rest) => ended,
+        never = drivers.run() => match never {},
         () = delivery.abandoned() => Err(GivenUp),
         Some(heir) = entry.heir() => {
             drop(entry);
+            writer.request.drivers = drivers;
             return hand_over(writer, heir, delivery).await;
         }
     };
@@ -92,18 +105,21 @@ async fn hand_over(writer: Writer, heir: Heir, delivery: Delivery) {
     }
 }
 
-async fn write_all(writer: &mut Writer, delivery: &Delivery) -> Result<(), GivenUp> {
+/// `text`: what is written already and not handed over.
+async fn write_all(writer: &mut Writer, delivery: &Delivery, mut text: String) -> Result<(), GivenUp> {
     let (news, stopped) = (writer.request.news.clone(), writer.request.gateway().stopped.clone());
     let deadline = writer.request.deadline();
+    let mut stopped = pin!(stopped.cancelled());
     let mut pause = FIRST_COMMENT;
+    let mut silence = pin!(sleep(pause));
     loop {
-        delivery.hand(&writer.write()).await?;
+        delivery.hand(&text).await?;
         if writer.done {
             return Ok(());
         }
         tokio::select! {
             () = news.notified() => {}
-            () = sleep(pause) => {
+            () = &mut silence => {
                 pause = COMMENT_INTERVAL;
                 delivery.hand(&writer.comment()).await?;
             }
@@ -111,8 +127,10 @@ async fn write_all(writer: &mut Writer, delivery: &Delivery) -> Result<(), Given
                 let error = writer.request.expire();
                 return delivery.hand(&error_event(&error)).await;
             }
-            () = stopped.cancelled() => return delivery.hand(&error_event(&ApiError::shutting_down())).await,
+            () = &mut stopped => return delivery.hand(&error_event(&ApiError::shutting_down())).await,
         }
+        silence.as_mut().reset(Instant::now() + pause);
+        text = writer.write();
     }
 }
 

@@ -3,7 +3,7 @@
 use super::happenings::now_ms;
 use super::inquiry::Answer;
 use super::view::Place;
-use crate::choice::{Choice, Loss, Variant};
+use crate::choice::{Choice, Loss, Server, Variant};
 use crate::routing::ejection::Health;
 use crate::routing::{self, Candidate};
 use parking_lot::{Mutex, RwLock};
@@ -34,7 +34,7 @@ pub struct Connection {
     /// Unix time in milliseconds.
     pub attached_ms: u64,
     /// Models come and go, their names stay.
-    offers: RwLock<Vec<ModelOffer>>,
+    offers: RwLock<Vec<(Arc<ModelOffer>, Variant)>>,
     /// Cancelled once it is out of the registry, whoever put it out.
     pub gone: CancellationToken,
     name_hash: u64,
@@ -99,7 +99,7 @@ impl Connection {
             worker: hello.worker.into(),
             instance: hello.instance,
             namespace: namespace.to_owned(),
-            offers: RwLock::new(hello.models),
+            offers: RwLock::new(with_variants(hello.models)),
             place: Place { node: hello.node, pool: hello.pool, capacity: hello.capacity },
             attached_ms: now_ms(),
             gone: CancellationToken::new(),
@@ -115,31 +115,39 @@ impl Connection {
     }
 
     /// What it has loaded under this name.
-    pub fn offer(&self, model: &str) -> Option<ModelOffer> {
+    pub fn offer(&self, model: &str) -> Option<Arc<ModelOffer>> {
+        loaded(&self.offers.read(), model).map(|(offer, _)| offer.clone())
+    }
+
+    /// As whom an answer knows it that is given to it.
+    pub fn server(&self, model: &str) -> Option<Server> {
         let offers = self.offers.read();
-        offers.iter().find(|offer| offer.name == model && !offer.on_request).cloned()
+        let (offer, variant) = loaded(&offers, model)?;
+        let (variant, max_length) = (variant.clone(), offer.max_length);
+        Some(Server { id: self.id, name: self.worker.clone(), variant, max_length })
     }
 
     /// What is being done to load a model that it can have; none if it has it, or cannot.
     pub fn progress(&self, model: &str) -> Option<String> {
         let offers = self.offers.read();
-        offers.iter().find(|offer| offer.name == model && offer.on_request).map(|offer| offer.progress.clone())
+        let found = offers.iter().find(|(offer, _)| offer.name == model && offer.on_request);
+        found.map(|(offer, _)| offer.progress.clone())
     }
 
     /// Names, and what is known of each: nothing as long as it is not loaded.
-    pub fn offers(&self) -> Vec<(String, Option<ModelOffer>)> {
+    pub fn offers(&self) -> Vec<(String, Option<Arc<ModelOffer>>)> {
         let offers = self.offers.read();
-        let known = |offer: &ModelOffer| (offer.name.clone(), (!offer.on_request).then(|| offer.clone()));
-        offers.iter().map(known).collect()
+        let known = |offer: &Arc<ModelOffer>| (offer.name.clone(), (!offer.on_request).then(|| offer.clone()));
+        offers.iter().map(|(offer, _)| known(offer)).collect()
     }
 
     /// `false` if the names are not those of its hello.
     pub fn offers_now(&self, offers: Vec<ModelOffer>) -> bool {
         let mut before = self.offers.write();
-        let names = |offers: &[ModelOffer]| offers.iter().map(|offer| offer.name.clone()).collect::<BTreeSet<_>>();
-        let same = names(&before) == names(&offers);
+        let names_before: BTreeSet<_> = before.iter().map(|(offer, _)| &offer.name).collect();
+        let same = names_before == offers.iter().map(|offer| &offer.name).collect();
         if same {
-            *before = offers;
+            *before = with_variants(offers);
         }
         same
     }
@@ -193,7 +201,7 @@ impl Connection {
 
     /// What is offered, by name.
     pub fn models(&self) -> Vec<String> {
-        self.offers.read().iter().map(|offer| offer.name.clone()).collect()
+        self.offers.read().iter().map(|(offer, _)| offer.name.clone()).collect()
     }
 
     pub fn send(&self, body: Body) -> bool {
@@ -278,8 +286,9 @@ impl Connection {
     /// Whether, and with what load, it could take a choice of `model`. Its speed is still in tokens
     /// per second, zero if it is not known.
     pub fn candidate(&self, model: &str, variant: Option<&Variant>) -> Option<Candidate> {
-        let offer = self.offer(model)?;
-        if variant.is_some_and(|variant| *variant != Variant::from(&offer)) {
+        let offers = self.offers.read();
+        let (_, offered) = loaded(&offers, model)?;
+        if variant.is_some_and(|variant| variant != offered) {
             return None;
         }
         let active = self.active.lock();
@@ -293,6 +302,18 @@ impl Connection {
             speed: active.speed.unwrap_or_default(),
         })
     }
+}
+
+fn with_variants(offers: Vec<ModelOffer>) -> Vec<(Arc<ModelOffer>, Variant)> {
+    offers
+        .into_iter()
+        .map(|offer| (Variant::from(&offer), offer))
+        .map(|(variant, offer)| (offer.into(), variant))
+        .collect()
+}
+
+fn loaded<'a>(offers: &'a [(Arc<ModelOffer>, Variant)], model: &str) -> Option<&'a (Arc<ModelOffer>, Variant)> {
+    offers.iter().find(|(offer, _)| offer.name == model && !offer.on_request)
 }
 
 /// Turns speeds in tokens per second into shares of the fastest; one that is not known is the fastest,

@@ -10,7 +10,7 @@ use super::inquiry::Question;
 use super::queue::{FairQueue, Taken};
 use super::view::{Snapshot, WorkerView};
 use crate::api::error::ApiError;
-use crate::choice::{Choice, Server, Variant};
+use crate::choice::{Choice, Job, Variant};
 use crate::metrics::Metrics;
 use crate::routing::ejection::without_ejected;
 use crate::routing::{Policy, Route, least_loaded::LeastLoaded};
@@ -46,14 +46,14 @@ pub struct Model {
     /// Ready for new requests.
     pub workers: Vec<String>,
     /// What its newest worker offers; none as long as it has had none.
-    pub offer: Option<ModelOffer>,
+    pub offer: Option<Arc<ModelOffer>>,
 }
 
 #[derive(Debug)]
 struct Memory {
     created: u64,
     seen: Instant,
-    offer: Option<ModelOffer>,
+    offer: Option<Arc<ModelOffer>>,
 }
 
 /// What waits for a worker.
@@ -242,14 +242,25 @@ impl Registry {
         let Some(job) = choices.first().map(|first| first.job.clone()) else {
             return Ok(Vec::new());
         };
+        // Where nobody waits, what there is room for need not queue.
+        let alone = !state.queues.contains_key(job.model()) && choices.len() <= max_queue;
+        let placed = |choice: &&Arc<Choice>| alone && self.serve_choice(&mut state, choice) == Taken::Yes;
+        let placed = choices.iter().take_while(placed).count();
+        if placed < choices.len() {
+            self.queue(&mut state, &job, &choices[placed..], max_queue)?;
+        }
+        Ok(choices.into_iter().map(|choice| Seat { registry: self.clone(), choice }).collect())
+    }
+
+    fn queue(&self, state: &mut State, job: &Job, choices: &[Arc<Choice>], max_queue: usize) -> Result<(), QueueFull> {
         let priority = job.generate.priority;
         let queue = state.queues.entry(job.model().to_owned()).or_default();
         make_room(queue, choices.len(), priority, max_queue, job.model())?;
-        for choice in &choices {
+        for choice in choices {
             queue.push(priority, &job.key, Waiting::Answer(choice.clone()));
         }
-        self.dispatch(&mut state, job.model());
-        Ok(choices.into_iter().map(|choice| Seat { registry: self.clone(), choice }).collect())
+        self.dispatch(state, job.model());
+        Ok(())
     }
 
     /// Queues a question that takes a worker's time, like a choice.
@@ -311,6 +322,11 @@ impl Registry {
         }
     }
 
+    /// What a model's newest worker offers, if it has had one; none of a model that is not known.
+    pub fn offer(&self, name: &str) -> Option<Option<Arc<ModelOffer>>> {
+        self.state.lock().models.get(name).map(|memory| memory.offer.clone())
+    }
+
     pub fn model(&self, name: &str) -> Option<Model> {
         let state = self.state.lock();
         let memory = state.models.get(name)?;
@@ -340,10 +356,10 @@ impl Registry {
     /// All workers of a model, draining ones too, and what weights they have.
     pub fn offering(&self, model: &str) -> Vec<(Arc<Connection>, Variant)> {
         let state = self.state.lock();
-        let offering = state.connections.values().filter_map(|connection| {
-            let offer = connection.offer(model)?;
-            Some((connection.clone(), Variant::from(&offer)))
-        });
+        let offering = state
+            .connections
+            .values()
+            .filter_map(|connection| Some((connection.clone(), connection.server(model)?.variant)));
         offering.collect()
     }
 
@@ -396,14 +412,8 @@ impl Registry {
 
     fn begin(&self, state: &mut State, connection: &Arc<Connection>, choice: &Arc<Choice>) {
         let model = choice.job.model();
-        let Some(offer) = connection.offer(model) else {
+        let Some(server) = connection.server(model) else {
             return;
-        };
-        let server = Server {
-            id: connection.id,
-            name: connection.worker.clone(),
-            variant: Variant::from(&offer),
-            max_length: offer.max_length,
         };
         // One whose time is over is on its way out of the queue.
         let Some(generate) = choice.begin(server) else {
@@ -422,6 +432,9 @@ impl Registry {
 
     /// The answer has ended, or nobody wants it any more, or not for now.
     pub fn leave(&self, choice: &Arc<Choice>, keep: bool) {
+        if !choice.leave() {
+            return;
+        }
         let mut state = self.state.lock();
         let model = choice.job.model();
         if let Some(queue) = state.queues.get_mut(model) {
@@ -437,10 +450,13 @@ impl Registry {
 
     /// The worker's room is for all its models: each has its turn to go first.
     fn dispatch_all(&self, state: &mut State, connection: &Connection) {
-        let offers = connection.offers();
+        if state.queues.is_empty() {
+            return;
+        }
+        let models = connection.models();
         state.turn = state.turn.wrapping_add(1);
-        for index in 0..offers.len() {
-            let (model, _) = &offers[(state.turn + index) % offers.len()];
+        for index in 0..models.len() {
+            let model = &models[(state.turn + index) % models.len()];
             if state.queues.contains_key(model) {
                 self.dispatch(state, model);
             }
@@ -522,7 +538,7 @@ fn count_of(models: &BTreeMap<String, Memory>, namespace: &str) -> usize {
     models.range(beginning.clone()..).take_while(|(name, _)| name.starts_with(&beginning)).count()
 }
 
-fn remember(models: &mut BTreeMap<String, Memory>, name: &str, offer: Option<&ModelOffer>) {
+fn remember(models: &mut BTreeMap<String, Memory>, name: &str, offer: Option<&Arc<ModelOffer>>) {
     if models.len() >= MAX_MODELS && !models.contains_key(name) {
         return;
     }

@@ -10,26 +10,26 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::sleep;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 use tonic::{Request, Status};
+use vicuna_protocol::batches::Batches;
 use vicuna_protocol::inference::workers_client::WorkersClient;
 use vicuna_protocol::inference::{
     Cancel, ModelOffer, WorkerHello, WorkerMessage, gateway_message::Body as ToWorker, worker_message::Body,
 };
+use vicuna_protocol::redial::Pauses;
 use vicuna_protocol::tls;
 
 /// Marks a call as passed on, so that it is not passed on again. Whoever lies about it is attached to one gateway.
 const MARK: &str = "x-vicuna-relayed-by";
 const GATEWAY_NAME: &str = "vicuna-gateway";
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Messages that another gateway may be behind.
 const OUTBOUND: usize = 4096;
 const MAX_PEERS: usize = 64;
@@ -138,7 +138,7 @@ fn about(body: &Body) -> Option<(&str, u32, bool)> {
         Body::Embeddings(answer) => Some((&answer.request, 0, true)),
         Body::TokenCount(answer) => Some((&answer.request, 0, true)),
         Body::Transcript(answer) => Some((&answer.request, 0, true)),
-        Body::Hello(_) | Body::Load(_) | Body::Draining(_) | Body::Offers(_) => None,
+        Body::Hello(_) | Body::Load(_) | Body::Draining(_) | Body::Offers(_) | Body::Batch(_) => None,
     }
 }
 
@@ -162,7 +162,7 @@ async fn follow(shared: Arc<Shared>) {
 }
 
 async fn stay_attached(shared: Arc<Shared>, address: SocketAddr) {
-    let mut pause = FIRST_PAUSE;
+    let mut pauses = Pauses::default();
     loop {
         let started = tokio::time::Instant::now();
         let worker = &*shared.worker.worker;
@@ -170,11 +170,16 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr) {
             Err(status) if status.code() == tonic::Code::AlreadyExists => {
                 tracing::debug!(worker, %address, "the gateway has this worker already");
             }
+            Err(status) if status.code() == tonic::Code::Unauthenticated => {
+                tracing::error!(
+                    worker, %address, %status,
+                    "the other gateway refuses the worker's token; start the worker anew with one that has not expired"
+                );
+            }
             Err(status) => tracing::warn!(worker, %address, %status, "cannot pass the worker on"),
             Ok(()) => tracing::info!(worker, %address, "the other gateway's stream ended"),
         }
-        pause = if started.elapsed() > LONGEST_PAUSE { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
-        sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        sleep(pauses.after(started.elapsed())).await;
     }
 }
 
@@ -186,7 +191,8 @@ async fn attach(shared: &Arc<Shared>, address: SocketAddr) -> Result<(), Status>
     let (messages, outbound) = mpsc::channel(OUTBOUND);
     let hello = WorkerHello { models: shared.state.lock().offers.clone(), ..shared.hello.clone() };
     messages.try_send(WorkerMessage { body: Some(Body::Hello(hello)) }).map_err(|error| unusable(&error))?;
-    let mut call = Request::new(ReceiverStream::new(outbound));
+    let batched = Arc::new(AtomicBool::new(false));
+    let mut call = Request::new(Batches::new(outbound, batched.clone()));
     call.metadata_mut().insert("authorization", shared.token.clone());
     let name = shared.peers.name.parse().map_err(|_| Status::internal("this gateway's name cannot be sent"))?;
     call.metadata_mut().insert(MARK, name);
@@ -200,7 +206,8 @@ async fn attach(shared: &Arc<Shared>, address: SocketAddr) -> Result<(), Status>
         };
         match message.map(|message| message.body) {
             None => return Ok(()),
-            Some(None | Some(ToWorker::Welcome(_))) => {}
+            Some(None) => {}
+            Some(Some(ToWorker::Welcome(welcome))) => batched.store(welcome.takes_batches, Ordering::Relaxed),
             Some(Some(body)) => entered.forward(body)?,
         }
     }

@@ -81,7 +81,8 @@ impl WorkerService {
                 caller.namespace
             )));
         }
-        let welcome = gateway_message::Body::Welcome(GatewayWelcome { gateway: self.gateway.clone() });
+        let welcome =
+            gateway_message::Body::Welcome(GatewayWelcome { gateway: self.gateway.clone(), takes_batches: true });
         let welcome = GatewayMessage { body: Some(welcome) };
         outbound.send(Ok(welcome)).await.map_err(|_| Status::cancelled("the worker went away"))?;
         tracing::info!(
@@ -112,13 +113,23 @@ impl WorkerService {
                 () = connection.gone.cancelled() => {
                     return Err(Status::aborted("this connection was given up; attach again"));
                 }
-                message = inbound.message() => match message? {
-                    Some(WorkerMessage { body: Some(body) }) if relay.is_some_and(|relay| relay.passes_on(&body)) => {}
-                    Some(WorkerMessage { body: Some(body) }) => self.handle(connection, body)?,
-                    Some(WorkerMessage { body: None }) => {}
+                message = inbound.message() => match message?.map(|message| message.body) {
+                    Some(Some(Body::Batch(batch))) => {
+                        let mut bodies = batch.messages.into_iter().filter_map(|message| message.body);
+                        bodies.try_for_each(|body| self.take(connection, body, relay))?;
+                    }
+                    Some(Some(body)) => self.take(connection, body, relay)?,
+                    Some(None) => {}
                     None => return Ok(()),
                 },
             }
+        }
+    }
+
+    fn take(&self, connection: &Connection, body: Body, relay: Option<&Relay>) -> Result<(), Status> {
+        match relay {
+            Some(relay) if relay.passes_on(&body) => Ok(()),
+            _ => self.handle(connection, body),
         }
     }
 
@@ -163,6 +174,9 @@ impl WorkerService {
             }
             Body::Hello(_) => {
                 return Err(Status::invalid_argument("a worker says hello once"));
+            }
+            Body::Batch(_) => {
+                return Err(Status::invalid_argument("a batch holds no batch"));
             }
         }
         Ok(())

@@ -21,7 +21,7 @@ use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
 use vicuna_protocol::inference::workers_client::WorkersClient;
 use vicuna_protocol::inference::{
-    Delta, Done, GatewayMessage, Generate, Load, ModelOffer, TokenLogprob, WorkerHello, WorkerMessage,
+    Batch, Delta, Done, GatewayMessage, Generate, Load, ModelOffer, TokenLogprob, WorkerHello, WorkerMessage,
 };
 use vicuna_protocol::tls;
 
@@ -232,6 +232,33 @@ fn message(body: FromWorker) -> WorkerMessage {
     WorkerMessage { body: Some(body) }
 }
 
+pub fn spoken(generate: &Generate, range: std::ops::Range<usize>) -> FromWorker {
+    FromWorker::Delta(Delta {
+        request: generate.request.clone(),
+        choice: generate.choice,
+        position: range.start as u32,
+        tokens: tokens(range.clone()),
+        text: text(range),
+        prompt_tokens: 7,
+        ..Delta::default()
+    })
+}
+
+pub fn ended(generate: &Generate, completion_tokens: u32) -> FromWorker {
+    FromWorker::Done(Done {
+        request: generate.request.clone(),
+        choice: generate.choice,
+        finish_reason: "stop".into(),
+        prompt_tokens: 7,
+        completion_tokens,
+        ..Done::default()
+    })
+}
+
+pub fn batch(bodies: impl IntoIterator<Item = FromWorker>) -> FromWorker {
+    FromWorker::Batch(Batch { messages: bodies.into_iter().map(message).collect() })
+}
+
 pub fn chat(extra: Value) -> Value {
     let mut body = json!({ "model": MODEL, "messages": [{ "role": "user", "content": "Hi" }] });
     for (name, value) in extra.as_object().unwrap() {
@@ -291,28 +318,11 @@ impl Worker {
     }
 
     pub async fn speak(&self, generate: &Generate, range: std::ops::Range<usize>) {
-        let delta = Delta {
-            request: generate.request.clone(),
-            choice: generate.choice,
-            position: range.start as u32,
-            tokens: tokens(range.clone()),
-            text: text(range),
-            prompt_tokens: 7,
-            ..Delta::default()
-        };
-        self.send(FromWorker::Delta(delta)).await;
+        self.send(spoken(generate, range)).await;
     }
 
     pub async fn done(&self, generate: &Generate, completion_tokens: u32) {
-        let done = Done {
-            request: generate.request.clone(),
-            choice: generate.choice,
-            finish_reason: "stop".into(),
-            prompt_tokens: 7,
-            completion_tokens,
-            ..Done::default()
-        };
-        self.send(FromWorker::Done(done)).await;
+        self.send(ended(generate, completion_tokens)).await;
     }
 
     /// Speaks with log probabilities: the token's, and one alternative.

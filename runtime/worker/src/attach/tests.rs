@@ -7,21 +7,22 @@ use crate::on_request::Loader;
 use crate::options::Options;
 use crate::scheduler::Scheduler;
 use clap::Parser;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::pin::Pin;
 use tokio_stream::Stream as TokioStream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Response;
 use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::workers_server::{Workers, WorkersServer};
-use vicuna_protocol::inference::{
-    CONTEXT_LENGTH_EXCEEDED, GatewayWelcome, LoadModel, Message, Sampling, TranscriptOf, WorkerMessage,
-};
+use vicuna_protocol::inference::{CONTEXT_LENGTH_EXCEEDED, LoadModel, Message, Sampling, TranscriptOf, WorkerMessage};
 
 const WAIT: Duration = Duration::from_secs(20);
 
 /// One attached worker, as the gateway sees it.
 struct Attached {
     from_worker: Streaming<WorkerMessage>,
+    /// Of a batch, what is not looked at yet.
+    batch: VecDeque<Body>,
     to_worker: mpsc::Sender<Result<GatewayMessage, Status>>,
 }
 
@@ -36,7 +37,7 @@ impl Workers for FakeGateway {
             return Err(Status::unauthenticated("no token"));
         }
         let (to_worker, messages) = mpsc::channel(16);
-        let attached = Attached { from_worker: request.into_inner(), to_worker };
+        let attached = Attached { from_worker: request.into_inner(), batch: VecDeque::new(), to_worker };
         self.0.send(attached).await.map_err(|_| Status::unavailable("gone"))?;
         Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
     }
@@ -47,12 +48,23 @@ impl Attached {
         self.to_worker.send(Ok(GatewayMessage { body: Some(body) })).await.unwrap();
     }
 
+    async fn receive(&mut self) -> Option<Body> {
+        let message = tokio::time::timeout(WAIT, self.from_worker.message()).await.expect("no message in time");
+        message.unwrap().map(|message| message.body.unwrap())
+    }
+
     /// The next message that is not Load.
     async fn next(&mut self) -> Body {
         loop {
-            let message = tokio::time::timeout(WAIT, self.from_worker.message()).await.expect("no message in time");
-            match message.unwrap().expect("the worker closed its stream").body.unwrap() {
+            let body = match self.batch.pop_front() {
+                Some(body) => body,
+                None => self.receive().await.expect("the worker closed its stream"),
+            };
+            match body {
                 Body::Load(_) | Body::Progress(_) => {}
+                Body::Batch(batch) => {
+                    self.batch = batch.messages.into_iter().filter_map(|message| message.body).collect()
+                }
                 other => return other,
             }
         }
@@ -143,7 +155,7 @@ async fn attached(setup: &mut Setup) -> Attached {
         }
         other => panic!("{other:?} came before the hello"),
     }
-    worker.send(FromGateway::Welcome(GatewayWelcome { gateway: "g".into() })).await;
+    worker.send(FromGateway::Welcome(GatewayWelcome { gateway: "g".into(), takes_batches: true })).await;
     worker
 }
 

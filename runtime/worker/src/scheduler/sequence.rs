@@ -4,7 +4,9 @@ use super::{Counts, Job, Task};
 use crate::blocks::{BlockPool, Chain, chain, start};
 use std::time::Instant;
 use vicuna_model::inference::{BLOCK_TOKENS, Outputs, Piece, Want};
+use vicuna_protocol::batches::Gathered;
 use vicuna_protocol::inference::failure::Code;
+use vicuna_protocol::inference::worker_message::Body;
 
 /// Blocks that are worth a step's delay.
 const WORTH_WAITING: usize = 4;
@@ -21,6 +23,10 @@ pub struct Running {
     /// The name of the blocks that are full and named.
     chain: Chain,
     named: usize,
+    /// To be told at the step's end.
+    news: Vec<Body>,
+    /// What is told later, where the client wants the answer in one piece.
+    gathered: Gathered,
 }
 
 impl Running {
@@ -30,7 +36,17 @@ impl Running {
             Task::Embed(embedder) => embedder.next().unwrap_or_default().to_vec(),
         };
         let chain = start(job.adapter);
-        Self { job, ended: false, ids, computed: 0, blocks: Vec::new(), chain, named: 0 }
+        Self {
+            job,
+            ended: false,
+            ids,
+            computed: 0,
+            blocks: Vec::new(),
+            chain,
+            named: 0,
+            news: Vec::new(),
+            gathered: Gathered::default(),
+        }
     }
 
     /// Tokens that are there and not computed.
@@ -179,7 +195,7 @@ impl Running {
                 match prompt.get(row + 1) {
                     Some(next) => completion.score_prompt(logits, *next),
                     None if row + 1 == self.ids.len() => {
-                        completion.take_prompt_scores().into_iter().for_each(|scores| self.job.replies.send(scores));
+                        self.news.extend(completion.take_prompt_scores());
                         return self.choose(logits, counts);
                     }
                     None => {}
@@ -193,12 +209,12 @@ impl Running {
     /// Chooses the token that follows from `logits [V]`, tells the gateway, and goes on unless that
     /// was the end.
     fn choose(&mut self, logits: &mut [f32], counts: &Counts<'_>) {
-        let Task::Complete { prompt, completion, .. } = &mut self.job.task else { return };
+        let Task::Complete { prompt, completion, generate } = &mut self.job.task else { return };
         let chosen = completion.choose(logits);
         let told = chosen.and_then(|chosen| Ok((chosen.token, completion.accept(chosen)?)));
         let (token, delta) = match told {
             Ok(told) => told,
-            Err(reason) => return self.fail(reason),
+            Err(reason) => return self.fail(Code::Internal, reason),
         };
         counts.all.tokens.inc();
         counts.model.generation_tokens.inc();
@@ -217,14 +233,22 @@ impl Running {
         let done = completion.done();
         self.ended = done.is_some();
         self.ids.push(token);
-        delta.into_iter().chain(done).for_each(|body| self.job.replies.send(body));
+        let delta = match generate.whole {
+            true => delta.and_then(|delta| self.gathered.add(delta, now)),
+            false => delta,
+        };
+        self.news.extend(delta.map(Body::Delta));
+        if let Some(done) = done {
+            self.news.extend(self.gathered.take().map(Body::Delta));
+            self.news.push(done);
+        }
     }
 
     /// Goes on with the request's next text.
     fn next_input(&mut self, pool: &mut BlockPool) {
         let Task::Embed(embedder) = &mut self.job.task else { return };
         if let Some(done) = embedder.done() {
-            self.job.replies.send(done);
+            self.news.push(done);
             self.ended = true;
             return;
         }
@@ -233,8 +257,21 @@ impl Running {
         pool.release_all(&mut self.blocks);
     }
 
-    pub fn fail(&mut self, reason: String) {
+    /// Tells the gateway what there is to tell.
+    pub fn tell(&mut self) {
+        self.news.drain(..).for_each(|body| self.job.replies.send(body));
+    }
+
+    /// What is being gathered, too: what follows it comes from elsewhere.
+    pub fn tell_all(&mut self) {
+        self.news.extend(self.gathered.take().map(Body::Delta));
+        self.tell();
+    }
+
+    /// Ends it here.
+    pub fn fail(&mut self, code: Code, reason: String) {
         self.ended = true;
-        self.job.fail(Code::Internal, reason);
+        self.tell_all();
+        self.job.fail(code, reason);
     }
 }

@@ -275,6 +275,40 @@ fn draining_finishes_what_runs_and_gives_back_the_rest() {
 }
 
 #[test]
+fn an_answer_in_one_piece_comes_in_few_messages_and_whole_whatever_interrupts_it() {
+    let deltas = |bench: &mut Bench| {
+        let messages = std::iter::from_fn(|| bench.received.try_recv().ok()).filter_map(|message| message.body);
+        messages.filter(|body| matches!(body, Body::Delta(_))).collect::<Vec<_>>()
+    };
+    let mut streamed = bench(1);
+    streamed.submit("a", &prompt(4), greedy(20), &[]);
+    streamed.finish();
+    let [expected] = [answer("a", &deltas(&mut streamed))];
+    assert_eq!(expected.tokens.len(), 20);
+    let start = || {
+        let mut bench = bench(1);
+        bench.submit_with("a", &prompt(4), |generate| (generate.whole, generate.sampling) = (true, Some(greedy(20))));
+        bench
+    };
+    let mut whole = start();
+    whole.finish();
+    let told = deltas(&mut whole);
+    assert!(told.len() < 20, "{}", told.len());
+    assert_eq!((answer("a", &told).tokens, answer("a", &told).text()), (expected.tokens.clone(), expected.text()));
+
+    let mut given_back = start();
+    (0..5).for_each(|_| given_back.scheduler.step());
+    given_back.scheduler.apply(Command::HandBack);
+    assert_eq!(answer("a", &deltas(&mut given_back)).tokens, expected.tokens[..5]);
+
+    let mut preempted = start();
+    (0..5).for_each(|_| preempted.scheduler.step());
+    preempted.scheduler.preempt(0, &mut Vec::new());
+    preempted.finish();
+    assert_eq!(answer("a", &deltas(&mut preempted)).tokens, expected.tokens);
+}
+
+#[test]
 fn a_request_that_was_already_complete_is_only_closed() {
     let mut bench = bench(1);
     bench.submit("a", &prompt(4), greedy(2), &[10, 11]);
