@@ -18,8 +18,7 @@ fn cpu(precision: Precision) -> Engine {
 fn torch() -> Engine {
     let engine = cpu(Precision::Fp32);
     let adapters = adapters();
-    let backend =
-        TorchEngine::new(&tiny(3), &adapters, PLACE, engine.max_length, engine.blocks).unwrap();
+    let backend = TorchEngine::new(&tiny(3), &adapters, PLACE, engine.max_length, engine.blocks).unwrap();
     Engine { backend: Backend::Torch(Box::new(backend)), adapters: adapters.len(), ..engine }
 }
 
@@ -299,8 +298,7 @@ fn every_family_is_computed_alike_by_training_and_both_engines() {
         assert_eq!(whole, on_cpu(&[1; 140]), "{:?}: pieces change bits", model.config);
         assert_eq!(whole, on_cpu(&[37, 1, 1, 60, 41]), "{:?}: pieces change bits", model.config);
         let engine = Engine::new(&model, &options(Precision::Fp32)).unwrap();
-        let backend =
-            TorchEngine::new(&model, &[], PLACE, engine.max_length, engine.blocks).unwrap();
+        let backend = TorchEngine::new(&model, &[], PLACE, engine.max_length, engine.blocks).unwrap();
         let mut torch = Engine { backend: Backend::Torch(Box::new(backend)), ..engine };
         for found in [whole, in_pieces(&mut torch, &ids, &BLOCKS, &[50, 1, 1, 70, 1, 17])] {
             for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {

@@ -102,10 +102,10 @@ fn merge_file(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Tensor;
     use crate::lora::Lora;
     use crate::lora::adapter::tests::saved;
     use crate::tiny::tiny;
+    use tch::Tensor;
 
     fn base() -> (tempfile::TempDir, crate::Pretrained) {
         let (base, model) = (tempfile::tempdir().unwrap(), tiny(3));

@@ -145,8 +145,8 @@ fn batch(net: &Net, inputs: &Tensor, adapted: bool) -> Result<Batch, ModelError>
 mod tests {
     use super::*;
     use crate::inference::Want;
-    use crate::inference::torch::Place;
     use crate::inference::tests::adapter;
+    use crate::inference::torch::Place;
     use crate::tiny::tiny;
 
     #[test]

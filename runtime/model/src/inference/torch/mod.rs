@@ -15,8 +15,8 @@ use crate::{Config, ModelError, Pretrained};
 use additions::{Additions, NONE};
 use decode::Decoder;
 use tch::{Device, Kind, Tensor};
-pub use weight::{Bits, Place};
 use weight::Weight;
+pub use weight::{Bits, Place};
 
 #[derive(Debug)]
 pub struct TorchEngine {

@@ -30,9 +30,15 @@ pub struct Place {
 pub enum Weight {
     Whole(Tensor),
     /// Codes `[out, in]`, a scale for each row `[out]`.
-    Int8 { codes: Tensor, scales: Tensor },
+    Int8 {
+        codes: Tensor,
+        scales: Tensor,
+    },
     /// Codes as torch's kernel has them, scales and middles `[in / GROUP, out, 2]`: a weight is `(code - 8) · scale + middle`.
-    Int4 { codes: Tensor, scales: Tensor },
+    Int4 {
+        codes: Tensor,
+        scales: Tensor,
+    },
 }
 
 impl Weight {
