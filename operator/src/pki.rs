@@ -12,7 +12,7 @@ mod secret;
 mod testing;
 mod trust;
 
-pub use trust::Trust;
+pub use trust::{Clock, Trust};
 
 use crate::leader::NotLeader;
 
