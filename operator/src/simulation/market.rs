@@ -124,16 +124,19 @@ impl Market {
 
     fn machines(&mut self, store: &mut Store, ranks: &mut Ranks, now: u64, random: &mut Random) {
         let mut gone = Vec::new();
+        let used = nodes_with_pods(store);
         for (name, machine) in &mut self.machines {
-            let there = store.find("Node", "", name).is_some();
-            if machine.up_at <= now && !there && machine.dead_since.is_none() {
+            let known = store.find("Node", "", name).map(takes_pods);
+            if machine.up_at <= now && known.is_none() && machine.dead_since.is_none() {
                 store.put("Node", node(name, &machine.kind));
             }
-            if machine.taken_at.is_some_and(|at| now >= at) {
+            // An autoscaler takes down what is of no use.
+            let useless = known == Some(false) && !used.contains(name);
+            if useless || machine.taken_at.is_some_and(|at| now >= at) {
                 gone.push(name.clone());
             }
             let Some(since) = machine.dead_since else { continue };
-            ranks.node_died(name, random);
+            ranks.node_died(name, now, random);
             if now >= since + machine.unnoticed_ms {
                 set_ready(store, name, "Unknown");
             }
@@ -142,7 +145,7 @@ impl Market {
             }
         }
         for name in gone {
-            ranks.node_died(&name, random);
+            ranks.node_died(&name, now, random);
             self.machines.remove(&name);
             store.remove(&node_key(&name));
         }
@@ -150,8 +153,7 @@ impl Market {
 
     /// One pod a node.
     fn schedule(&mut self, store: &mut Store, now: u64, random: &mut Random) {
-        let taken: BTreeSet<String> =
-            store.objects("Pod").filter_map(|(_, pod)| pod["spec"]["nodeName"].as_str().map(str::to_owned)).collect();
+        let taken = nodes_with_pods(store);
         let mut free: Vec<Value> = store
             .objects("Node")
             .filter(|(key, node)| !taken.contains(&key.name) && takes_pods(node))
@@ -215,7 +217,7 @@ impl Market {
             .collect();
         let uids: BTreeSet<String> = bound.iter().map(|(_, pod)| text(&pod["metadata"]["uid"])).collect();
         // Whose pod was deleted by force lives on until its kubelet, if there is one, hears of it.
-        ranks.kill_all_but(&uids, random);
+        ranks.kill_all_but(&uids, now, random);
         self.containers.retain(|uid, _| uids.contains(uid));
         for (key, pod) in bound {
             let (uid, node) = (text(&pod["metadata"]["uid"]), text(&pod["spec"]["nodeName"]));
@@ -237,7 +239,7 @@ impl Market {
                 ranks.terminate(&uid, now + grace_ms);
             }
             if container.killed_at.is_some_and(|at| now >= at) {
-                ranks.kill(&uid, random);
+                ranks.kill(&uid, now, random);
                 store.remove(&key);
                 continue;
             }
@@ -269,6 +271,10 @@ impl Market {
             }
         }
     }
+}
+
+fn nodes_with_pods(store: &Store) -> BTreeSet<String> {
+    store.objects("Pod").filter_map(|(_, pod)| pod["spec"]["nodeName"].as_str().map(str::to_owned)).collect()
 }
 
 fn node_key(name: &str) -> Key {

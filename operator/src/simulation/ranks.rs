@@ -180,21 +180,22 @@ impl Ranks {
     }
 
     /// Its node takes it with it: nobody is told.
-    pub fn node_died(&mut self, node: &str, random: &mut Random) {
+    pub fn node_died(&mut self, node: &str, now: u64, random: &mut Random) {
         let on_it: Vec<String> =
             self.all.iter().filter(|(_, rank)| rank.node == node).map(|(uid, _)| uid.clone()).collect();
-        on_it.iter().for_each(|uid| self.kill(uid, random));
+        on_it.iter().for_each(|uid| self.kill(uid, now, random));
     }
 
-    pub fn kill(&mut self, uid: &str, random: &mut Random) {
+    /// The coordinator finds out at once, or by keep-alives.
+    pub fn kill(&mut self, uid: &str, now: u64, random: &mut Random) {
         if let Some(rank) = self.all.remove(uid) {
-            self.half_open.extend(rank.stream.map(|stream| (random.between(0, 6_000), stream)));
+            self.half_open.extend(rank.stream.map(|stream| (now + random.between(0, 6_000), stream)));
         }
     }
 
-    pub fn kill_all_but(&mut self, uids: &BTreeSet<String>, random: &mut Random) {
+    pub fn kill_all_but(&mut self, uids: &BTreeSet<String>, now: u64, random: &mut Random) {
         let gone: Vec<String> = self.all.keys().filter(|uid| !uids.contains(*uid)).cloned().collect();
-        gone.iter().for_each(|uid| self.kill(uid, random));
+        gone.iter().for_each(|uid| self.kill(uid, now, random));
     }
 
     /// SIGTERM; it is killed at the deadline.
@@ -268,10 +269,6 @@ impl Ranks {
 
     pub fn tend(&mut self, around: &mut Surroundings) {
         let now = around.now;
-        for (due, _) in self.half_open.iter_mut().filter(|(due, _)| *due < 1_000_000) {
-            // A delay until now; from here on a time.
-            *due += now;
-        }
         self.half_open.retain(|(due, stream)| now < *due && !stream.life.is_over());
         for uid in self.all.keys().cloned().collect::<Vec<_>>() {
             self.dial(&uid, around);
