@@ -5,6 +5,7 @@ use super::Random;
 use super::ranks::{Ending, Ranks};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use vicuna_tests::api_server::{Key, Store};
 
 const KINDS: [&str; 2] = ["spot", "ondemand"];
@@ -15,6 +16,7 @@ const NOTICE_TAINT: &str = "aws-node-termination-handler/spot-itn";
 const ADVICE_TAINT: &str = "aws-node-termination-handler/rebalance-recommendation";
 /// Pods of nodes that are gone are taken away after so long.
 const ORPHANED_MS: u64 = 40_000;
+const COLLECT_EVERY_MS: u64 = 2_000;
 
 #[derive(Clone, Debug, Default)]
 struct Machine {
@@ -49,6 +51,7 @@ pub struct Market {
     /// Pods of machines that are gone, and since when.
     orphans: BTreeMap<String, u64>,
     born: u64,
+    collects_at: u64,
 }
 
 impl Market {
@@ -58,7 +61,10 @@ impl Market {
         self.schedule(store, now, random);
         self.kubelets(store, ranks, now, random);
         self.collect(store, now);
-        store.collect_garbage();
+        if now >= self.collects_at {
+            self.collects_at = now + COLLECT_EVERY_MS;
+            store.collect_garbage();
+        }
     }
 
     /// One of the things that a market does to those who buy there.
@@ -154,12 +160,12 @@ impl Market {
     /// One pod a node.
     fn schedule(&mut self, store: &mut Store, now: u64, random: &mut Random) {
         let taken = nodes_with_pods(store);
-        let mut free: Vec<Value> = store
+        let mut free: Vec<Arc<Value>> = store
             .objects("Node")
             .filter(|(key, node)| !taken.contains(&key.name) && takes_pods(node))
             .map(|(_, node)| node.clone())
             .collect();
-        let waiting: Vec<(Key, Value)> = store
+        let waiting: Vec<(Key, Arc<Value>)> = store
             .objects("Pod")
             .filter(|(_, pod)| pod["spec"]["nodeName"].is_null() && pod["metadata"]["deletionTimestamp"].is_null())
             .map(|(key, pod)| (key.clone(), pod.clone()))
@@ -210,7 +216,7 @@ impl Market {
 
     fn kubelets(&mut self, store: &mut Store, ranks: &mut Ranks, now: u64, random: &mut Random) {
         let at = store.now_text();
-        let bound: Vec<(Key, Value)> = store
+        let bound: Vec<(Key, Arc<Value>)> = store
             .objects("Pod")
             .filter(|(_, pod)| pod["spec"]["nodeName"].is_string())
             .map(|(key, pod)| (key.clone(), pod.clone()))

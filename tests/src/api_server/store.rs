@@ -198,12 +198,9 @@ impl Store {
         self.revision
     }
 
-    pub fn objects(&self, kind: &str) -> impl Iterator<Item = (&Key, &Value)> {
+    pub fn objects(&self, kind: &str) -> impl Iterator<Item = (&Key, &Arc<Value>)> {
         let kind = kind.to_owned();
-        self.objects
-            .iter()
-            .filter(move |(key, _)| key.resource.kind == kind)
-            .map(|(key, stored)| (key, stored.object.as_ref()))
+        self.objects.iter().filter(move |(key, _)| key.resource.kind == kind).map(|(key, stored)| (key, &stored.object))
     }
 
     pub fn find(&self, kind: &str, namespace: &str, name: &str) -> Option<&Value> {
