@@ -31,14 +31,14 @@ use watchdog::{Watchdog, condition};
 
 const NAMESPACE: &str = "default";
 const NAME: &str = "t";
-const STEPS: u64 = 60;
+const STEPS: u64 = 40;
 const WORKERS_MIN: usize = 2;
 const WORKERS_MAX: usize = 4;
 const BLOCKS: usize = 6;
 /// 15 June 2025.
 const BEGINNING_MS: u64 = 1_750_000_000_000;
-const TICK: Duration = Duration::from_millis(200);
-const TROUBLE_MS: u64 = 240_000;
+const TICK: Duration = Duration::from_millis(250);
+const TROUBLE_MS: u64 = 150_000;
 /// Once nothing more goes wrong, the training ends within this.
 const BOUND_MS: u64 = 3_600_000;
 /// Of the history, for whoever has to find out.
@@ -183,7 +183,7 @@ impl World {
     }
 
     fn make_trouble(&mut self) {
-        if !self.random.percent(3) {
+        if !self.random.percent(6) {
             return;
         }
         self.told.troubles += 1;

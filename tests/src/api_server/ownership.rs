@@ -144,26 +144,21 @@ fn set(value: &mut Value, path: &[String], leaf: &Value) {
 /// Removes the leaf, and what is empty without it.
 fn remove(value: &mut Value, path: &[String]) {
     let Some((name, rest)) = path.split_first() else { return };
-    match value {
-        Value::Object(map) => {
-            let Some(child) = map.get_mut(name) else { return };
-            let empty = rest.is_empty() || {
-                match (key_of(name), child) {
-                    (Some(key), Value::Array(items)) => {
-                        remove_element(items, key, rest);
-                        items.is_empty()
-                    }
-                    (_, child) => {
-                        remove(child, rest);
-                        child.as_object().is_some_and(Map::is_empty)
-                    }
-                }
-            };
-            if empty {
-                map.remove(name);
+    let Value::Object(map) = value else { return };
+    let Some(child) = map.get_mut(name) else { return };
+    let empty = rest.is_empty()
+        || match (key_of(name), child) {
+            (Some(key), Value::Array(items)) => {
+                remove_element(items, key, rest);
+                items.is_empty()
             }
-        }
-        _ => {}
+            (_, child) => {
+                remove(child, rest);
+                child.as_object().is_some_and(Map::is_empty)
+            }
+        };
+    if empty {
+        map.remove(name);
     }
 }
 

@@ -208,11 +208,6 @@ impl Store {
         self.objects.get(&key).map(|stored| stored.object.as_ref())
     }
 
-    /// Who has set which fields.
-    pub fn managers(&self, key: &Key) -> BTreeSet<&str> {
-        self.objects.get(key).into_iter().flat_map(|stored| stored.owners.keys().map(String::as_str)).collect()
-    }
-
     /// Makes or changes an object without asking anybody; for those who are beside the API, as a kubelet is.
     pub fn put(&mut self, kind: &str, object: Value) {
         let Some(resource) = Served::of_kind(kind) else { return };
