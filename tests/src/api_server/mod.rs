@@ -53,6 +53,11 @@ impl Refusal {
         })
     }
 
+    /// A watch's last line.
+    fn event(&self) -> Bytes {
+        Bytes::from(format!("{}\n", json!({"type": "ERROR", "object": self.status()})))
+    }
+
     pub fn response(&self) -> Response<Body> {
         answer(self.code, &self.status())
     }
@@ -162,7 +167,11 @@ impl ApiServer {
             Refusal::new(400, "BadRequest", "a watch without the resourceVersion of a list is not simulated")
         })?;
         let watch = Watch::new(route.resource, route.namespace.clone(), selector);
-        let events = store.watch(watch, since)?;
+        let events = match store.watch(watch, since) {
+            Ok(events) => events.boxed(),
+            // Told in the stream, as a real one does: a client that is refused a watch would ask for the same again.
+            Err(expired) => stream::iter([expired.event()]).boxed(),
+        };
         let seconds = text("timeoutSeconds").parse().unwrap_or(WATCH_SECONDS);
         let bookmark = (text("allowWatchBookmarks") == "true").then(|| (self.clone(), route.resource));
         Ok(watching(events, Duration::from_secs(seconds), bookmark))
@@ -249,7 +258,8 @@ mod tests {
         }
         server.store().compact();
         let maps: kube::Api<k8s_openapi::api::core::v1::ConfigMap> = kube::Api::namespaced(server.client(), "default");
-        let error = maps.watch(&Default::default(), "1").await.err().map(|error| error.to_string());
-        assert!(error.is_some_and(|error| error.contains("too old")));
+        let events = maps.watch(&Default::default(), "1").await.unwrap();
+        let told = events.boxed().next().await.unwrap().unwrap();
+        assert!(matches!(told, kube::api::WatchEvent::Error(status) if status.code == 410));
     }
 }
