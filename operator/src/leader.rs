@@ -13,8 +13,9 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, PostParams};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Others wait so long before they take a lease that is not renewed.
@@ -65,8 +66,9 @@ impl Leadership {
                 return;
             };
             tokio::select! {
+                biased;
                 changed = deadline.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep_until(held_until.into()) => {}
+                () = tokio::time::sleep_until(held_until) => {}
             }
         }
     }
@@ -140,8 +142,9 @@ impl Elector {
                 }
             };
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
+                biased;
                 () = stop.cancelled() => break,
+                () = tokio::time::sleep(pause) => {}
             }
         }
         self.release().await;

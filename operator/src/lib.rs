@@ -18,6 +18,8 @@ pub mod metrics;
 pub mod pki;
 pub mod run;
 pub mod serving;
+#[cfg(test)]
+mod simulation;
 pub mod spot;
 #[cfg(test)]
 pub(crate) mod testing;

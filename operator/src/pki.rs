@@ -13,7 +13,7 @@ mod testing;
 mod trust;
 
 pub use listener::bind;
-pub use trust::Trust;
+pub use trust::{Clock, Trust};
 
 use crate::leader::NotLeader;
 

@@ -2,16 +2,12 @@
 
 use crate::config::{Config, LEADER_LABEL};
 use crate::context::Context;
-use crate::coordinator::registry::{Clock, Coordinator};
+use crate::coordinator::registry::Clock;
 use crate::coordinator::{feed, service};
-use crate::events::Events;
 use crate::http::{self, Readiness};
 use crate::leader::{Elector, Leadership};
-use crate::loads::Loads;
 use crate::metrics::Metrics;
-use crate::pki::{self, Trust};
-use crate::spot::notices::NoticeBook;
-use crate::watches::Watches;
+use crate::pki;
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams, Patch, PatchParams};
@@ -91,22 +87,9 @@ async fn lead(
     tracing::info!(lease = config.lease, "waits for the lease");
     leadership.acquired().await;
     tracing::info!(lease = config.lease, "leads");
-    let clock = Clock::start();
-    let (coordinator, told) = Coordinator::new(client.clone(), leadership.clone(), metrics.clone(), clock);
     let wall_clock = Arc::new(time::OffsetDateTime::now_utc);
-    let trust = Trust::start(client.clone(), config.clone(), leadership.clone(), wall_clock).await?;
-    let context = Arc::new(Context {
-        events: Events::start(client.clone(), &config, leadership.clone()),
-        watches: Watches::start(&client),
-        loads: Arc::new(Loads::default()),
-        notices: Arc::new(NoticeBook::new(config.notice_sources.clone())),
-        coordinator: Arc::new(coordinator),
-        trust: Arc::new(trust),
-        client,
-        config,
-        leadership,
-        metrics,
-    });
+    let (context, told) = Context::start(client, config, metrics, leadership, Clock::start(), wall_clock).await?;
+    let context = Arc::new(context);
     context.watches.ready().await.context("the caches cannot be filled")?;
     let listener = pki::bind(context.config.coordinator_listen)
         .with_context(|| format!("cannot listen on {}", context.config.coordinator_listen))?;

@@ -7,6 +7,8 @@
 mod bad_input;
 #[path = "cluster/browser.rs"]
 mod browser;
+#[path = "cluster/conformance.rs"]
+mod conformance;
 #[path = "cluster/fixture.rs"]
 mod fixture;
 #[path = "cluster/matrix/mod.rs"]
@@ -25,6 +27,7 @@ use fixture::Fixture;
 type Case = fn(&Fixture) -> Result<()>;
 
 const CASES: &[(&str, Case)] = &[
+    ("the_api_server_does_what_the_operator_relies_on", conformance::the_api_server_does_what_the_operator_relies_on),
     ("an_impossible_spec_is_rejected_with_a_sentence", bad_input::an_impossible_spec_is_rejected_with_a_sentence),
     ("a_missing_dataset_is_told_and_recovers", bad_input::a_missing_dataset_is_told_and_recovers),
     ("refused_credentials_are_told_and_recover", bad_input::refused_credentials_are_told_and_recover),

@@ -23,6 +23,7 @@ pub async fn run(context: Arc<Context>) {
     let mut changes = context.watches.subscribe();
     loop {
         tokio::select! {
+            biased;
             change = changes.recv() => match change {
                 Ok(_) | Err(RecvError::Lagged(_)) => {
                     tokio::time::sleep(GATHER).await;

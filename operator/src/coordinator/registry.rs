@@ -9,8 +9,9 @@ use crate::metrics::Metrics;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use vicuna_crds::VicunaTraining;
 use vicuna_protocol::job::Reproducibility;
 
@@ -29,7 +30,12 @@ pub struct Clock {
 impl Clock {
     pub fn start() -> Self {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Self { started: Instant::now(), started_ms: u64::try_from(since.as_millis()).unwrap_or(0) }
+        Self::starting_at(u64::try_from(since.as_millis()).unwrap_or(0))
+    }
+
+    /// A clock that shows this now.
+    pub fn starting_at(started_ms: Millis) -> Self {
+        Self { started: Instant::now(), started_ms }
     }
 
     pub fn now_ms(&self) -> Millis {

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_rustls::server::TlsStream;
-use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
@@ -38,7 +38,7 @@ pub async fn serve(
     connections: impl Stream<Item = io::Result<TlsStream<TcpStream>>>,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
-    let service = Service { context, streams: Arc::default() };
+    let service = Service::new(context);
     Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(ALIVE_WITHIN))
@@ -50,7 +50,7 @@ pub async fn serve(
 }
 
 #[derive(Clone)]
-struct Service {
+pub(crate) struct Service {
     context: Arc<Context>,
     streams: Arc<AtomicU64>,
 }
@@ -65,21 +65,42 @@ impl Coordinator for Service {
         let caller = self.authenticate(&request)?;
         let mut messages = request.into_inner();
         let hello = first_hello(&mut messages).await?;
-        let session = self.session_of(&caller, &hello)?;
-        let (sender, answers) = mpsc::channel(RANK_MAILBOX);
-        let rank = RankStream { id: self.streams.fetch_add(1, Ordering::Relaxed), pod: hello.pod_uid.clone(), session };
-        tokio::spawn(rank.run(hello, messages, sender));
+        let answers = self.take(&caller, hello, messages)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 }
 
 impl Service {
+    pub(crate) fn new(context: Arc<Context>) -> Self {
+        Self { context, streams: Arc::default() }
+    }
+
+    /// Takes the stream of a rank that has said hello: what it is told comes out.
+    pub(crate) fn take(
+        &self,
+        caller: &Caller,
+        hello: Hello,
+        messages: impl Stream<Item = Result<RankMessage, Status>> + Send + Unpin + 'static,
+    ) -> Result<mpsc::Receiver<Result<CoordinatorMessage, Status>>, Status> {
+        self.check_leads()?;
+        let session = self.session_of(caller, &hello)?;
+        let (sender, answers) = mpsc::channel(RANK_MAILBOX);
+        let rank = RankStream { id: self.streams.fetch_add(1, Ordering::Relaxed), pod: hello.pod_uid.clone(), session };
+        tokio::spawn(rank.run(hello, messages, sender));
+        Ok(answers)
+    }
+
+    fn check_leads(&self) -> Result<(), Status> {
+        match self.context.leadership.check() {
+            Ok(()) => Ok(()),
+            Err(_) => Err(Status::unavailable("this operator is not the leader: call again")),
+        }
+    }
+
     fn authenticate<T>(&self, request: &Request<T>) -> Result<Caller, Status> {
         let keys = self.context.trust.keys();
         let caller = keys.verifier.verify_call(request.metadata())?;
-        if !self.context.leadership.is_held() {
-            return Err(Status::unavailable("this operator is not the leader: call again"));
-        }
+        self.check_leads()?;
         Ok(caller)
     }
 
@@ -125,7 +146,10 @@ struct RankStream {
 }
 
 impl RankStream {
-    async fn run(self, hello: Hello, messages: Streaming<RankMessage>, sender: RankSender) {
+    async fn run<M>(self, hello: Hello, messages: M, sender: RankSender)
+    where
+        M: Stream<Item = Result<RankMessage, Status>> + Send + Unpin,
+    {
         tracing::info!(pod = hello.pod_name, node = hello.node, generation = hello.generation, "a rank says hello");
         if self.session.joined(self.id, hello, sender).await.is_err() {
             return;
@@ -135,16 +159,15 @@ impl RankStream {
         let _ = self.session.closed(self.id, &self.pod).await;
     }
 
-    async fn pass_on(&self, mut messages: Streaming<RankMessage>) {
-        loop {
-            match messages.message().await {
-                Ok(Some(RankMessage { body: Some(body) })) => {
+    async fn pass_on(&self, mut messages: impl Stream<Item = Result<RankMessage, Status>> + Unpin) {
+        while let Some(message) = messages.next().await {
+            match message {
+                Ok(RankMessage { body: Some(body) }) => {
                     if self.session.said(self.id, &self.pod, body).await.is_err() {
                         return;
                     }
                 }
-                Ok(Some(RankMessage { body: None })) => {}
-                Ok(None) => return,
+                Ok(RankMessage { body: None }) => {}
                 Err(status) => {
                     tracing::debug!(pod = self.pod, %status, "a rank's stream broke");
                     return;

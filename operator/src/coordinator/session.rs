@@ -9,8 +9,9 @@ use crate::metrics::Metrics;
 use rand::Rng;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use vicuna_protocol::coordinator::coordinator_message::Body;
 use vicuna_protocol::coordinator::{self as wire, CoordinatorMessage};
 

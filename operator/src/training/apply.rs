@@ -19,7 +19,8 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fmt::Debug;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 use vicuna_crds::VicunaTraining;
 
 /// What somebody changed or deleted is put right after so long at the latest.

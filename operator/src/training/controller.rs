@@ -278,6 +278,7 @@ impl Controller {
         now: Millis,
     ) -> Result<Duration, ReconcileError> {
         let mut memory = plan.memory.clone();
+        memory.ended = Some(&status).filter(|status| status::is_terminal(status)).cloned();
         let stored = observed.training.status.clone().map(|status| (status, 0));
         let before = memory.written.as_ref().or(stored.as_ref());
         let (write, wait) = match status::when_to_write(&status, before, now) {

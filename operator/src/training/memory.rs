@@ -36,6 +36,9 @@ pub struct Memory {
     pub moves_failed: u32,
     /// No pod is moved before.
     pub no_move_before_ms: Millis,
+    /// The status with which the training ended, from when it was to be written: no other one may be, however late the
+    /// cache shows it, and whether or not an answer came.
+    pub ended: Option<VicunaTrainingStatus>,
     /// The status as we wrote it last, and when.
     pub written: Option<(VicunaTrainingStatus, Millis)>,
 }

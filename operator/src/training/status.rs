@@ -33,6 +33,9 @@ pub fn status(observed: &Observed, plan: &Plan, applied: &Applied, now: Millis) 
     if is_terminal(&before) {
         return before;
     }
+    if let Some(ended) = &observed.memory.ended {
+        return ended.clone();
+    }
     if is_taking_over(observed) && before.state.is_some() && plan.memory.verdict.is_none() {
         return before;
     }

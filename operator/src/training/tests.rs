@@ -561,6 +561,18 @@ fn progress_is_written_now_and_then_and_changes_at_once() {
 }
 
 #[test]
+fn the_last_status_is_written_once_however_late_the_cache_shows_it() {
+    let result = Finish { step: 100, uri: "s3://bucket/run/result".into(), digest: "d".into(), loss: 1.0 };
+    let seen = steady(&["spot"]).reported(|report| report.finish = Some(result));
+    let ended = told(&seen);
+    assert!(is_terminal(&ended));
+    // The cache shows the training as it was before that.
+    let behind = Observed { memory: Memory { ended: Some(ended.clone()), ..Memory::default() }, ..seen };
+    let later = NOW + 5_000;
+    assert_eq!(status(&behind, &plan(&behind, later), &Applied::default(), later), ended);
+}
+
+#[test]
 fn pods_are_seen_as_the_api_server_shows_them() {
     let pod = serde_json::from_value(json!({
         "metadata": {"name": "p", "uid": "u", "labels": {"vicuna.dev/pool": "spot"}},

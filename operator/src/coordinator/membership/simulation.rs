@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::coordinator::manifest::{Manifest, is_void};
+use crate::testing::{Reproduce, seeds};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use wire::rank_message::Body as Said;
@@ -701,41 +702,8 @@ impl World {
     }
 }
 
-/// `VICUNA_SEEDS` says which seeds are run instead of `0..usual`: a number of them, a range `FROM..TO`, or with `=SEED` a
-/// single one, as a failing run names it.
-fn seeds(usual: u64) -> std::ops::Range<u64> {
-    match std::env::var("VICUNA_SEEDS") {
-        Ok(asked) => parse_seeds(&asked)
-            .unwrap_or_else(|| panic!("VICUNA_SEEDS={asked}: give a number, a range FROM..TO, or =SEED for one")),
-        Err(_) => 0..usual,
-    }
-}
-
-fn parse_seeds(asked: &str) -> Option<std::ops::Range<u64>> {
-    let seeds = if let Some(one) = asked.strip_prefix('=') {
-        let one: u64 = one.parse().ok()?;
-        one..one.checked_add(1)?
-    } else if let Some((from, to)) = asked.split_once("..") {
-        from.parse().ok()?..to.parse().ok()?
-    } else {
-        0..asked.parse().ok()?
-    };
-    (!seeds.is_empty()).then_some(seeds)
-}
-
-/// Whichever assertion fails in a seed's run, how to have it again is said.
-struct Reproduce(u64, Trouble);
-
-impl Drop for Reproduce {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("seed {} with trouble {:?}: VICUNA_SEEDS=={} runs it alone", self.0, self.1, self.0);
-        }
-    }
-}
-
 fn run_to_the_end(seed: u64, trouble: Trouble) -> World {
-    let _reproduce = Reproduce(seed, trouble);
+    let _reproduce = Reproduce(format!("seed {seed} with trouble {trouble:?}"), seed);
     let mut world = World::new(seed);
     for _ in 0..400 {
         world.round(trouble);
@@ -796,15 +764,5 @@ fn without_trouble_nothing_is_lost() {
     for seed in seeds(50) {
         let world = run_to_the_end(seed, Trouble::None);
         assert_eq!(world.lost, 0, "seed {seed}");
-    }
-}
-
-#[test]
-fn seeds_are_a_number_a_range_or_a_single_one() {
-    assert_eq!(parse_seeds("2000"), Some(0..2_000));
-    assert_eq!(parse_seeds("400..500"), Some(400..500));
-    assert_eq!(parse_seeds("=7"), Some(7..8));
-    for wrong in ["", "0", "5..5", "9..5", "seven", "=", "1..2..3"] {
-        assert_eq!(parse_seeds(wrong), None, "{wrong}");
     }
 }
