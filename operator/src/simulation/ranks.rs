@@ -433,7 +433,12 @@ impl Ranks {
         let Some(rank) = self.all.get_mut(uid).filter(|rank| rank.acts()) else { return };
         if let Some(deadline_ms) = rank.terminated.filter(|_| !rank.said_notice && rank.stream.is_some()) {
             rank.said_notice = true;
-            self.say(uid, Said::Notice(wire::Notice { source: "SIGTERM".to_owned(), deadline_ms }), around);
+            let time_left_ms = deadline_ms.saturating_sub(now).max(1);
+            self.say(
+                uid,
+                Said::Notice(wire::Notice { source: "SIGTERM".to_owned(), time_left_ms, ..Default::default() }),
+                around,
+            );
         }
         let Some(rank) = self.all.get_mut(uid) else { return };
         match rank.doing.clone() {

@@ -87,7 +87,7 @@ fn image(observed: &Observed, report: Option<&Report>) -> Option<String> {
     let report = report.filter(|report| report.progress.is_some())?;
     let is_member = |pod: &&PodView| report.members.iter().any(|member| member.pod_uid == pod.uid);
     let images = observed.pods.iter().filter(is_member).filter_map(|pod| pod.image.as_deref());
-    images.into_iter().find(|image| build::pod::image_to_give_up(training) != Some(image)).map(str::to_owned)
+    images.into_iter().find(|image| build::pod::given_up_image(training) != Some(image)).map(str::to_owned)
 }
 
 fn memory(observed: &Observed, report: &Report) -> Vec<MemoryEstimate> {

@@ -68,7 +68,7 @@ pub(crate) fn open(path: &Path) -> Result<BTreeMap<String, Stored>, ModelError> 
 }
 
 /// Where the tensors' bytes start, and what they are.
-pub(crate) fn header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
+fn header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
     let (length, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| error.to_string())?;
     Ok((PREFIX + length, metadata))
 }

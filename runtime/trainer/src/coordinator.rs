@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_notice_that_is_said_again_has_less_time_left() {
-        let notice = |time_left_ms| Notice { source: "SIGTERM".to_owned(), time_left_ms };
+        let notice = |time_left_ms| Notice { source: "SIGTERM".to_owned(), time_left_ms, ..Default::default() };
         assert_eq!(left_of(&notice(30_000), Duration::from_secs(10)), notice(20_000));
         assert_eq!(left_of(&notice(30_000), Duration::from_secs(40)), notice(1), "it is over, rather than unknown");
         assert_eq!(left_of(&notice(0), Duration::from_secs(10)), notice(0));

@@ -473,7 +473,7 @@ impl Life {
     async fn terminate(&mut self) -> Next {
         let time_left_ms = self.grace.as_millis() as u64;
         tracing::warn!(grace_seconds = self.grace.as_secs(), "terminated");
-        self.link.say(Body::Notice(wire::Notice { source: "SIGTERM".to_owned(), time_left_ms }));
+        self.link.say(Body::Notice(wire::Notice { source: "SIGTERM".to_owned(), time_left_ms, ..Default::default() }));
         let running = self.current.as_ref().filter(|current| current.ended.is_some());
         match running {
             Some(current) if current.trains => {

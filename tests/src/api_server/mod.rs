@@ -186,7 +186,16 @@ fn watching(
 ) -> Response<Body> {
     let over = tokio::time::sleep(lasts);
     let last = stream::iter(bookmark).map(|(server, resource)| server.store().bookmark(resource));
-    let lines = events.take_until(over).chain(last).map(|line| Ok(hyper::body::Frame::data(line)));
+    // What has happened by then is told first: a bookmark says that all was.
+    let events = stream::unfold((Box::pin(events), Box::pin(over)), async |(mut events, mut over)| {
+        let event = tokio::select! {
+            biased;
+            event = events.next() => event,
+            () = &mut over => None,
+        };
+        event.map(|event| (event, (events, over)))
+    });
+    let lines = events.chain(last).map(|line| Ok(hyper::body::Frame::data(line)));
     let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(lines)));
     response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
     response

@@ -40,7 +40,9 @@ impl Membership {
     fn adopting(&mut self, now: Millis, since: Millis, answered: &BTreeSet<PodUid>) -> bool {
         let members = self.members().to_vec();
         let here = |member: &&Member| answered.contains(&member.pod_uid);
-        if members.iter().any(|member| self.is_gone(&member.pod_uid)) {
+        let gone = members.iter().filter(|member| self.is_gone(&member.pod_uid)).count();
+        // Who has not called yet may hold what nobody else does: without any of them nothing is decided before its time.
+        if gone > 0 && (self.newest_hello > 0 || gone == members.len()) {
             self.interrupt(now);
             self.collect(now, false, "a rank went while there was no leader".to_owned(), 0);
             return true;
@@ -50,7 +52,10 @@ impl Membership {
         }
         let limit = match self.newest_hello {
             0 => since + self.limits.first_hello_ms,
-            newest => newest + self.limits.adopt_ms,
+            newest => match self.last_step_due(self.earliest_deadline(&members), &self.candidates()) {
+                0 => newest + self.limits.adopt_ms,
+                due => due.min(newest + self.limits.adopt_ms),
+            },
         };
         if now >= limit {
             let reason = "a new leader does not hear from every rank".to_owned();
@@ -423,7 +428,9 @@ impl Membership {
         if !progressed || !self.can_grow(now, members) {
             return None;
         }
-        if members.iter().any(|member| self.departure(&member.pod_uid).is_some_and(|departure| departure.hurry)) {
+        let candidates = self.candidates();
+        let is_replaced = |pod: &PodUid| self.departure(pod).is_some_and(|it| it.hurry) && !candidates.contains(pod);
+        if members.iter().any(|member| is_replaced(&member.pod_uid)) {
             // Its replacement is here before it is due to leave: what that takes is the notice's doing all the same.
             self.interrupt(now);
         }

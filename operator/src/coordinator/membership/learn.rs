@@ -378,7 +378,10 @@ impl Membership {
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.own_notice = Some(Departure {
                 source: notice.source,
-                deadline_ms: if notice.time_left_ms == 0 { 0 } else { now.saturating_add(notice.time_left_ms) },
+                deadline_ms: match notice.time_left_ms {
+                    0 => notice.deadline_ms,
+                    left => now.saturating_add(left),
+                },
                 hurry: true,
                 // SIGTERM comes with a deletion as well as with a reclaim: the node tells which.
                 reclaim: false,

@@ -82,7 +82,10 @@ impl Membership {
     /// says so, and is waited for: who is silent for so long hangs.
     fn saving_ms(&self) -> Millis {
         let usual = self.checkpoint.as_ref().map(|last| 5 * (last.stall_ms + last.upload_ms));
-        usual.map_or(self.limits.store_ms, |usual| usual.clamp(self.limits.planned_ms, self.limits.store_ms))
+        // A status may not say how long it took.
+        usual
+            .filter(|usual| *usual > 0)
+            .map_or(self.limits.store_ms, |usual| usual.clamp(self.limits.planned_ms, self.limits.store_ms))
     }
 
     /// … and of an unplanned one for the answers.

@@ -457,6 +457,16 @@ fn a_generation_that_breaks_under_a_new_leader_waits_for_who_did_not_call_yet() 
 }
 
 #[test]
+fn a_rank_that_went_while_nobody_led_does_not_cost_what_the_others_hold() {
+    let mut fixture = taken_over();
+    fixture.lose("b").after(8_000);
+    assert_eq!(fixture.phase(), Phase::Adopting, "a and c may be about to call");
+    fixture.join("a", 1).holds("a", 1, 0).join("c", 1).holds("c", 1, 0);
+    let record = fixture.formation().record.clone();
+    assert_eq!((record.members.len(), record.base_step, record.in_memory), (2, 1, true));
+}
+
+#[test]
 fn a_lost_swap_reads_the_record_again_and_issues_a_higher_generation() {
     let mut fixture = Fixture::new(1, 1);
     fixture.join("a", 0).prepare("a", vec![]);
@@ -1033,7 +1043,8 @@ fn a_stop_without_a_deadline_does_not_wait_long_for_a_rank_that_hangs() {
 #[test]
 fn what_a_rank_has_left_of_its_notice_counts_by_our_clock() {
     let mut fixture = Fixture::training(1, 2);
-    let notice = |time_left_ms| Said::Notice(wire::Notice { source: "SIGTERM".into(), time_left_ms });
+    let notice =
+        |time_left_ms| Said::Notice(wire::Notice { source: "SIGTERM".into(), time_left_ms, ..Default::default() });
     fixture.progress("a", 7).say("b", notice(30_000));
     assert_eq!(fixture.membership.departure("b").map(|it| it.deadline_ms), Some(fixture.now + 30_000));
     fixture.say("b", notice(0));

@@ -166,7 +166,9 @@ pub fn image_to_give_up(training: &VicunaTraining) -> Option<&str> {
 pub fn given_up_image(training: &VicunaTraining) -> Option<&str> {
     let status = training.status.as_ref()?;
     let bound = [&status.image, &status.given_up_image];
-    image_to_give_up(training).filter(|image| bound.into_iter().flatten().any(|it| it == image))
+    // What made steps was bound: where it is not known any more, an operator of before has given it up.
+    let forgotten = status.image.is_none() && status.given_up_image.is_none() && status.progress.is_some();
+    image_to_give_up(training).filter(|image| forgotten || bound.into_iter().flatten().any(|it| it == image))
 }
 
 /// Why nothing is given up, where somebody wants something given up that the training was never bound to.

@@ -112,7 +112,6 @@ impl Workload<'_> {
             self.computed("weights", self.frozen() + trained),
             host("masters and moments", self.state(ranks)),
             host("a checkpoint on its way", checkpoint),
-            host("messages", self.messages(ranks, sharded)),
             host("program", PROGRAM + if self.gpu { CUDA_HOST } else { 0 }),
             host("prepared data", self.data),
             Part { what: "CUDA", on_device: true, bytes: if self.gpu { CUDA_CONTEXT } else { 0 } },
@@ -128,9 +127,10 @@ impl Workload<'_> {
             self.at_the_head(ranks, sharded),
             self.at_a_layer(ranks, sharded),
             self.at_the_embedding(ranks),
+            vec![host("messages", self.messages(ranks, sharded))],
             vec![host("a checkpoint", if self.slow_store { 0 } else { self.checkpoint(ranks) })],
-            // A group of tensors and the next one, and a tensor as it is written.
-            vec![host("the result", self.compute_bytes() * (gathered + largest))],
+            // A group of tensors and the next one; and a tensor as it is read again for its digest: its bytes, itself, both in fp32.
+            vec![host("the result", self.compute_bytes() * gathered + 12 * largest)],
         ]
     }
 
@@ -334,8 +334,8 @@ impl Workload<'_> {
         12 * self.kept_elements(ranks)
     }
 
-    /// Weights of blocks that are kept elsewhere, as they come in: after a step, or, sharded, of the next two groups. The C
-    /// library keeps this memory for more of them, apart from that of other threads.
+    /// Weights of blocks that are kept elsewhere, as they come in: after a step, when its gradients are gone, or, sharded, of
+    /// the next two groups.
     fn messages(&self, ranks: u32, sharded: bool) -> u64 {
         let elsewhere = self.trained_elements() - self.kept_elements(ranks).min(self.trained_elements());
         let largest = self.trained_elements_of(EMBEDDING_GROUP).max(self.trained_elements_of(LAYER));
@@ -347,14 +347,14 @@ impl Workload<'_> {
         12 * self.trained_elements().div_ceil(u64::from(ranks.max(1)))
     }
 
-    /// The host's peak while the model is read, one tensor after another: what is made of it, and the largest tensor as it is
-    /// stored and in fp32.
+    /// The host's peak while the model is read, one tensor after another: what is made of it, and the largest tensor in fp32
+    /// and as it is stored, which mostly is in 16 bits.
     fn loading(&self, ranks: u32, sharded: bool) -> u64 {
         let computed = match self.gpu {
-            true => 0,
+            true => CUDA_HOST,
             false => self.frozen() + if sharded { 0 } else { self.compute_bytes() * self.trained_elements() },
         };
-        PROGRAM + 8 * self.vocabulary_elements() + computed + self.state(ranks) + self.data
+        PROGRAM + 6 * self.vocabulary_elements() + computed + self.state(ranks) + self.data
     }
 }
 

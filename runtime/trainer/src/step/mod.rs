@@ -406,17 +406,23 @@ impl Engine {
         Ok(())
     }
 
-    /// Gives rank 0 all compute weights, one after another in canonical order, with what the other ranks have of them.
+    /// Gives rank 0 all compute weights, one after another in canonical order, with what the other ranks have of them. Those do
+    /// not run ahead of it, or its messages would fill its memory while it writes.
     pub fn each_weight(
         &self,
         peers: Peers<'_>,
         mut work: impl FnMut(&Parameter, &Tensor) -> Result<(), ModelError>,
     ) -> Result<(), StepError> {
-        let is_first = peers.collective.rank() == 0;
+        let Peers { collective, abort } = peers;
+        let gathers = matches!(self.held, Held::Own) && collective.world() > 1;
         self.each_group(Purpose::Result, peers, |group, tensors| {
+            let written = Purpose::Written(group as u32).tag(self.step, 0);
+            if collective.rank() != 0 {
+                return if gathers { Ok(collective.receive(0, written, abort).map(drop)?) } else { Ok(()) };
+            }
             let parameters = &self.table.parameters[self.table.group_parameters(group)];
-            let mut named = parameters.iter().zip(tensors).filter(|_| is_first);
-            Ok(named.try_for_each(|(parameter, tensor)| work(parameter, tensor))?)
+            parameters.iter().zip(tensors).try_for_each(|(parameter, tensor)| work(parameter, tensor))?;
+            if gathers { Ok(collective.broadcast(written, &[])?) } else { Ok(()) }
         })
     }
 

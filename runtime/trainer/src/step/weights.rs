@@ -37,10 +37,12 @@ pub enum Purpose {
     /// A round's first micro-batch.
     Evaluation(u32),
     Result,
+    /// Not weights, but that those of the result's group are written.
+    Written(u32),
 }
 
 impl Purpose {
-    fn tag(self, step: u64, way: u8) -> Tag {
+    pub fn tag(self, step: u64, way: u8) -> Tag {
         let (number, round) = match self {
             Self::Update => (0, 0),
             Self::Step => (1, 0),
@@ -48,6 +50,7 @@ impl Purpose {
             Self::Digest => (3, 0),
             Self::Evaluation(first) => (4, first),
             Self::Result => (5, 0),
+            Self::Written(group) => (6, group),
         };
         Tag::new(Message::Weights, step).node(2 * number + way, round as usize)
     }

@@ -42,27 +42,40 @@ pub enum Weight {
 }
 
 impl Weight {
-    /// Of an fp32 tensor; one whose sides do not fit the blocks of the 4-bit kernel is held in 8 bits.
+    /// Of a tensor in any precision; one whose sides do not fit the blocks of the 4-bit kernel is held in 8 bits.
     pub fn new(tensor: &Tensor, place: Place) -> Result<Self, ModelError> {
         let Place { device, kind, bits } = place;
         let tensor = tensor.f_to_device(device)?.detach();
         let (out, width) = tensor.size2()?;
         match bits {
             None => Ok(Self::Whole(tensor.f_to_kind(kind)?)),
-            Some(Bits::Four) if device.is_cuda() && out % 8 == 0 && width % GROUP == 0 => int4(&tensor, kind),
-            Some(_) => int8(&tensor, kind),
+            Some(Bits::Four) if device.is_cuda() && out % 8 == 0 && width % GROUP == 0 => {
+                let weight = int4(&tensor.f_to_kind(Kind::Float)?, kind)?;
+                // Older cards lack the kernel, which is better known now than in the midst of a stream.
+                weight.try_of(&Tensor::f_zeros([1, width], (kind, device))?)?;
+                Ok(weight)
+            }
+            Some(_) => int8(&tensor.f_to_kind(Kind::Float)?, kind),
         }
     }
 
     /// `x [rows, in]` times the weight: `[rows, out]`.
+    #[expect(
+        clippy::expect_used,
+        reason = "new has tried it: what is left is running out of memory, as in all of a pass"
+    )]
     pub fn of(&self, x: &Tensor) -> Tensor {
+        self.try_of(x).expect("a product")
+    }
+
+    fn try_of(&self, x: &Tensor) -> Result<Tensor, tch::TchError> {
         match self {
-            Self::Whole(weight) => linear(x, weight),
+            Self::Whole(weight) => Ok(linear(x, weight)),
             Self::Int8 { codes, scales } if x.device().is_cuda() && x.size()[0] <= FEW_ROWS => {
-                x.internal_weight_int8pack_mm(codes, scales)
+                x.f_internal_weight_int8pack_mm(codes, scales)
             }
-            Self::Int8 { codes, scales } => linear(x, &(codes.to_kind(x.kind()) * scales.unsqueeze(1))),
-            Self::Int4 { codes, scales } => x.internal_weight_int4pack_mm(codes, GROUP, scales),
+            Self::Int8 { codes, scales } => Ok(linear(x, &(codes.to_kind(x.kind()) * scales.unsqueeze(1)))),
+            Self::Int4 { codes, scales } => x.f_internal_weight_int4pack_mm(codes, GROUP, scales),
         }
     }
 }
