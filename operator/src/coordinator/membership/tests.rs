@@ -461,7 +461,9 @@ fn a_rank_that_went_while_nobody_led_does_not_cost_what_the_others_hold() {
     let mut fixture = taken_over();
     fixture.lose("b").after(8_000);
     assert_eq!(fixture.phase(), Phase::Adopting, "a and c may be about to call");
-    fixture.join("a", 1).holds("a", 1, 0).join("c", 1).holds("c", 1, 0);
+    fixture.join("a", 1).join("c", 1);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.prepare("a", vec![]).prepare("c", vec![]).holds("a", 1, 0).holds("c", 1, 0);
     let record = fixture.formation().record.clone();
     assert_eq!((record.members.len(), record.base_step, record.in_memory), (2, 1, true));
 }
@@ -688,10 +690,12 @@ fn a_loss_without_a_leader_is_a_recovery_counted_from_the_last_step() {
     let mut fixture = Fixture::with_record(record, 1, 2);
     fixture.pods = std::mem::take(&mut first.pods);
     fixture.lose("b");
-    assert_eq!(fixture.phase(), Phase::Collecting);
+    assert_eq!(fixture.phase(), Phase::Adopting, "a may be about to call");
     let since_step_ms = 7_000;
     let hello = wire::Hello { pod_uid: "a".into(), generation: 1, step: 5, since_step_ms, ..Default::default() };
-    fixture.apply(Event::Joined(hello)).prepare("a", vec![]).holds("a", 5, 0).written().ready("a").take();
+    fixture.apply(Event::Joined(hello));
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.prepare("a", vec![]).holds("a", 5, 0).written().ready("a").take();
     fixture.after(1_000).progress("a", 6);
     let recoveries = fixture.take().into_iter().filter_map(|effect| match effect {
         Effect::Happened(Happening::Recovered { after_ms, .. }) => Some(after_ms),
