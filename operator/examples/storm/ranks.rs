@@ -127,7 +127,7 @@ async fn live(options: &Options, size: &Size) -> Result<()> {
                 Some("lose") => lose(&trainings, size.ranks),
                 Some("report") => {
                     println!("{}", json!({ "report": report(&tally) }));
-                    return Ok(std::future::pending().await);
+                    std::future::pending::<()>().await;
                 }
                 _ => return Ok(()),
             },
