@@ -108,7 +108,7 @@ impl World {
             }),
         );
         // Each seed in turn has another write at which the first process dies, once before and once after it.
-        let dies_at = (seed % 3 != 0).then(|| ((seed / 3) % 100, seed % 3 == 1));
+        let dies_at = (!seed.is_multiple_of(3)).then_some(((seed / 3) % 100, seed % 3 == 1));
         let skew = |random: &mut Random| random.between(0, 4_000);
         let replicas = (0..2).map(|index| Replica::new(index, skew(&mut random))).collect();
         Self {

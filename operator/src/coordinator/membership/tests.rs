@@ -1025,7 +1025,7 @@ fn a_stop_without_a_deadline_does_not_wait_long_for_a_rank_that_hangs() {
     let mut fixture = Fixture::training(1, 2);
     fixture.progress("a", 7).apply(Event::Target(Target { min: 1, max: 2, suspend: true, any_class: false }));
     let last = wire::Progress { generation: 1, step: 8, last_of_generation: true, ..Default::default() };
-    fixture.say("a", Said::Progress(last.clone())).after(1_700_000);
+    fixture.say("a", Said::Progress(last)).after(1_700_000);
     assert!(matches!(fixture.membership.state, State::Collecting { planned: true, .. }));
     // … which is known once it was done: not fivefold, and not without a word.
     let mut fixture = Fixture::training(1, 2);
