@@ -21,6 +21,7 @@ pub mod serving;
 #[cfg(test)]
 mod simulation;
 pub mod spot;
+mod status;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod training;

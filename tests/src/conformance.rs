@@ -126,7 +126,7 @@ impl Server {
         ensure!(json!(merged.data) == json!({"keep": "1", "add": "3"}), "{:?}", merged.data);
         ensure!(merged.annotations().get("vicuna.dev/a").is_some_and(|value| value == "b"));
         let namesake = json!({"metadata": {"uid": "00000000-0000-4000-8000-ffffffffffff"}, "data": {"keep": "9"}});
-        refused(maps.patch("merged", &PatchParams::default(), &Patch::Merge(&namesake)).await, 409, "Conflict")
+        refused(maps.patch("merged", &PatchParams::default(), &Patch::Merge(&namesake)).await, 422, "Invalid")
     }
 
     async fn an_apply_owns_its_fields(&self) -> Result<()> {
@@ -174,7 +174,11 @@ impl Server {
         ensure!(asked.metadata.generation == Some(2), "what is asked for is counted");
         ensure!(asked.data["status"] == one.data["status"], "and the status stays");
         let namesake = status(Some("00000000-0000-4000-8000-ffffffffffff".to_owned()), &[]);
-        refused(trainings.patch_status("apart", &apply, &Patch::Apply(&namesake)).await, 409, "Conflict")?;
+        let taken = trainings.patch_status("apart", &apply, &Patch::Apply(&namesake)).await?;
+        ensure!(taken.uid() == made.uid(), "nobody looks at the uid that comes with a status");
+        let without = json!({"apiVersion": "vicuna.dev/v1alpha1", "kind": "VicunaTraining"});
+        let without = trainings.patch_status("apart", &apply, &Patch::Apply(&without)).await?;
+        ensure!(without.data["status"]["conditions"].is_null(), "what is not applied any more is gone");
         let absent = trainings.patch_status("missing", &apply, &Patch::Apply(&status(None, &[]))).await;
         refused(absent, 404, "NotFound")?;
         trainings.delete("apart", &DeleteParams::default()).await?;

@@ -12,13 +12,12 @@ use crate::leader::NotLeader;
 use crate::watches::Change;
 use futures::stream::{self, Stream, StreamExt};
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::Api;
 use kube::runtime::controller::{Action, Config};
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::{WatchStreamExt, applier, watcher};
 use kube::{Resource, ResourceExt};
 use parking_lot::Mutex;
-use serde_json::json;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -254,24 +253,11 @@ async fn write_status(
     }
     context.leadership.check()?;
     let namespace = serving.namespace().unwrap_or_default();
-    let name = serving.name_any();
     let api: Api<VicunaServing> = Api::namespaced(context.client.clone(), &namespace);
-    let patch = json!({
-        "apiVersion": VicunaServing::api_version(&()),
-        "kind": VicunaServing::kind(&()),
-        "metadata": { "name": name, "uid": serving.uid() },
-        "status": status,
-    });
-    let parameters = PatchParams::apply(MANAGER).force();
-    match api.patch_status(&name, &parameters, &Patch::Apply(patch)).await {
-        Ok(_) => {
-            remembered.wrote(status, now);
-            Ok(())
-        }
-        // Deleted meanwhile: there is nobody to tell.
-        Err(kube::Error::Api(error)) if error.code == 404 => Ok(()),
-        Err(error) => Err(ReconcileError::Status(error)),
+    if crate::status::apply(&api, serving, MANAGER, &status).await.map_err(ReconcileError::Status)? {
+        remembered.wrote(status, now);
     }
+    Ok(())
 }
 
 /// Metrics, and Events about what changed.

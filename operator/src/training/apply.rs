@@ -181,7 +181,8 @@ async fn ask_to_leave(
             tracing::info!(pod = name, why, "asked a pod to leave");
             Ok(())
         }
-        Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(()),
+        // Gone, or another's: a uid cannot be changed, so the patch is invalid then.
+        Err(kube::Error::Api(status)) if [404, 409, 422].contains(&status.code) => Ok(()),
         Err(source) => Err(ApplyError::Kube { action: format!("marking pod {name}"), source: Box::new(source) }),
     }
 }

@@ -17,12 +17,11 @@ use crate::coordinator::store::Owner;
 use crate::leader::NotLeader;
 use crate::watches::Change;
 use futures::{FutureExt, Stream, StreamExt};
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::Api;
 use kube::runtime::controller::{self, Action, ReconcileRequest};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Resource, ResourceExt};
 use parking_lot::Mutex;
-use serde_json::json;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -388,20 +387,8 @@ async fn patch_status(
 ) -> Result<(), ReconcileError> {
     let namespace = training.namespace().unwrap_or_default();
     let api: Api<VicunaTraining> = Api::namespaced(context.client.clone(), &namespace);
-    let patch = json!({
-        "apiVersion": VicunaTraining::api_version(&()),
-        "kind": VicunaTraining::kind(&()),
-        // A namesake that has taken its place is refused.
-        "metadata": {"uid": training.uid()},
-        "status": status,
-    });
-    let parameters = PatchParams::apply(MANAGER).force();
-    match api.patch_status(&training.name_any(), &parameters, &Patch::Apply(&patch)).await {
-        Ok(_) => Ok(()),
-        // Deleted in the meantime.
-        Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(()),
-        Err(error) => Err(ReconcileError::Status(Box::new(error))),
-    }
+    let written = crate::status::apply(&api, training, MANAGER, status).await;
+    written.map(drop).map_err(|error| ReconcileError::Status(Box::new(error)))
 }
 
 fn owner(training: &VicunaTraining) -> Result<Owner, JobError> {

@@ -4,8 +4,9 @@ its newest checkpoint at each change.
     goodput.py BINARIES WORK TRACE [--minutes M] [--speed S] [--nodes N] [--notice S] [--model tiny|smollm2]
 
 The trace (lines `MS,add|remove,NODE`) is scaled: M minutes of it run S times as fast, and its most nodes are N processes here. Who
-goes gets a SIGTERM so many seconds before it is killed. Goodput is the share of the time in which new steps were made at the pace
-usual for that number of ranks: what is made again after a loss, and any longer gap between two new steps, is none.
+goes gets a SIGTERM so many seconds before it is killed. Goodput is the share of the time in which new steps were made at no less than
+a third of the pace usual for that number of ranks: what is made again after a loss, and what a gap between two new steps is longer
+than three usual ones, is none.
 """
 import argparse
 import os
@@ -75,12 +76,11 @@ def gaps(steps, started, ended):
 def judge(name, found, speed, changed):
     usual = {world: statistics.median(gap for gap, of in found if of == world) for world in {of for _, of in found}}
     total = sum(gap for gap, _ in found)
-    idle = sum(max(0.0, gap - usual[world]) for gap, world in found)
     stalled = sum(max(0.0, gap - 3 * usual[world]) for gap, world in found)
-    print(f"{name}: goodput {100 * (1 - idle / total):.1f} % of {total:.0f} s; {stalled / max(1, changed):.2f} s a change, which at "
-          f"the trace's own speed is {100 * (1 - stalled / (total * speed)):.2f} %; {len(found)} steps, longest gap "
+    print(f"{name}: goodput {100 * (1 - stalled / total):.2f} % of {total:.0f} s; {stalled / max(1, changed):.2f} s a change, which at the "
+          f"trace's own speed is {100 * (1 - stalled / (total * speed)):.2f} %; {len(found)} steps, longest gap "
           f"{max(gap for gap, _ in found):.1f} s", flush=True)
-    return idle / total, stalled
+    return stalled
 
 
 def main():
@@ -111,8 +111,7 @@ def main():
             started, ended = replay(fleet, plan, seconds, options.notice)
             end_all()
             found[name] = judge(name, gaps(fleet.steps(), started, ended), options.speed, len(plan) - 1)
-        (_, own), (_, theirs) = found["ours"], found["torchrun"]
-        print(f"  seconds lost, torchrun's to ours: {theirs / max(own, 1e-3):.1f}")
+        print(f"  seconds lost, torchrun's to ours: {found['torchrun'] / max(found['ours'], 1e-3):.0f}")
     finally:
         end_all()
 

@@ -335,7 +335,7 @@ impl Store {
         };
         match kind {
             PatchKind::Merge => {
-                check_identity(key, &stored.object, &patch)?;
+                check_patch(key, &stored.object, &patch, write)?;
                 let mut object = (*stored.object).clone();
                 merge(&mut object, &patch);
                 let object = within(key.resource, &stored.object, object, write.status_only);
@@ -359,7 +359,7 @@ impl Store {
     }
 
     fn apply(&mut self, key: &Key, stored: Stored, patch: Value, force: bool, write: &Write) -> Result<Value, Refusal> {
-        check_identity(key, &stored.object, &patch)?;
+        check_patch(key, &stored.object, &patch, write)?;
         let mut fields = ownership::leaves(&ownership::without_nulls(patch));
         fields.retain(|path, _| !key.resource.has_status || (path[0] == "status") == write.status_only);
         // What is applied to the status and what is applied to the rest are kept apart.
@@ -560,6 +560,20 @@ fn check_identity(key: &Key, before: &Value, written: &Value) -> Result<(), Refu
         }
     }
     Ok(())
+}
+
+/// A uid cannot be changed; with a status, nobody looks at it.
+fn check_patch(key: &Key, before: &Value, patch: &Value, write: &Write) -> Result<(), Refusal> {
+    let is_other = patch["metadata"]["uid"].as_str().is_some_and(|uid| before["metadata"]["uid"] != uid);
+    if is_other && !write.status_only {
+        let message = format!("{} {:?} is invalid: metadata.uid: field is immutable", key.resource.kind, key.name);
+        return Err(Refusal::new(422, "Invalid", message));
+    }
+    let mut versions = patch.clone();
+    if let Some(metadata) = versions["metadata"].as_object_mut() {
+        metadata.remove("uid");
+    }
+    check_identity(key, before, &versions)
 }
 
 /// What may be changed that way: only the status, or all but the status.
