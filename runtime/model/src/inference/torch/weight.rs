@@ -153,7 +153,9 @@ mod tests {
     #[test]
     #[ignore = "needs a CUDA GPU"]
     fn a_gpu_multiplies_with_the_codes_that_were_chosen() {
-        let (tensor, device) = (random([256, 512]), crate::device::open(Some("cuda")).unwrap());
+        // First: torch looks for GPUs when it is first asked for anything, and its CUDA library has to be there by then.
+        let device = crate::device::open(Some("cuda")).unwrap();
+        let tensor = random([256, 512]);
         for (bits, allowed) in [(Bits::Eight, 0.02), (Bits::Four, 0.13)] {
             let weight = Weight::new(&tensor, Place { device, kind: Kind::BFloat16, bits: Some(bits) }).unwrap();
             assert_eq!(matches!(weight, Weight::Int4 { .. }), bits == Bits::Four);
