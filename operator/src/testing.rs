@@ -50,3 +50,18 @@ fn seeds_are_a_number_a_range_or_a_single_one() {
         assert_eq!(parse_seeds(wrong), None, "{wrong}");
     }
 }
+
+/// Bits of the blocks that a rank of `world` keeps, as owner or twin.
+pub(crate) fn kept(blocks: usize, rank: usize, world: usize) -> u8 {
+    let keeps = |block: &usize| block % world == rank || (block + 1) % world == rank;
+    (0..blocks).filter(keeps).map(|block| 1 << block).sum()
+}
+
+/// Blocks whose owner and twin both leave, among ranks that keep them in turn, and the rank that they go to: the first that
+/// stays. None if nobody does.
+pub(crate) fn heirs(blocks: usize, leaves: &[bool]) -> Vec<(usize, usize)> {
+    let world = leaves.len();
+    let Some(to) = leaves.iter().position(|leaves| !leaves) else { return Vec::new() };
+    let orphaned = |block: &usize| leaves[block % world] && leaves[(block + 1) % world];
+    (0..blocks).filter(orphaned).map(|block| (block, to)).collect()
+}

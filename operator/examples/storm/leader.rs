@@ -17,17 +17,13 @@ use vicuna_operator::cli::Cli;
 use vicuna_operator::config::Config;
 use vicuna_operator::context::Context;
 use vicuna_operator::coordinator::membership::Target;
-use vicuna_operator::coordinator::registry::{Clock, Coordinator, Opening, Told};
+use vicuna_operator::coordinator::registry::{Clock, Opening, Told};
 use vicuna_operator::coordinator::report::{Happening, Phase};
 use vicuna_operator::coordinator::store::Owner;
 use vicuna_operator::coordinator::{feed, service};
-use vicuna_operator::events::Events;
 use vicuna_operator::leader::Elector;
-use vicuna_operator::loads::Loads;
 use vicuna_operator::metrics::Metrics;
-use vicuna_operator::pki::{self, Trust};
-use vicuna_operator::spot::notices::NoticeBook;
-use vicuna_operator::watches::Watches;
+use vicuna_operator::pki;
 
 const SAY_EVERY: Duration = Duration::from_millis(250);
 
@@ -68,22 +64,9 @@ async fn lead(options: &Options, size: &Size) -> Result<(Arc<Context>, mpsc::Rec
     tokio::spawn(elector.run(CancellationToken::new()));
     leadership.acquired().await;
     println!("{}", json!({ "leads": true }));
-    let (metrics, clock) = (Arc::new(Metrics::new()?), Clock::start());
-    let (coordinator, told) = Coordinator::new(client.clone(), leadership.clone(), metrics.clone(), clock);
-    let wall_clock = Arc::new(time::OffsetDateTime::now_utc);
-    let trust = Trust::start(client.clone(), config.clone(), leadership.clone(), wall_clock).await?;
-    let context = Arc::new(Context {
-        events: Events::start(client.clone(), &config, leadership.clone()),
-        watches: Watches::start(&client),
-        loads: Arc::new(Loads::default()),
-        notices: Arc::new(NoticeBook::new(Vec::new())),
-        coordinator: Arc::new(coordinator),
-        trust: Arc::new(trust),
-        client,
-        config,
-        leadership,
-        metrics,
-    });
+    let (metrics, wall_clock) = (Arc::new(Metrics::new()?), Arc::new(time::OffsetDateTime::now_utc));
+    let (context, told) = Context::start(client, config, metrics, leadership, Clock::start(), wall_clock).await?;
+    let context = Arc::new(context);
     context.watches.ready().await.context("the caches cannot be filled")?;
     context.trust.ensure(NAMESPACE).await?;
     for number in 0..size.trainings {

@@ -7,6 +7,7 @@ use super::replica::Replica;
 use super::watchdog::Watchdog;
 use super::{BLOCKS, NAMESPACE, Random, STEPS};
 use crate::coordinator::manifest::Manifest;
+use crate::testing::{heirs, kept};
 use futures::channel::mpsc::{UnboundedSender, unbounded};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -86,12 +87,6 @@ struct Stream {
     /// What is on its way, with when it arrives.
     outbox: VecDeque<(u64, Said)>,
     inbox: VecDeque<(u64, Body)>,
-}
-
-/// Owner and twin, as a rank of `world` keeps them.
-fn kept(rank: usize, world: usize) -> u8 {
-    let keeps = |block: &usize| block % world == rank || (block + 1) % world == rank;
-    (0..BLOCKS).filter(keeps).map(|block| 1 << block).sum()
 }
 
 fn pods(form: &wire::Form) -> impl Iterator<Item = &String> {
@@ -256,7 +251,7 @@ impl Ranks {
         for (place, uid) in pods(&form).enumerate() {
             let applies = around.random.percent(50);
             let Some(rank) = self.all.get_mut(uid) else { continue };
-            let kept = kept(place, world);
+            let kept = kept(BLOCKS, place, world);
             let before = Memory { step: step - 1, blocks: kept, advancing: kept };
             rank.memory = Some(if applies { Memory { step, blocks: kept, advancing: 0 } } else { before });
             rank.step = if applies { step } else { step - 1 };
@@ -496,7 +491,7 @@ impl Ranks {
     fn receive(&self, uid: &str, form: &wire::Form, around: &Surroundings) -> Option<Memory> {
         let step = form.base_step;
         let place = pods(form).position(|pod| pod == uid)?;
-        let kept = kept(place, form.members.len());
+        let kept = kept(BLOCKS, place, form.members.len());
         let Some(base) = &form.memory else {
             return Some(Memory { step, blocks: kept, advancing: 0 });
         };
@@ -611,7 +606,7 @@ impl Ranks {
         for (place, uid) in all.iter().enumerate() {
             if let Some(rank) = self.all.get_mut(uid) {
                 rank.step = step;
-                rank.memory = Some(Memory { step, blocks: kept(place, all.len()), advancing: 0 });
+                rank.memory = Some(Memory { step, blocks: kept(BLOCKS, place, all.len()), advancing: 0 });
             }
             let progress = wire::Progress {
                 generation: form.generation,
@@ -662,14 +657,8 @@ impl Ranks {
 
     /// What both keepers take away goes to one who stays.
     fn evacuate(&mut self, all: &[String]) {
-        let world = all.len();
-        let stays = |ranks: &Self, place: usize| !ranks.all[&all[place]].leaves;
-        for block in 0..BLOCKS {
-            let keepers = [block % world, (block + 1) % world];
-            if keepers.iter().any(|place| stays(self, *place)) {
-                continue;
-            }
-            let Some(to) = (0..world).find(|place| stays(self, *place)) else { return };
+        let leaves: Vec<bool> = all.iter().map(|pod| self.all[pod].leaves).collect();
+        for (block, to) in heirs(BLOCKS, &leaves) {
             if let Some(memory) = self.all.get_mut(&all[to]).and_then(|rank| rank.memory.as_mut()) {
                 memory.blocks |= 1 << block;
             }

@@ -4,6 +4,7 @@
 use super::*;
 use crate::coordinator::manifest::{Manifest, is_void};
 use crate::testing::{Reproduce, seeds};
+use crate::testing::{heirs, kept};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use wire::rank_message::Body as Said;
@@ -64,12 +65,6 @@ struct SimMemory {
     step: u64,
     blocks: u8,
     advancing: u8,
-}
-
-/// Owner and twin, as a rank of `world` keeps them.
-fn kept(rank: usize, world: usize) -> u8 {
-    let keeps = |block: &usize| block % world == rank || (block + 1) % world == rank;
-    (0..BLOCKS).filter(keeps).map(|block| 1 << block).sum()
 }
 
 struct World {
@@ -524,7 +519,7 @@ impl World {
     fn receive(&self, pod: &str, record: &Record) -> Option<SimMemory> {
         let world = record.members.len();
         let place = record.members.iter().position(|member| member.pod_uid == pod)?;
-        let kept = kept(place, world);
+        let kept = kept(BLOCKS, place, world);
         let at_base = |pod: &str| {
             let memory = self.ranks.get(pod).and_then(|rank| rank.memory);
             memory.map_or(0, |memory| match record.base_step {
@@ -638,7 +633,7 @@ impl World {
         for (place, pod) in pods.iter().enumerate() {
             let applies = self.chance(50);
             let Some(rank) = self.ranks.get_mut(pod) else { continue };
-            let kept = kept(place, world);
+            let kept = kept(BLOCKS, place, world);
             let before = SimMemory { step: step - 1, blocks: kept, advancing: kept };
             rank.memory = Some(if applies { SimMemory { step, blocks: kept, advancing: 0 } } else { before });
             rank.step = if applies { step } else { step - 1 };
@@ -651,14 +646,8 @@ impl World {
 
     /// What both keepers take away goes to one who stays.
     fn evacuate(&mut self, pods: &[PodUid]) {
-        let world = pods.len();
-        let stays = |world: &Self, place: usize| !world.ranks[&pods[place]].leaves;
-        for block in 0..BLOCKS {
-            let keepers = [block % world, (block + 1) % world];
-            if keepers.iter().any(|place| stays(self, *place)) {
-                continue;
-            }
-            let Some(to) = (0..world).find(|place| stays(self, *place)) else { return };
+        let leaves: Vec<bool> = pods.iter().map(|pod| self.ranks[pod].leaves).collect();
+        for (block, to) in heirs(BLOCKS, &leaves) {
             if let Some(memory) = self.ranks.get_mut(&pods[to]).and_then(|rank| rank.memory.as_mut()) {
                 memory.blocks |= 1 << block;
             }
@@ -669,7 +658,7 @@ impl World {
         for (place, pod) in pods.iter().enumerate() {
             if let Some(rank) = self.ranks.get_mut(pod) {
                 rank.step = step;
-                rank.memory = Some(SimMemory { step, blocks: kept(place, pods.len()), advancing: 0 });
+                rank.memory = Some(SimMemory { step, blocks: kept(BLOCKS, place, pods.len()), advancing: 0 });
             }
         }
         for pod in pods {
