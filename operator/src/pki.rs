@@ -12,7 +12,7 @@ mod secret;
 mod testing;
 mod trust;
 
-pub use listener::bind;
+pub use listener::{Connection, bind};
 pub use trust::{Clock, Trust};
 
 use crate::leader::NotLeader;

@@ -206,6 +206,7 @@ pub enum Happening {
         base_step: u64,
     },
     Recovered {
+        generation: u64,
         after_ms: u64,
         phases: RecoveryPhases,
     },

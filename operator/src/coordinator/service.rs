@@ -4,6 +4,7 @@ use super::feed::belongs_to;
 use super::session::{RANK_MAILBOX, RankSender, SessionHandle};
 use crate::config::TRAINING_LABEL;
 use crate::context::Context;
+use crate::pki::Connection;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
 use std::io;
@@ -11,9 +12,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::sync::CancellationToken;
@@ -35,7 +34,7 @@ const MAX_STREAMS_OF_A_CONNECTION: u32 = 16;
 /// Serves ranks and gateways on connections that have shaken hands, until stopped. Only the leader does so.
 pub async fn serve(
     context: Arc<Context>,
-    connections: impl Stream<Item = io::Result<TlsStream<TcpStream>>>,
+    connections: impl Stream<Item = io::Result<Connection>>,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
     let service = Service::new(context);

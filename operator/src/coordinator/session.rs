@@ -371,7 +371,7 @@ impl Session {
             Happening::StepsLost { steps, .. } => {
                 metrics.lost_steps.with_label_values(&object).inc_by(*steps);
             }
-            Happening::Recovered { after_ms, phases } => {
+            Happening::Recovered { after_ms, phases, .. } => {
                 metrics.recovery_seconds.with_label_values(&object).observe(*after_ms as f64 / 1000.0);
                 let RecoveryPhases { detect, agree, restore, step } = *phases;
                 for (phase, ms) in [("detect", detect), ("agree", agree), ("restore", restore), ("step", step)] {

@@ -11,15 +11,24 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+use vicuna_protocol::open_files;
 
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
+/// Callers speak first. Who says nothing for so long waits elsewhere than in the way of those who do,
+const SPEAKS_WITHIN: Duration = Duration::from_millis(100);
+/// with so many others; one more is sent away.
+const SILENT: usize = 1024;
 /// Handshakes at a time; further callers wait in the kernel's queue, and who finds no room there calls again, later and later.
 /// Both are short, so that who is let in is answered before it gives up: callers wait for 5 s. With long ones a storm of
 /// callers is answered when they are gone already, for ever.
@@ -27,6 +36,8 @@ const HANDSHAKES: usize = 32;
 const QUEUE: u32 = 128;
 /// After an error of the listener itself, as when no file descriptor is left.
 const PAUSE: Duration = Duration::from_millis(100);
+const FULL: &str = "no more connections can be held: raise the limit of open files of the container runtime (LimitNOFILE); \
+    callers wait until one of the others goes";
 
 /// The certificate that a server shows. Cheap to clone; all clones show the same.
 #[derive(Clone, Debug)]
@@ -72,10 +83,15 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 pub fn connections(
     listener: TcpListener,
     shown: Shown,
-) -> Result<impl Stream<Item = io::Result<TlsStream<TcpStream>>> + Send, PkiError> {
-    let acceptor = acceptor(shown)?;
+) -> Result<impl Stream<Item = io::Result<Connection>> + Send, PkiError> {
     let (ready, connections) = mpsc::channel(HANDSHAKES);
-    tokio::spawn(accept(listener, acceptor, ready));
+    let door = Door {
+        acceptor: acceptor(shown)?,
+        ready,
+        handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
+        silent: Arc::new(Semaphore::new(SILENT)),
+    };
+    tokio::spawn(accept(listener, door));
     Ok(ReceiverStream::new(connections))
 }
 
@@ -89,24 +105,81 @@ fn acceptor(shown: Shown) -> Result<TlsAcceptor, PkiError> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-type Ready = mpsc::Sender<io::Result<TlsStream<TcpStream>>>;
+/// A connection that has shaken hands, and its place among those that may be open.
+pub struct Connection {
+    stream: TlsStream<TcpStream>,
+    _place: OwnedSemaphorePermit,
+}
 
-async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: Ready) {
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = <TlsStream<TcpStream> as Connected>::ConnectInfo;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        self.stream.connect_info()
+    }
+}
+
+#[derive(Clone)]
+struct Door {
+    acceptor: TlsAcceptor,
+    ready: mpsc::Sender<io::Result<Connection>>,
+    handshakes: Arc<Semaphore>,
+    silent: Arc<Semaphore>,
+}
+
+async fn accept(listener: TcpListener, door: Door) {
+    let limit = open_files::connections().min(Semaphore::MAX_PERMITS);
+    let places = Arc::new(Semaphore::new(limit));
     loop {
-        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
+        let place = match places.clone().try_acquire_owned() {
+            Ok(place) => Some(place),
+            Err(_) => {
+                tracing::warn!(limit, "{FULL}");
+                tokio::select! {
+                    place = places.clone().acquire_owned() => place.ok(),
+                    () = door.ready.closed() => None,
+                }
+            }
+        };
+        let (Some(place), Ok(handshake)) = (place, door.handshakes.clone().acquire_owned().await) else { return };
         let stream = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = ready.closed() => return,
+            () = door.ready.closed() => return,
         };
         match stream {
-            Ok((stream, _)) => {
-                let (acceptor, ready) = (acceptor.clone(), ready.clone());
-                tokio::spawn(async move {
-                    shake_hands(stream, &acceptor, &ready).await;
-                    drop(permit);
-                });
-            }
+            Ok((stream, _)) => drop(tokio::spawn(door.clone().let_in(stream, place, handshake))),
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(PAUSE).await;
@@ -115,16 +188,34 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: Ready) {
     }
 }
 
-async fn shake_hands(stream: TcpStream, acceptor: &TlsAcceptor, ready: &Ready) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "a connection was lost before its handshake");
-        return;
+impl Door {
+    async fn let_in(self, stream: TcpStream, place: OwnedSemaphorePermit, handshake: OwnedSemaphorePermit) {
+        let shaken = tokio::time::timeout(HANDSHAKE_WITHIN, self.shake_hands(stream, handshake)).await;
+        match shaken {
+            // The receiver is gone when the server stops.
+            Ok(Ok(stream)) => drop(self.ready.send(Ok(Connection { stream, _place: place })).await),
+            Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+            Err(_) => tracing::debug!("a TLS handshake took too long"),
+        }
     }
-    match tokio::time::timeout(HANDSHAKE_WITHIN, acceptor.accept(stream)).await {
-        // The receiver is gone when the server stops.
-        Ok(Ok(stream)) => drop(ready.send(Ok(stream)).await),
-        Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
-        Err(_) => tracing::debug!("a TLS handshake took too long"),
+
+    async fn shake_hands(
+        &self,
+        stream: TcpStream,
+        handshake: OwnedSemaphorePermit,
+    ) -> io::Result<TlsStream<TcpStream>> {
+        stream.set_nodelay(true)?;
+        let mut handshake = Some(handshake);
+        if tokio::time::timeout(SPEAKS_WITHIN, stream.readable()).await.is_err() {
+            handshake = None;
+            let _waits = self.silent.try_acquire().map_err(|_| io::Error::other("too many callers say nothing"))?;
+            stream.readable().await?;
+        }
+        let _handshake = match handshake {
+            Some(handshake) => handshake,
+            None => self.handshakes.clone().acquire_owned().await.map_err(io::Error::other)?,
+        };
+        self.acceptor.accept(stream).await
     }
 }
 
@@ -190,7 +281,11 @@ mod tests {
         let _incoming = connections(listener, Shown::new(&leaf(&authority)).unwrap()).unwrap();
         let mut stranger = TcpStream::connect(address).await.unwrap();
         stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
-        let _silent = TcpStream::connect(address).await.unwrap();
-        assert!(dial(address, &authority).await.is_ok());
+        let mut silent = Vec::new();
+        for _ in 0..2 * HANDSHAKES {
+            silent.push(TcpStream::connect(address).await.unwrap());
+        }
+        let dialled = tokio::time::timeout(HANDSHAKE_WITHIN / 2, dial(address, &authority)).await;
+        assert!(dialled.expect("those who say nothing are in the way").is_ok());
     }
 }

@@ -2,7 +2,7 @@
 
 use super::PkiError;
 use super::authority::Identity;
-use super::listener::{self, Shown};
+use super::listener::{self, Connection, Shown};
 use super::rotation::Succession;
 use super::secret::{self, metadata, tls_secret};
 use crate::config::{Config, MANAGER};
@@ -17,9 +17,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::sync::Arc;
 use time::{Duration, OffsetDateTime};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio_rustls::server::TlsStream;
 use vicuna_protocol::COORDINATOR_AUDIENCE;
 use vicuna_protocol::auth::TokenVerifier;
 
@@ -106,7 +105,7 @@ impl Trust {
     pub fn listen(
         &self,
         listener: TcpListener,
-    ) -> Result<impl Stream<Item = io::Result<TlsStream<TcpStream>>> + Send + use<>, PkiError> {
+    ) -> Result<impl Stream<Item = io::Result<Connection>> + Send + use<>, PkiError> {
         listener::connections(listener, self.shown.clone())
     }
 

@@ -486,11 +486,11 @@ fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
         Happening::StepsLost { steps, base_step } => {
             (true, "StepsLost", format!("{steps} steps are made again, from the checkpoint of step {base_step}."))
         }
-        Happening::Recovered { after_ms, phases } => {
+        Happening::Recovered { generation, after_ms, phases } => {
             let s = |ms: u64| ms as f64 / 1000.0;
             let RecoveryPhases { detect, agree, restore, step } = *phases;
             let message = format!(
-                "Steps are made again, {:.1} s after the last one: {:.1} s to notice, {:.1} s to agree, {:.1} s to move state, {:.1} s for the step.",
+                "Generation {generation} makes steps, {:.1} s after the last one: {:.1} s to notice, {:.1} s to agree, {:.1} s to move state, {:.1} s for the step.",
                 s(*after_ms),
                 s(detect),
                 s(agree),

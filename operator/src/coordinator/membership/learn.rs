@@ -327,7 +327,7 @@ impl Membership {
         if self.last_step_at > 0 {
             let after_ms = now.saturating_sub(self.last_step_at);
             self.counters.last_recovery_ms = Some(after_ms);
-            self.happened(Happening::Recovered { after_ms, phases });
+            self.happened(Happening::Recovered { generation: self.generation(), after_ms, phases });
         }
     }
 

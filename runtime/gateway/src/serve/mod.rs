@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+use vicuna_protocol::open_files;
 
 const HTTP2: &[u8] = b"h2";
 /// Request line and headers; far more than any of the known clients sends.
@@ -49,7 +50,7 @@ pub struct Terms {
 
 /// Serves until `stop`, and then until the last request has ended.
 pub async fn serve(listener: TcpListener, router: Router, terms: Terms, stop: CancellationToken) {
-    let places = Arc::new(Semaphore::new(terms.max_connections));
+    let places = Arc::new(Semaphore::new(terms.max_connections.min(open_files::connections())));
     let terms = Arc::new(terms);
     let graceful = GracefulShutdown::new();
     loop {

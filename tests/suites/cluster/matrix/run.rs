@@ -220,6 +220,6 @@ fn is_over(training: &Value) -> bool {
 /// The numbers of the sentence: the whole, then its four phases.
 fn recovery(note: &str) -> Option<Recovery> {
     let numbers: Vec<f64> = note.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-    let [total, notice, agree, state, step] = numbers[..] else { return None };
+    let [_generation, total, notice, agree, state, step] = numbers[..] else { return None };
     Some(Recovery { total, notice, agree, state, step })
 }

@@ -1,7 +1,7 @@
 //! What goes into a projection: rows of fp32 numbers and, where the weights are quantised, the same
 //! rounded to integers in groups of 32.
 
-use super::isa::{GROUP_BYTES, Isa};
+use super::isa::{GROUP_BYTES, Isa, Rounded};
 use super::matrix::GROUP;
 use super::share::Shared;
 
@@ -28,6 +28,18 @@ impl Activations {
         self.numbers.resize(groups * GROUP_BYTES, 0);
         self.scales.resize(groups, 0.0);
         self.sums.resize(groups, 0.0);
+    }
+
+    /// The rounded rows from this one on.
+    pub fn rounded(&self, row: usize) -> Rounded {
+        let groups = self.columns / GROUP;
+        let at = row * groups;
+        Rounded {
+            numbers: self.numbers[at * GROUP_BYTES..].as_ptr(),
+            scales: self.scales[at..].as_ptr(),
+            sums: self.sums[at..].as_ptr(),
+            groups,
+        }
     }
 
     /// For loops whose threads write different rows.

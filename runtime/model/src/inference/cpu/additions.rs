@@ -5,7 +5,7 @@
 use super::activations::Activations;
 use super::isa::{InstructionSet, Isa, Lanes, dispatch};
 use super::matrix::{WIDE, wide_panels};
-use super::multiply::{WIDE_ROWS, Write, put, wide_sums};
+use super::multiply::{Write, put};
 use super::share::Shared;
 use super::team::Team;
 
@@ -58,6 +58,9 @@ pub struct Output<'a> {
     pub outputs: usize,
 }
 
+/// Rows of a task.
+const ROWS: usize = 6;
+
 impl Additions {
     /// Adds to the projection's products of the rows of `x`. `between` is room that is kept.
     pub fn apply(
@@ -72,8 +75,8 @@ impl Additions {
         let mut room = 0;
         for segment in segments {
             for pair in self.pairs.get(segment.adapter).into_iter().flatten() {
-                for first in (0..segment.rows).step_by(WIDE_ROWS) {
-                    let rows = WIDE_ROWS.min(segment.rows - first);
+                for first in (0..segment.rows).step_by(ROWS) {
+                    let rows = ROWS.min(segment.rows - first);
                     tasks.push(Task { pair, row: segment.first + first, rows, between: room });
                     room += rows * pair.between();
                 }
@@ -131,7 +134,7 @@ unsafe fn rows<I: Isa, const M: usize>(task: &Task<'_>, place: &Place<'_>) {
         let between = place.between.slice(task.between, M * stride);
         let x = place.x.values.as_ptr().add(task.row * place.x.columns);
         for (index, panel) in down.chunks_exact(WIDE * inputs).enumerate() {
-            let (low, high) = wide_sums::<I, f32, M>(x, place.x.columns, panel);
+            let [low, high] = I::wide::<f32, M>(x, place.x.columns, panel);
             for row in 0..M {
                 let to = between.as_mut_ptr().add(row * stride + index * WIDE);
                 low[row].store(to);
@@ -139,7 +142,7 @@ unsafe fn rows<I: Isa, const M: usize>(task: &Task<'_>, place: &Place<'_>) {
             }
         }
         for (index, panel) in up.chunks_exact(WIDE * rank).enumerate() {
-            let (low, high) = wide_sums::<I, f32, M>(between.as_ptr(), stride, panel);
+            let [low, high] = I::wide::<f32, M>(between.as_ptr(), stride, panel);
             for row in 0..M {
                 let (at, width) = (index * WIDE, WIDE.min(outputs - index * WIDE));
                 let out = place.numbers.slice((task.row + row) * place.outputs + column + at, width);

@@ -17,6 +17,9 @@ mod multiply;
 mod rows;
 mod share;
 mod team;
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop, reason = "as above")]
+mod x86;
 
 use super::{BLOCK_TOKENS, Outputs, Piece, Precision, Want};
 use crate::layers::{Projection as Name, Rope};

@@ -3,7 +3,7 @@
 //! on what else is in the batch.
 
 use super::activations::Activations;
-use super::isa::{GROUP_BYTES, InstructionSet, Isa, Lanes, dispatch};
+use super::isa::{InstructionSet, Isa, Lanes, Products, Rounded, dispatch};
 use super::matrix::{Block4, Block8, GROUP, Matrix, NARROW, Panels, WIDE};
 use super::share::Shared;
 use super::team::Team;
@@ -11,9 +11,6 @@ use super::team::Team;
 /// Outputs that a thread takes at a time: few enough to share 576 evenly, enough to write whole
 /// cache lines.
 const STRIP: usize = 32;
-/// Rows that share a loaded weight: as many as there are registers for.
-const NARROW_ROWS: usize = 4;
-pub const WIDE_ROWS: usize = 6;
 
 /// One or several matrices over the same inputs, their outputs side by side.
 #[derive(Debug)]
@@ -98,62 +95,28 @@ struct Job<'a> {
     write: Write,
 }
 
-/// Panels inside, rows outside: a few rows' activations and the strip's weights stay in the cache.
 #[inline(always)]
 unsafe fn compute<I: Isa>(job: &Job<'_>) {
-    let tile = if job.matrix.is_quantized() { NARROW_ROWS } else { WIDE_ROWS };
-    for row in (0..job.x.rows).step_by(tile) {
-        // SAFETY: the caller's promises.
-        unsafe {
-            match tile.min(job.x.rows - row) {
-                1 => rows::<I, 1>(job, row),
-                2 => rows::<I, 2>(job, row),
-                3 => rows::<I, 3>(job, row),
-                4 => rows::<I, 4>(job, row),
-                5 => rows::<I, 5>(job, row),
-                _ => rows::<I, 6>(job, row),
-            }
+    // SAFETY: the caller's promises.
+    unsafe {
+        match &job.matrix.panels {
+            Panels::F32(weights) => wide_strip::<I, f32>(job, weights),
+            Panels::Bf16(weights) => wide_strip::<I, u16>(job, weights),
+            Panels::Int8(blocks) => narrow_strip::<I, Block8>(job, blocks),
+            Panels::Int4(blocks) => narrow_strip::<I, Block4>(job, blocks),
         }
     }
-}
-
-/// `M` rows from `row` on, all panels of the strip.
-#[inline(always)]
-unsafe fn rows<I: Isa, const M: usize>(job: &Job<'_>, row: usize) {
-    let matrix = job.matrix;
-    let (width, groups) = (matrix.width(), matrix.inputs / GROUP);
-    for panel in 0..job.strip.panels {
-        let index = job.strip.first_panel + panel;
-        let tile =
-            Tile { row, column: job.strip.column + panel * width, width: width.min(matrix.outputs - index * width) };
-        // SAFETY: the caller's promises; panels are as long as `inputs` says.
-        unsafe {
-            match &matrix.panels {
-                Panels::F32(weights) => {
-                    let weights = &weights[index * WIDE * matrix.inputs..][..WIDE * matrix.inputs];
-                    wide::<I, f32, M>(job, &tile, weights);
-                }
-                Panels::Bf16(weights) => {
-                    let weights = &weights[index * WIDE * matrix.inputs..][..WIDE * matrix.inputs];
-                    wide::<I, u16, M>(job, &tile, weights);
-                }
-                Panels::Int8(blocks) => bytes::<I, M>(job, &tile, &blocks[index * groups..][..groups]),
-                Panels::Int4(blocks) => nibbles::<I, M>(job, &tile, &blocks[index * groups..][..groups]),
-            }
-        }
-    }
-}
-
-/// Where a panel's products go.
-struct Tile {
-    row: usize,
-    column: usize,
-    width: usize,
 }
 
 /// A weight that is stored in a panel of 16.
 pub trait Stored: Copy {
+    /// # Safety
+    /// `from` has eight weights.
     unsafe fn load<F: Lanes>(from: *const Self) -> F;
+    /// # Safety
+    /// `from` has sixteen weights; the machine has AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load_16(from: *const Self) -> std::arch::x86_64::__m512;
 }
 
 impl Stored for f32 {
@@ -161,6 +124,13 @@ impl Stored for f32 {
     unsafe fn load<F: Lanes>(from: *const Self) -> F {
         // SAFETY: the caller's promise.
         unsafe { F::load(from) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_16(from: *const Self) -> std::arch::x86_64::__m512 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm512_loadu_ps(from) }
     }
 }
 
@@ -170,106 +140,225 @@ impl Stored for u16 {
         // SAFETY: the caller's promise.
         unsafe { F::load_bf16(from) }
     }
-}
 
-#[inline(always)]
-unsafe fn wide<I: Isa, T: Stored, const M: usize>(job: &Job<'_>, tile: &Tile, weights: &[T]) {
-    // SAFETY: `weights` are 16 for each column; rows `row..row + M` exist.
-    unsafe {
-        let x = job.x.values.as_ptr().add(tile.row * job.x.columns);
-        let (low, high) = wide_sums::<I, T, M>(x, job.x.columns, weights);
-        for row in 0..M {
-            store(job, tile, row, 0, low[row]);
-            store(job, tile, row, NARROW, high[row]);
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_16(from: *const Self) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let numbers = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(numbers))
         }
     }
 }
 
-/// Products of `M` rows, `stride` numbers apart, with one panel of 16 outputs: the first eight, and the others.
-/// # Safety
-/// `x` points to `M` rows of as many numbers as the panel has inputs; the machine has the instruction set.
+/// Panels inside, rows outside: a few rows' activations and the strip's weights stay in the cache.
 #[inline(always)]
-pub unsafe fn wide_sums<I: Isa, T: Stored, const M: usize>(
+unsafe fn wide_strip<I: Isa, T: Stored>(job: &Job<'_>, weights: &[T]) {
+    let mut row = 0;
+    while row < job.x.rows {
+        let rows = I::wide_rows(job.x.rows - row);
+        // SAFETY: the caller's promises.
+        unsafe {
+            match rows {
+                1 => wide_rows::<I, T, 1>(job, weights, row),
+                2 => wide_rows::<I, T, 2>(job, weights, row),
+                3 => wide_rows::<I, T, 3>(job, weights, row),
+                4 => wide_rows::<I, T, 4>(job, weights, row),
+                5 => wide_rows::<I, T, 5>(job, weights, row),
+                6 => wide_rows::<I, T, 6>(job, weights, row),
+                _ => wide_rows::<I, T, 12>(job, weights, row),
+            }
+        }
+        row += rows;
+    }
+}
+
+/// `M` rows from `row` on, all panels of the strip.
+#[inline(always)]
+unsafe fn wide_rows<I: Isa, T: Stored, const M: usize>(job: &Job<'_>, weights: &[T], row: usize) {
+    let length = WIDE * job.matrix.inputs;
+    for panel in 0..job.strip.panels {
+        let index = job.strip.first_panel + panel;
+        // SAFETY: the caller's promises; panels are as long as `inputs` says.
+        unsafe {
+            let x = job.x.values.as_ptr().add(row * job.x.columns);
+            let [low, high] = I::wide::<T, M>(x, job.x.columns, &weights[index * length..][..length]);
+            for within in 0..M {
+                let out = job.out(row + within, panel * WIDE, WIDE);
+                let (first, second) = out.split_at_mut(out.len().min(WIDE / 2));
+                put(first, low[within], job.write);
+                put(second, high[within], job.write);
+            }
+        }
+    }
+}
+
+/// What [`Isa::wide`] is where lanes are eight.
+/// # Safety
+/// As for that.
+#[inline(always)]
+pub unsafe fn wide_sums<F: Lanes, T: Stored, const M: usize>(
     x: *const f32,
     stride: usize,
     weights: &[T],
-) -> ([I::F; M], [I::F; M]) {
-    let mut low = [I::F::zero(); M];
-    let mut high = [I::F::zero(); M];
+) -> [[F; M]; 2] {
+    let mut low = [F::zero(); M];
+    let mut high = [F::zero(); M];
     for column in 0..weights.len() / WIDE {
         // SAFETY: the panel has 16 weights for each column; the rows are the caller's promise.
         unsafe {
             let from = weights.as_ptr().add(column * WIDE);
-            let (first, second): (I::F, I::F) = (T::load(from), T::load(from.add(8)));
+            let (first, second): (F, F) = (T::load(from), T::load(from.add(8)));
             for row in 0..M {
-                let value = I::F::splat(*x.add(row * stride + column));
+                let value = F::splat(*x.add(row * stride + column));
                 low[row] = first.fused(value, low[row]);
                 high[row] = second.fused(value, high[row]);
             }
         }
     }
-    (low, high)
+    [low, high]
+}
+
+/// Blocks of integer weights.
+pub trait Quantized: Sized {
+    /// # Safety
+    /// As for [`Isa::nibbles`].
+    unsafe fn products<I: Isa>(panels: [&[Self]; 2], x: Rounded, rows: usize, to: &mut Products);
+    /// # Safety
+    /// As for [`Isa::nibble_sums`].
+    unsafe fn sums<I: Isa, const M: usize>(&self, x: [*const i8; M]) -> [I::F; M];
+    fn scales(&self) -> &[u16; NARROW];
+    fn minima(&self) -> Option<&[u16; NARROW]>;
+}
+
+impl Quantized for Block4 {
+    #[inline(always)]
+    unsafe fn products<I: Isa>(panels: [&[Self]; 2], x: Rounded, rows: usize, to: &mut Products) {
+        // SAFETY: the caller's promise.
+        unsafe { I::nibbles(panels, x, rows, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums<I: Isa, const M: usize>(&self, x: [*const i8; M]) -> [I::F; M] {
+        // SAFETY: the caller's promise.
+        unsafe { I::nibble_sums(self, x) }
+    }
+
+    fn scales(&self) -> &[u16; NARROW] {
+        &self.scales
+    }
+
+    fn minima(&self) -> Option<&[u16; NARROW]> {
+        Some(&self.minima)
+    }
+}
+
+impl Quantized for Block8 {
+    #[inline(always)]
+    unsafe fn products<I: Isa>(panels: [&[Self]; 2], x: Rounded, rows: usize, to: &mut Products) {
+        // SAFETY: the caller's promise.
+        unsafe { I::bytes(panels, x, rows, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums<I: Isa, const M: usize>(&self, x: [*const i8; M]) -> [I::F; M] {
+        // SAFETY: the caller's promise.
+        unsafe { I::byte_sums(self, x) }
+    }
+
+    fn scales(&self) -> &[u16; NARROW] {
+        &self.scales
+    }
+
+    fn minima(&self) -> Option<&[u16; NARROW]> {
+        None
+    }
+}
+
+/// Two panels at a time; where one is left over, it is computed twice.
+#[inline(always)]
+unsafe fn narrow_strip<I: Isa, B: Quantized>(job: &Job<'_>, blocks: &[B]) {
+    let groups = job.matrix.inputs / GROUP;
+    let mut products: Products = [[0.0; 2 * NARROW]; 8];
+    // SAFETY: the caller's promises; there is a block for each group.
+    unsafe {
+        let mut row = 0;
+        while row < job.x.rows {
+            let rows = I::narrow_rows(job.x.rows - row);
+            let x = job.x.rounded(row);
+            for first in (0..job.strip.panels).step_by(2) {
+                let last = (first + 1).min(job.strip.panels - 1);
+                let panels = [first, last].map(|panel| &blocks[(job.strip.first_panel + panel) * groups..][..groups]);
+                B::products::<I>(panels, x, rows, &mut products);
+                let width = (1 + last - first) * NARROW;
+                for (within, products) in products[..rows].iter().enumerate() {
+                    for (out, product) in job.out(row + within, first * NARROW, width).iter_mut().zip(products) {
+                        *out = if job.write == Write::Add { *out + product } else { *product };
+                    }
+                }
+            }
+            row += rows;
+        }
+    }
+}
+
+/// What [`Isa::nibbles`] and [`Isa::bytes`] are where lanes are eight: one panel after the other.
+/// # Safety
+/// As for these.
+#[inline(always)]
+pub unsafe fn by_panels<I: Isa, B: Quantized>(panels: [&[B]; 2], x: Rounded, rows: usize, to: &mut Products) {
+    for (index, panel) in panels.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match rows {
+                1 => panel_rows::<I, B, 1>(panel, x, index, to),
+                2 => panel_rows::<I, B, 2>(panel, x, index, to),
+                3 => panel_rows::<I, B, 3>(panel, x, index, to),
+                _ => panel_rows::<I, B, 4>(panel, x, index, to),
+            }
+        }
+    }
 }
 
 #[inline(always)]
-unsafe fn nibbles<I: Isa, const M: usize>(job: &Job<'_>, tile: &Tile, blocks: &[Block4]) {
-    let groups = blocks.len();
-    // SAFETY: there is a block for each group; rows `row..row + M` exist.
+unsafe fn panel_rows<I: Isa, B: Quantized, const M: usize>(panel: &[B], x: Rounded, index: usize, to: &mut Products) {
+    // SAFETY: the caller's promise.
     unsafe {
-        let mut x = [std::ptr::null(); M];
+        let mut groups = [std::ptr::null(); M];
         let mut totals = [I::F::zero(); M];
-        for (group, block) in blocks.iter().enumerate() {
+        for (group, block) in panel.iter().enumerate() {
             for row in 0..M {
-                x[row] = job.x.numbers.as_ptr().add(((tile.row + row) * groups + group) * GROUP_BYTES);
+                groups[row] = x.group(row, group);
             }
-            let sums = I::nibble_sums(block, x);
-            let scales = I::F::load_half(block.scales.as_ptr());
-            let minima = I::F::load_half(block.minima.as_ptr());
+            let sums = block.sums::<I, M>(groups);
+            let scales = I::F::load_half(block.scales().as_ptr());
             for row in 0..M {
-                let at = (tile.row + row) * groups + group;
-                let scaled = sums[row].mul(I::F::splat(*job.x.scales.get_unchecked(at)));
+                let scaled = sums[row].mul(I::F::splat(x.scale(row, group)));
                 totals[row] = scaled.fused(scales, totals[row]);
-                totals[row] = minima.fused(I::F::splat(*job.x.sums.get_unchecked(at)), totals[row]);
+                if let Some(minima) = block.minima() {
+                    let minima = I::F::load_half(minima.as_ptr());
+                    totals[row] = minima.fused(I::F::splat(x.sum(row, group)), totals[row]);
+                }
             }
         }
         for row in 0..M {
-            store(job, tile, row, 0, totals[row]);
+            totals[row].store(to[row].as_mut_ptr().add(index * NARROW));
         }
     }
 }
 
-#[inline(always)]
-unsafe fn bytes<I: Isa, const M: usize>(job: &Job<'_>, tile: &Tile, blocks: &[Block8]) {
-    let groups = blocks.len();
-    // SAFETY: as in `nibbles`.
-    unsafe {
-        let mut x = [std::ptr::null(); M];
-        let mut totals = [I::F::zero(); M];
-        for (group, block) in blocks.iter().enumerate() {
-            for row in 0..M {
-                x[row] = job.x.numbers.as_ptr().add(((tile.row + row) * groups + group) * GROUP_BYTES);
-            }
-            let sums = I::byte_sums(block, x);
-            let scales = I::F::load_half(block.scales.as_ptr());
-            for row in 0..M {
-                let scale = *job.x.scales.get_unchecked((tile.row + row) * groups + group);
-                totals[row] = sums[row].mul(I::F::splat(scale)).fused(scales, totals[row]);
-            }
-        }
-        for row in 0..M {
-            store(job, tile, row, 0, totals[row]);
-        }
-    }
-}
-
-/// Writes eight outputs of a row, from `offset` in the panel on, as far as the matrix has them.
-#[inline(always)]
-unsafe fn store<F: Lanes>(job: &Job<'_>, tile: &Tile, row: usize, offset: usize, products: F) {
-    let width = tile.width.saturating_sub(offset).min(NARROW);
-    // SAFETY: these columns are this strip's.
-    unsafe {
-        let at = (tile.row + row) * job.outputs + tile.column + offset.min(tile.width);
-        put(job.out.slice(at, width), products, job.write);
+impl Job<'_> {
+    /// Outputs of a row, from `offset` in the strip on, as far as the matrix has them.
+    /// # Safety
+    /// No other thread has them: columns are this strip's.
+    #[inline(always)]
+    unsafe fn out<'a>(&self, row: usize, offset: usize, width: usize) -> &'a mut [f32] {
+        let before = self.strip.first_panel * self.matrix.width() + offset;
+        let width = width.min(self.matrix.outputs.saturating_sub(before));
+        // SAFETY: the caller's promise.
+        unsafe { self.out.slice(row * self.outputs + self.strip.column + offset, width) }
     }
 }
 
@@ -293,6 +382,7 @@ pub unsafe fn put<F: Lanes>(out: &mut [f32], products: F, write: Write) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::GROUP_BYTES;
     use super::super::matrix::Format;
     use super::*;
 
@@ -356,7 +446,7 @@ mod tests {
     fn products_are_those_of_the_numbers_that_the_formats_hold() {
         for format in ALL {
             let projection = projection(&[format, Format::Int4, format], 96);
-            let x = activations(9, 96, true);
+            let x = activations(21, 96, true);
             for set in [InstructionSet::Portable, InstructionSet::detect()] {
                 let found = product(set, 2, &x, &projection);
                 for (found, expected) in found.iter().zip(expected(&x, &projection)) {
@@ -370,9 +460,9 @@ mod tests {
     fn a_row_gives_the_same_bits_alone_and_in_any_batch() {
         for format in ALL {
             let projection = projection(&[format], 128);
-            let x = activations(11, 128, true);
+            let x = activations(21, 128, true);
             let together = product(InstructionSet::detect(), 3, &x, &projection);
-            for row in 0..11 {
+            for row in 0..21 {
                 let mut alone = Activations::default();
                 alone.shape(1, 128, true);
                 alone.values.copy_from_slice(&x.values[row * 128..][..128]);
@@ -390,7 +480,7 @@ mod tests {
     fn the_portable_and_the_fast_kernels_of_quantised_weights_agree_to_the_bit() {
         for format in [Format::Int8, Format::Int4] {
             let projection = projection(&[format], 64);
-            let x = activations(6, 64, true);
+            let x = activations(37, 64, true);
             let fast = product(InstructionSet::detect(), 1, &x, &projection);
             assert_eq!(fast, product(InstructionSet::Portable, 1, &x, &projection), "{format:?}");
         }
