@@ -58,9 +58,9 @@ impl LayerRun {
     pub fn backward(self, upstream: &Tensor) -> LayerGradients {
         let Self { x, leaves, middle, gated } = self;
         let upstream = upstream.detach();
-        let gated_upstream = upstream.matmul(&leaves.down);
+        let gated_upstream = linear(&upstream, &leaves.down.tr());
         autograd::backward([(&middle, &upstream), (&gated, &gated_upstream)]);
-        let down = flat(&upstream).tr().matmul(&flat(&gated.detach()));
+        let down = linear(&flat(&upstream).tr(), &flat(&gated.detach()).tr());
         let mut gradients = leaves.map(Tensor::grad);
         gradients.down = down;
         LayerGradients { input: x.grad(), weights: gradients }
@@ -90,7 +90,7 @@ pub fn head_backward(
     let norm = leaf(norm);
     let mut projection = None;
     let loss = loss_backward(config, hidden, &norm, lm_head, labels, |logits, normed| match &mut projection {
-        None => projection = Some(logits.tr().matmul(normed)),
+        None => projection = Some(linear(&logits.tr(), &normed.tr())),
         // In place: a sum of the size of the embedding is not allocated again.
         Some(sum) => *sum = sum.addmm_(&logits.tr(), normed),
     });
@@ -142,7 +142,7 @@ fn loss_backward(
         let piece = leaf(&flat.index_select(0, &rows));
         let normed = tch::with_grad(|| rms_norm(&piece, norm, config.eps));
         let (loss, logits) = cross_entropy_backward(&linear(&normed.detach(), lm_head), &targets);
-        autograd::backward([(&normed, &logits.matmul(lm_head))]);
+        autograd::backward([(&normed, &linear(&logits, &lm_head.tr()))]);
         project(&logits, &normed.detach());
         upstream = upstream.index_copy_(0, &rows, &piece.grad());
         sum += loss;

@@ -3,7 +3,7 @@
 //! 2023). `B` sequences, `T` positions, `H` hidden units, `V` tokens.
 
 use crate::Config;
-use crate::autograd::{rms_norm, swiglu};
+use crate::autograd::{self, rms_norm, swiglu};
 use crate::parameters::{layer_bias_names, layer_weight_names};
 use std::collections::BTreeMap;
 use tch::{Device, Kind, TchError, Tensor};
@@ -173,10 +173,14 @@ impl LayerWeights {
     /// Queries, keys and values of `x [.., H]`, biases added; `[.., heads · head_dim]` each.
     pub(crate) fn query_key_value(&self, x: &Tensor) -> [Tensor; 3] {
         let biases = self.biases.as_ref();
+        let project = |weight: &Tensor, bias: Option<&Tensor>| match bias {
+            Some(bias) => x.linear(weight, Some(bias)),
+            None => linear(x, weight),
+        };
         [
-            x.linear(&self.query, biases.map(|biases| &biases.query)),
-            x.linear(&self.key, biases.map(|biases| &biases.key)),
-            x.linear(&self.value, biases.map(|biases| &biases.value)),
+            project(&self.query, biases.map(|biases| &biases.query)),
+            project(&self.key, biases.map(|biases| &biases.key)),
+            project(&self.value, biases.map(|biases| &biases.value)),
         ]
     }
 }
@@ -419,5 +423,5 @@ pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: Opti
 }
 
 pub(crate) fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
-    x.linear(weight, None::<&Tensor>)
+    autograd::linear(x, weight)
 }

@@ -1,7 +1,8 @@
-// What training needs of torch's autograd and tch does not bind: a backward pass from given gradients, and RMSNorm and
-// SwiGLU whose two ways are one pass each on a CPU, where torch has a dozen.
+// What training needs of torch's autograd and tch does not bind: a backward pass from given gradients, RMSNorm and SwiGLU
+// whose two ways are one pass each on a CPU, where torch has a dozen, and products of fp32 matrices by oneDNN.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -293,6 +294,37 @@ struct SwiGlu : torch::autograd::Function<SwiGlu> {
     }
 };
 
+// x · wᵀ of fp32 matrices on a CPU. By default torch takes MKL for them, which is slower on processors that are not Intel's,
+// and adds in another order with another number of threads; oneDNN does neither, as far as has been seen.
+at::Tensor product(const at::Tensor& x, const at::Tensor& weight) {
+    using Scalars = c10::List<std::optional<at::Scalar>>;
+    using Name = std::optional<std::string_view>;
+    using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                                 Scalars, Name);
+    static const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    if (!found) return at::linear(x, weight);
+    static const auto multiply = found->typed<Signature>();
+    return multiply.call(x, weight, std::nullopt, "none", Scalars(), Name(""));
+}
+
+// x · wᵀ and its gradients.
+struct Linear : torch::autograd::Function<Linear> {
+    static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight) {
+        context->save_for_backward({x, weight});
+        return product(x, weight);
+    }
+
+    static variable_list backward(AutogradContext* context, variable_list upstream) {
+        const auto saved = context->get_saved_variables();
+        const auto &x = saved[0], &weight = saved[1], &given = upstream[0];
+        at::Tensor input, weights;
+        if (context->needs_input_grad(0)) input = product(given, weight.t());
+        if (context->needs_input_grad(1))
+            weights = product(given.reshape({-1, given.size(-1)}).t(), x.reshape({-1, x.size(-1)}).t());
+        return {input, weights};
+    }
+};
+
 }  // namespace
 
 extern "C" {
@@ -317,5 +349,10 @@ const char* vicuna_rms_norm(const at::Tensor* input, const at::Tensor* weight, d
 
 const char* vicuna_swiglu(const at::Tensor* gate, const at::Tensor* up, at::Tensor** output) {
     return guarded([&] { *output = new at::Tensor(SwiGlu::apply(*gate, *up)); });
+}
+
+// Both of fp32 on a CPU; `output` as above.
+const char* vicuna_linear(const at::Tensor* x, const at::Tensor* weight, at::Tensor** output) {
+    return guarded([&] { *output = new at::Tensor(Linear::apply(*x, *weight)); });
 }
 }

@@ -12,6 +12,7 @@ unsafe extern "C" {
     fn vicuna_backward(roots: *const *const Raw, gradients: *const *const Raw, count: usize) -> Failure;
     fn vicuna_rms_norm(input: *const Raw, weight: *const Raw, eps: f64, output: *mut *mut Raw) -> Failure;
     fn vicuna_swiglu(gate: *const Raw, up: *const Raw, output: *mut *mut Raw) -> Failure;
+    fn vicuna_linear(x: *const Raw, weight: *const Raw, output: *mut *mut Raw) -> Failure;
 }
 
 /// Carries gradients back from tensors, each of its tensor's shape and kind, to the leaves that these were made of.
@@ -53,6 +54,22 @@ pub(crate) fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
     made(|gated| {
         // SAFETY: both tensors live; `gated` is a place for a pointer.
         unsafe { vicuna_swiglu(gate.as_ptr().cast(), up.as_ptr().cast(), gated) }
+    })
+}
+
+/// x · wᵀ of `x [.., I]` and `weight [O, I]`.
+///
+/// # Panics
+///
+/// As tch's own functions do.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
+    let whole = |tensor: &Tensor| tensor.kind() == Kind::Float && is_ours(tensor) && tensor.numel() > 0;
+    if !whole(x) || !whole(weight) {
+        return x.linear(weight, None::<&Tensor>);
+    }
+    made(|product| {
+        // SAFETY: both tensors live; `product` is a place for a pointer.
+        unsafe { vicuna_linear(x.as_ptr().cast(), weight.as_ptr().cast(), product) }
     })
 }
 
@@ -125,6 +142,20 @@ mod tests {
     }
 
     #[test]
+    fn products_and_their_gradients_are_torchs() {
+        tch::manual_seed(2);
+        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
+        for (rows, inputs, outputs) in [(1, 1, 1), (40, 576, 192), (3, 70, 33)] {
+            let (x, weight) = (random(&[2, rows, inputs]), random(&[outputs, inputs]));
+            let torchs = |x: &Tensor, weight: &Tensor| x.linear(weight, None::<&Tensor>);
+            assert_near(&linear, &torchs, [&x, &weight], &random(&[2, rows, outputs]), 1e-5);
+        }
+        let (left, right) = (random(&[5, 40]), random(&[5, 7]));
+        let off = linear(&left.tr(), &right.tr()) - left.tr().matmul(&right);
+        assert!(off.abs().max().double_value(&[]) < 1e-5, "transposed ones");
+    }
+
+    #[test]
     fn a_gate_far_out_is_open_or_shut() {
         let gate = Tensor::from_slice(&[-1e30_f32, -100.0, -0.0, 100.0, 1e30]);
         let gated = Vec::<f32>::try_from(swiglu(&gate, &gate.ones_like())).unwrap();
@@ -144,7 +175,9 @@ mod tests {
         let bits = [1, 3].map(|threads| {
             tch::set_num_threads(threads);
             let norm = both_ways(&|x, weight| rms_norm(x, weight, 1e-6), [&x, &weight], &x);
-            (norm, both_ways(&swiglu, [&x, &x], &x))
+            let weight = x.narrow(0, 0, 120);
+            let product = both_ways(&linear, [&x, &weight], &x.narrow(1, 0, 1).expand([200, 120], false));
+            (norm, both_ways(&swiglu, [&x, &x], &x), product)
         });
         tch::set_num_threads(before);
         assert_eq!(bits[0], bits[1]);
