@@ -561,13 +561,13 @@ fn assignment(form: wire::Form) -> Option<Assignment> {
 }
 
 fn to_wire(manifest: &ManifestRef) -> wire::ManifestRef {
-    let ManifestRef { step, generation, key, digest } = manifest.clone();
-    wire::ManifestRef { step, generation, key, digest }
+    let ManifestRef { step, generation, key, digest, numerics_class } = manifest.clone();
+    wire::ManifestRef { step, generation, key, digest, numerics_class }
 }
 
 fn from_wire(manifest: wire::ManifestRef) -> ManifestRef {
-    let wire::ManifestRef { step, generation, key, digest } = manifest;
-    ManifestRef { step, generation, key, digest }
+    let wire::ManifestRef { step, generation, key, digest, numerics_class } = manifest;
+    ManifestRef { step, generation, key, digest, numerics_class }
 }
 
 fn words(panic: &(dyn Any + Send)) -> String {

@@ -385,6 +385,7 @@ fn an_unloadable_manifest_is_told_and_an_older_base_still_works() {
             generation: 1,
             key: "manifests/0000000002-000001.json".to_owned(),
             digest: "0".repeat(64),
+            ..Default::default()
         };
         let member = wire::Member { address: play.peers["a"].clone(), ..wire::Member::default() };
         let form = wire::Form {

@@ -116,15 +116,14 @@ impl Membership {
     }
 
     /// The newest generation; a record that somebody deleted had issued every one that left a checkpoint.
-    fn issued(&self) -> u64 {
+    pub(super) fn issued(&self) -> u64 {
         self.record.as_ref().map_or_else(|| self.manifests.generation(), |record| record.generation)
     }
 
     /// Ranks hold what the store does not have, and some of them are about to go; those who stay are too few.
     fn is_to_be_saved(&self, now: Millis, candidates: &[PodUid]) -> bool {
         let Some(held) = self.held_state(now, candidates) else { return false };
-        let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
-        let stored = self.manifests.newest_valid(self.issued(), history).map_or(0, |manifest| manifest.step);
+        let stored = self.newest_manifest().map_or(0, |manifest| manifest.step);
         let goes = |pod: &PodUid, rank: &Rank| {
             let here = rank.connected && !self.is_gone(pod) && !self.is_late(now, pod);
             rank.holding.is_some() && here && self.is_about_to_go(pod)
@@ -190,7 +189,7 @@ impl Membership {
     fn plan(&mut self, now: Millis, candidates: Vec<PodUid>, saves: bool) {
         let generation = self.issued();
         let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
-        let manifest = self.manifests.newest_valid(generation, history).cloned();
+        let manifest = self.newest_manifest().cloned();
         let stored_step = manifest.as_ref().map_or(0, |manifest| manifest.step);
         let held = self.held_state(now, &candidates).filter(|held| held.step >= stored_step);
         let (base_step, base, members, memory) = match held {

@@ -178,7 +178,7 @@ impl Membership {
         rank.away_since = None;
         rank.address.clone_from(&hello.peer_address);
         rank.suspect_since = None;
-        rank.numerics_class.clone_from(&hello.numerics_class);
+        rank.numerics_class = bounded(hello.numerics_class.clone());
         if hello.generation == 0 {
             rank.holding = None;
             rank.prepared = false;

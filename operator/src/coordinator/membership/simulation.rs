@@ -584,7 +584,8 @@ impl World {
 
     fn put(&mut self, record: &Record, step: u64) {
         let key = format!("{}-{step}", record.generation);
-        let manifest = Manifest { step, generation: record.generation, key, digest: "d".into() };
+        let (generation, numerics_class) = (record.generation, String::new());
+        let manifest = Manifest { step, generation, key, digest: "d".into(), numerics_class };
         self.written.push(manifest.clone());
         self.bucket.push(manifest);
     }

@@ -154,7 +154,8 @@ impl Fixture {
 }
 
 fn manifest(generation: u64, step: u64) -> Manifest {
-    Manifest { step, generation, key: format!("{generation}/{step}"), digest: "d".to_owned() }
+    let (key, numerics_class) = (format!("{generation}/{step}"), String::new());
+    Manifest { step, generation, key, digest: "d".to_owned(), numerics_class }
 }
 
 fn record_of(effects: &[Effect]) -> Record {
@@ -736,6 +737,27 @@ fn a_rank_of_another_numerics_class_is_kept_out_by_name() {
     let blocked = report.ranks["b"].blocked.clone().unwrap();
     assert!(blocked.message.contains("avx512") && blocked.message.contains("avx2"), "{}", blocked.message);
     assert!(report.ranks["a"].blocked.is_none());
+}
+
+#[test]
+fn without_a_record_the_class_is_that_of_the_checkpoint_whoever_comes_first() {
+    let stored = Manifest { numerics_class: "isa=avx512f; threads=1".to_owned(), ..manifest(1, 5) };
+    let mut fixture = Fixture::new(1, 2);
+    let arrive = |fixture: &mut Fixture, pod: &str, class: &str| {
+        fixture.pods.insert(pod.to_owned(), PodFact::default());
+        let hello = wire::Hello { pod_uid: pod.into(), numerics_class: class.into(), ..Default::default() };
+        fixture.sync().apply(Event::Joined(hello)).prepare(pod, vec![stored.clone()]);
+        fixture.after(30_000);
+    };
+    arrive(&mut fixture, "a", "isa=avx2; threads=1");
+    assert_eq!(fixture.phase(), Phase::Held, "its weights would not be those of an undisturbed run");
+    let blocked = fixture.membership.report(fixture.now).ranks["a"].blocked.clone().unwrap();
+    assert!(blocked.message.contains("isa is avx2 instead of avx512f"), "{}", blocked.message);
+    assert!(!blocked.message.contains("threads") && blocked.message.contains("Fast"), "{}", blocked.message);
+    arrive(&mut fixture, "b", "isa=avx512f; threads=1");
+    let record = fixture.formation().record;
+    assert_eq!((record.members[0].pod_uid.as_str(), record.members.len()), ("b", 1));
+    assert_eq!((record.base, record.numerics_class), (Some(stored.clone()), stored.numerics_class));
 }
 
 #[test]
