@@ -413,6 +413,7 @@ fn each_obstacle_has_its_reason_and_says_what_to_do() {
     let cases = [
         (store("the bucket of s3://b/x does not exist: create it"), "BucketMissing", "create it"),
         (store("the store refused the credentials for s3://b"), "CredentialsRefused", "credentials"),
+        (store("the store of s3://b/x is full (QuotaExceeded): raise the quota"), "StoreFull", "raise the quota"),
         (store("the store of s3://b cannot be reached (x): check"), "StoreUnreachable", "check"),
         (
             trouble(Trouble::Unschedulable { since_ms: NOW, message: "0/3 nodes are available.".into() }),
