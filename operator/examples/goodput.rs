@@ -307,6 +307,7 @@ impl<'a> Elastic<'a> {
             steps: u64::MAX,
             blocks: BLOCKS as u32,
             manifests: self.newest(),
+            ..Default::default()
         };
         self.feed(Event::Said(node, Said::Prepared(prepared)));
     }

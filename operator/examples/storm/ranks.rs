@@ -280,7 +280,7 @@ impl Rank {
                 blocks,
                 micro_batches,
                 steps: STEPS,
-                manifests: Vec::new(),
+                ..Default::default()
             }));
         }
     }

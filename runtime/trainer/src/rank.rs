@@ -249,6 +249,7 @@ impl Life {
             manifests: self.manifests.iter().map(to_wire).collect(),
             micro_batches: session.micro_batches(),
             steps: session.data.steps(),
+            state_bytes: session.table.state_bytes(),
         }));
         Next::Live
     }

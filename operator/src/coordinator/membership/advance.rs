@@ -585,15 +585,21 @@ impl Membership {
         }
     }
 
-    /// Said beforehand, by what the last checkpoint took: those who stay are too few to hold the state.
+    /// Said beforehand, where those who stay are too few to hold the state. Before the first checkpoint nobody knows what one
+    /// takes, and there is most to lose.
     fn warn_of_a_late_checkpoint(&mut self, now: Millis, deadline_ms: Millis, step_ms: Millis) {
-        let Some(last) = &self.checkpoint else { return };
-        let needs_ms = step_ms + last.stall_ms + last.upload_ms;
+        let needs_ms = self.checkpoint_ms().map(|takes| step_ms.saturating_add(takes));
         let has_ms = deadline_ms.saturating_sub(now);
-        if deadline_ms > 0 && needs_ms > has_ms {
-            let durable_step = last.step;
-            self.happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step });
+        if deadline_ms > 0 && needs_ms.is_none_or(|needs| needs > has_ms) {
+            let (bytes, durable_step) = (self.state_bytes, self.durable_step());
+            self.happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, bytes, durable_step });
         }
+    }
+
+    /// The last step that the store has, as far as we know.
+    pub(super) fn durable_step(&self) -> Option<u64> {
+        let told = self.checkpoint.as_ref().map(|last| last.step);
+        told.max(self.newest_manifest().map(|manifest| manifest.step))
     }
 
     pub(super) fn needs_checkpoint(&self, staying: &[PodUid]) -> bool {

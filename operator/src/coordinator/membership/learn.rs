@@ -218,6 +218,7 @@ impl Membership {
             self.blocks = Some(prepared.blocks as usize);
         }
         self.steps = self.steps.max(prepared.steps);
+        self.state_bytes = self.state_bytes.max(prepared.state_bytes);
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.prepared = true;
             rank.prepared_at = now;
@@ -249,7 +250,7 @@ impl Membership {
         }
         rank.held_up = blockage;
         if let Some(Blockage { message, .. }) = rank.held_up.clone().filter(|_| new) {
-            let durable_step = self.checkpoint.as_ref().map(|last| last.step);
+            let durable_step = self.durable_step();
             self.happened(Happening::CheckpointHeldUp { message, durable_step });
         }
     }
@@ -357,6 +358,7 @@ impl Membership {
             rank.held_up = None;
         }
         let newer = self.checkpoint.as_ref().is_none_or(|last| last.step < manifest.step);
+        let before = self.checkpoint.as_ref().map_or(0, |last| last.bytes_a_second);
         self.manifests.learn([manifest.clone()]);
         if newer {
             let ms = |seconds: f64| (seconds * 1000.0).clamp(0.0, 1e12).round() as u64;
@@ -368,6 +370,7 @@ impl Membership {
                 stall_ms: ms(said.stall_seconds),
                 upload_ms: ms(said.upload_seconds),
                 interval_ms: ms(said.interval_seconds),
+                bytes_a_second: rate(said.bytes_written, said.upload_seconds).unwrap_or(before),
             };
             self.checkpoint = Some(report.clone());
             self.happened(Happening::Checkpointed(report));
@@ -604,6 +607,11 @@ fn step_report(said: &wire::Progress) -> StepReport {
         tokens: said.tokens,
         step_seconds: said.step_seconds,
     }
+}
+
+/// Bytes a second. One that found all its blocks in the store says nothing of how fast it writes.
+fn rate(bytes: u64, seconds: f64) -> Option<u64> {
+    (bytes > 0 && seconds > 0.0).then(|| ((bytes as f64 / seconds) as u64).max(1))
 }
 
 /// Messages end in conditions, which hold 32 KiB at most.

@@ -255,6 +255,8 @@ pub struct Membership {
     micro_batches: Option<usize>,
     /// Blocks that the state is cut into.
     blocks: Option<usize>,
+    /// Bytes of a checkpoint; 0 until a rank says so.
+    state_bytes: u64,
     steps: u64,
     /// Generations in a row that ended before their first step.
     fruitless: u32,
@@ -301,6 +303,7 @@ impl Membership {
             recovery: Stages::default(),
             micro_batches: None,
             blocks: None,
+            state_bytes: 0,
             steps: 0,
             fruitless: 0,
             stalls: 0,

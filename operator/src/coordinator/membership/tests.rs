@@ -5,6 +5,9 @@ use crate::coordinator::manifest::Manifest;
 use wire::Cause;
 use wire::rank_message::Body as Said;
 
+/// Of a checkpoint.
+const STATE_BYTES: u64 = 40_000_000_000;
+
 struct Fixture {
     membership: Membership,
     now: Millis,
@@ -60,7 +63,8 @@ impl Fixture {
 
     fn prepare(&mut self, pod: &str, manifests: Vec<Manifest>) -> &mut Self {
         let manifests = manifests.into_iter().map(Into::into).collect();
-        self.say(pod, Said::Prepared(wire::Prepared { manifests, micro_batches: 8, steps: 100, blocks: 2 }))
+        let prepared = wire::Prepared { manifests, micro_batches: 8, steps: 100, blocks: 2, state_bytes: STATE_BYTES };
+        self.say(pod, Said::Prepared(prepared))
     }
 
     fn ready(&mut self, pod: &str) -> &mut Self {
@@ -602,13 +606,42 @@ fn a_checkpoint_that_will_be_late_is_said_to_be_beforehand() {
             wire::Checkpointed { generation, manifest, stall_seconds, upload_seconds, ..Default::default() };
         fixture.say("a", Said::Checkpointed(checkpointed)).progress("a", 4).notice("b", notice_ms);
         let warned = fixture.take().into_iter().find_map(|effect| match effect {
-            Effect::Happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step }) => {
+            Effect::Happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step, .. }) => {
                 Some((needs_ms, has_ms, durable_step))
             }
             _ => None,
         });
-        assert_eq!(warned, late.then_some((20_500, 10_000, 1)));
+        assert_eq!(warned, late.then_some((Some(20_500), 10_000, Some(1))));
     }
+}
+
+#[test]
+fn fewer_ranks_need_longer_for_a_checkpoint_since_each_has_more_of_it() {
+    let mut fixture = Fixture::training(2, 2);
+    // Half of the state in 10 s.
+    let (upload_seconds, bytes_written) = (10.0, STATE_BYTES / 2);
+    let manifest = Some(manifest(1, 1).into());
+    let checkpointed =
+        wire::Checkpointed { generation: 1, manifest, upload_seconds, bytes_written, ..Default::default() };
+    fixture.say("a", Said::Checkpointed(checkpointed)).progress("a", 4);
+    assert_eq!(fixture.membership.checkpoint_ms(), Some(10_000));
+    fixture.lose("b");
+    assert_eq!(fixture.membership.checkpoint_ms(), Some(20_000));
+}
+
+#[test]
+fn before_the_first_checkpoint_it_is_said_that_nothing_is_durable_yet() {
+    let mut fixture = Fixture::training(2, 2);
+    fixture.notice("b", 60_000).after(56_000);
+    let warned = fixture.take().into_iter().find_map(|effect| match effect {
+        Effect::Happened(late @ Happening::CheckpointWillBeLate { .. }) => Some(late),
+        _ => None,
+    });
+    let Some(Happening::CheckpointWillBeLate { needs_ms, has_ms, bytes, durable_step }) = warned else {
+        panic!("no warning");
+    };
+    assert_eq!((needs_ms, durable_step, bytes), (None, None, STATE_BYTES));
+    assert!((1..=4_000).contains(&has_ms), "{has_ms}");
 }
 
 #[test]
