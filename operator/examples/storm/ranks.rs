@@ -264,7 +264,7 @@ impl Rank {
                 self.generation = 0;
                 self.link.start_over();
             }
-            Heard::Stop(_) | Heard::Shutdown(_) => {}
+            Heard::Stop(_) | Heard::Noticed(_) | Heard::Shutdown(_) => {}
         }
     }
 

@@ -32,6 +32,7 @@ use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use vicuna_crds::Period;
 use vicuna_crds::training::{VicunaTraining, VicunaTrainingStatus};
 use vicuna_protocol::coordinator::form::Purpose;
+use vicuna_protocol::gigabytes;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(300);

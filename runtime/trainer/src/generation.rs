@@ -56,7 +56,7 @@ pub struct Control {
 pub trait Observer: Send + Sync {
     /// The state is loaded; equal digests are equal states.
     fn ready(&self, state_digest: &str);
-    fn stepped(&self, report: &StepReport, last_of_generation: bool);
+    fn stepped(&self, report: &StepReport, next: Next);
     /// The generation ends without a further step; `last` is what the last one came to, if it was made here.
     fn parting(&self, _last: Option<&StepReport>) {}
     /// A part of an evaluation is done, so that nobody takes the silence for a stall.
@@ -68,6 +68,16 @@ pub trait Observer: Send + Sync {
     fn blocked(&self, error: &StoreError);
     /// A checkpoint waits for the store, and the training does not.
     fn held_up(&self, _error: &StoreError) {}
+}
+
+/// What a generation does after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    Step,
+    /// An evaluation or the copy of a checkpoint: it takes as long as it takes.
+    Pause,
+    /// The step was the generation's last.
+    End,
 }
 
 /// What a member is told.
@@ -332,11 +342,17 @@ impl<'a> Generation<'a> {
             }
             let report = self.step()?;
             let last = report.wishes.stop || report.step == steps;
-            self.observer.stepped(&report, last);
+            let saves = !last && report.wishes.checkpoint && !report.wishes.uploading;
+            let next = match last {
+                true => Next::End,
+                false if saves || self.session.evaluates_after(report.step) => Next::Pause,
+                false => Next::Step,
+            };
+            self.observer.stepped(&report, next);
             if report.wishes.stop && report.step < steps {
                 return self.stop(&report.wishes, &report.leaving);
             }
-            if !last && report.wishes.checkpoint && !report.wishes.uploading {
+            if saves {
                 self.start_upload();
             }
         }

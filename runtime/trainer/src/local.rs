@@ -6,7 +6,7 @@ use crate::checkpoint::Published;
 use crate::collective::Network;
 use crate::collective::tcp::{Membership, Peer};
 use crate::evaluation::{Evaluation, Stage};
-use crate::generation::{self, Assignment, Control, Finished, GenerationError, Observer, Outcome, Start};
+use crate::generation::{self, Assignment, Control, Finished, GenerationError, Next, Observer, Outcome, Start};
 use crate::numerics;
 use crate::prepare::{Place, Session, prepare};
 use crate::step::{Engine, StepReport};
@@ -166,7 +166,7 @@ struct Printer {
 impl Observer for Printer {
     fn ready(&self, _state_digest: &str) {}
 
-    fn stepped(&self, report: &StepReport, _last_of_generation: bool) {
+    fn stepped(&self, report: &StepReport, _next: Next) {
         if self.rank != 0 {
             return;
         }

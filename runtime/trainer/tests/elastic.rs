@@ -24,7 +24,7 @@ use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
 use vicuna_trainer::evaluation::{Evaluation, Stage};
-use vicuna_trainer::generation::{Control, Finished, GenerationError, Observer, Outcome, Start};
+use vicuna_trainer::generation::{Control, Finished, GenerationError, Next, Observer, Outcome, Start};
 use vicuna_trainer::inputs;
 use vicuna_trainer::local::{CallUp, called_up_on_threads, generation_on_threads};
 use vicuna_trainer::log::{Line, What};
@@ -44,6 +44,7 @@ struct Watch {
     stop_after: Option<u64>,
     control: Control,
     losses: Mutex<Vec<f64>>,
+    nexts: Mutex<Vec<Next>>,
     ready: Mutex<Option<String>>,
     checkpoints: Mutex<Vec<u64>>,
     /// Wishes for the end in the middle of this step's evaluation.
@@ -57,8 +58,9 @@ impl Observer for Watch {
         *self.ready.lock() = Some(state_digest.to_owned());
     }
 
-    fn stepped(&self, report: &StepReport, _last_of_generation: bool) {
+    fn stepped(&self, report: &StepReport, next: Next) {
         self.losses.lock().push(report.loss);
+        self.nexts.lock().push(next);
         // The wish travels with the next step's commit.
         if self.stop_after == Some(report.step + 1) {
             self.control.stop.cancel();

@@ -383,6 +383,7 @@ impl Membership {
         if self.interrupted {
             self.recovery.restored = Some(now);
         }
+        self.step_is_next = false;
         self.state = State::Steady { since: now, progressed: false };
         true
     }
@@ -514,7 +515,7 @@ impl Membership {
             // After the last step the result is written.
             Some(_) if self.steps > 0 && self.step >= self.steps => self.limits.store_ms,
             Some(step_ms) if self.is_one_silent(now) => self.limits.silent_ms.max(3 * step_ms),
-            Some(step_ms) => self.limits.stall_ms.max(5 * step_ms),
+            Some(step_ms) => self.step_patience(step_ms),
             None => self.limits.first_step_ms,
         };
         // A step may just take longer than those before: with fewer ranks, on other nodes.
@@ -560,6 +561,8 @@ impl Membership {
         let generation = self.generation();
         let answered = BTreeSet::new();
         let saves = planned && self.saves_when_stopped(&self.candidates());
+        // What is waited for from here on is more than a step.
+        self.step_is_next = false;
         self.send_stop(now, planned, &reason, deadline_ms, &answered);
         // One that trains nothing ends as it was formed to, which has been told.
         if !planned || !matches!(self.state, State::Moving(_)) {
@@ -663,6 +666,7 @@ impl Membership {
             waiting.retain(|pod| !self.is_late(now, pod));
         }
         if waiting.is_empty() {
+            self.count_false_alarm();
             return self.disband(now);
         }
         if !planned && self.may_yet_call(now, &waiting) {
@@ -709,7 +713,23 @@ impl Membership {
         // Whom a new leader does not know may just not have called it yet.
         let away = |pod: &PodUid| self.ranks.get(pod).is_some_and(|rank| !rank.connected);
         let dispensable = || waiting.iter().all(away) && self.held_state(now, &self.candidates()).is_some();
-        waiting.iter().all(lost) && (now >= since.saturating_add(self.limits.lost_ms) || dispensable())
+        let hung = || now >= since.saturating_add(self.limits.hung_ms) && self.goes_on_without(now, waiting);
+        (waiting.iter().all(lost) && (now >= since.saturating_add(self.limits.lost_ms) || dispensable()))
+            || (self.stalls > 0 && hung())
+    }
+
+    /// The ranks that have answered are enough, and hold everything.
+    fn goes_on_without(&self, now: Millis, waiting: &[PodUid]) -> bool {
+        let staying: Vec<PodUid> = self.candidates().into_iter().filter(|pod| !waiting.contains(pod)).collect();
+        staying.len() >= self.fewest() && self.held_state(now, &staying).is_some_and(|held| held.members == staying)
+    }
+
+    /// No step came in time, and every member answers: none of them hangs.
+    fn count_false_alarm(&mut self) {
+        let suspected = |member: &Member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.suspect_since.is_some());
+        if self.stalls > 0 && !self.members().iter().any(|member| self.is_gone(&member.pod_uid) || suspected(member)) {
+            self.false_alarms += 1;
+        }
     }
 
     /// A checkpoint that cannot be written is waited for, unless somebody is about to go.

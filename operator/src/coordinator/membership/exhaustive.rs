@@ -508,6 +508,7 @@ impl World {
                 self.ranks.remove(pod);
                 self.facts.remove(pod);
             }
+            Body::Noticed(_) => {}
             Body::Welcome(_) => self.welcome(pod),
         }
     }

@@ -1,5 +1,6 @@
 //! What an event says. Nothing here decides; see `advance.rs`.
 
+use super::notice::time_left;
 use super::rank::Rank;
 use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, Stages, State};
 use crate::coordinator::manifest::Manifest;
@@ -284,11 +285,11 @@ impl Membership {
         if matches!(self.state, State::Moving(_)) || said.step <= self.step {
             return;
         }
-        self.stepped(now, step_report(said));
+        self.stepped(now, step_report(said), said.next() == wire::progress::Next::Step);
     }
 
     /// A step counts when the first rank says so.
-    fn stepped(&mut self, now: Millis, report: StepReport) {
+    fn stepped(&mut self, now: Millis, report: StepReport, step_is_next: bool) {
         // The last step of a generation that is being stopped is not the first one after it.
         if self.interrupted && matches!(self.state, State::Steady { .. }) {
             self.interrupted = false;
@@ -300,6 +301,7 @@ impl Membership {
         }
         self.step = report.step;
         self.steps = self.steps.max(report.steps);
+        self.measure_pace(now, step_is_next);
         self.last_step_at = now;
         self.step_ms = Some((report.step_seconds * 1000.0).clamp(0.0, 1e9) as u64);
         self.fruitless = 0;
@@ -395,7 +397,7 @@ impl Membership {
 
     fn stopped(&mut self, now: Millis, pod: &str, said: wire::Stopped) {
         if said.generation != self.generation() || !self.is_member(pod) {
-            return;
+            return self.answered_late(pod, said);
         }
         self.unblock(pod);
         self.manifests.learn(said.manifests.into_iter().map(Manifest::from));
@@ -417,6 +419,23 @@ impl Membership {
             self.collect(now, false, "a rank lost its peers".to_owned(), 0);
         }
         self.answered(pod);
+    }
+
+    /// It was taken to hang, and does not: it takes part with what it holds as long as nobody has gone on without it, and else
+    /// anew.
+    fn answered_late(&mut self, pod: &str, said: wire::Stopped) {
+        let generation = said.generation;
+        let members = self.record.as_ref().filter(|record| record.generation == generation).map(|it| &it.members);
+        let member = members.is_some_and(|members| members.iter().any(|member| member.pod_uid == pod));
+        let waited_for = member && matches!(self.state, State::Held { .. });
+        let Some(rank) = self.ranks.get_mut(pod).filter(|rank| rank.suspect_since.is_some()) else { return };
+        if !waited_for {
+            rank.holding = None;
+            return self.send(pod, Body::Stale(wire::Stale { generation }));
+        }
+        (rank.suspect_since, rank.prepared, rank.holding) = (None, true, said.holding);
+        self.step = self.step.max(said.step);
+        self.manifests.learn(said.manifests.into_iter().map(Manifest::from));
     }
 
     fn lost(&mut self, pod_name: &str) {
@@ -516,27 +535,38 @@ impl Membership {
 
     /// Counts each rank's notice once, until it is taken back.
     fn count_notices(&mut self) {
-        let hurried: Vec<(PodUid, Option<String>)> = self
+        let hurried: Vec<(PodUid, Option<Departure>)> = self
             .ranks
             .keys()
             .map(|pod| {
                 // What has gone already gave no notice.
                 let departure = self.departure(pod).filter(|it| it.hurry && !self.is_gone(pod));
-                (pod.clone(), departure.map(|departure| departure.source.clone()))
+                (pod.clone(), departure.cloned())
             })
             .collect();
-        for (pod, source) in hurried {
+        for (pod, departure) in hurried {
             let Some(rank) = self.ranks.get_mut(&pod) else { continue };
-            let first = source.is_some() && !rank.noticed && !rank.released;
-            rank.noticed = source.is_some();
-            if let (true, Some(source)) = (first, source) {
+            let first = departure.is_some() && !rank.noticed && !rank.released;
+            rank.noticed = departure.is_some();
+            if let (true, Some(Departure { source, deadline_ms, .. })) = (first, departure) {
+                let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
                 self.counters.notices += 1;
-                self.effects.push(Effect::Happened(Happening::Noticed {
-                    pod: rank.pod_name.clone(),
-                    node: rank.node.clone(),
-                    source,
-                }));
+                self.tell_of_notice(&pod, &node, &source, deadline_ms);
+                self.happened(Happening::Noticed { pod, node, source });
             }
+        }
+    }
+
+    /// Every rank of the training hears at once by when one of them goes, long before it is told to stop.
+    fn tell_of_notice(&mut self, pod_name: &str, node: &str, source: &str, deadline_ms: Millis) {
+        let noticed = wire::Noticed {
+            pod_name: pod_name.to_owned(),
+            node: node.to_owned(),
+            source: source.to_owned(),
+            time_left_ms: time_left(self.now, deadline_ms),
+        };
+        for pod in self.ranks.keys().cloned().collect::<Vec<_>>() {
+            self.send(&pod, Body::Noticed(noticed.clone()));
         }
     }
 
@@ -578,6 +608,7 @@ impl Membership {
         if members > 0 && before > 0 {
             let scaled = |step_ms: Millis| (step_ms * before / members as u64).min(1_000_000_000);
             self.step_ms = self.step_ms.map(scaled);
+            self.pace.slow_down(before, members as u64);
         }
     }
 

@@ -7,6 +7,7 @@ use crate::testing::{Reproduce, seeds};
 use crate::testing::{heirs, kept};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use wire::progress::Next;
 use wire::rank_message::Body as Said;
 
 const STEPS: u64 = 40;
@@ -280,6 +281,7 @@ impl World {
                 self.ranks.remove(pod);
                 self.facts.remove(pod);
             }
+            Body::Noticed(_) => {}
             Body::Welcome(_) | Body::Form(_) => unreachable!("these are effects of their own"),
         }
     }
@@ -656,6 +658,8 @@ impl World {
     }
 
     fn make_step(&mut self, record: &Record, pods: &[PodUid], step: u64) {
+        let stopping = pods.iter().any(|pod| self.ranks[pod].stopping);
+        let next = if stopping || step == STEPS { Next::Unspecified } else { Next::Step };
         for (place, pod) in pods.iter().enumerate() {
             if let Some(rank) = self.ranks.get_mut(pod) {
                 rank.step = step;
@@ -669,6 +673,7 @@ impl World {
                     step,
                     steps: STEPS,
                     step_seconds: 0.5,
+                    next: next.into(),
                     ..Default::default()
                 };
                 self.feed(Event::Said(pod.clone(), Said::Progress(progress)));
