@@ -360,6 +360,11 @@ impl Life {
         if *leaves {
             current.control.leave.cancel();
         }
+        if *time_left_ms > 0 {
+            let gone_at = Instant::now() + Duration::from_millis(*time_left_ms);
+            // Of several stops the first one counts.
+            current.control.gone_at.get_or_init(|| gone_at.into_std());
+        }
         if *checkpoint {
             current.control.save.cancel();
         }
