@@ -106,9 +106,11 @@ mod tests {
                 missing.chain(each).collect()
             }
             (Some("array"), Value::Array(items)) => match &schema.items {
-                Some(JSONSchemaPropsOrArray::Schema(each)) => {
-                    items.iter().enumerate().flat_map(|(at, item)| faults(each, item, &format!("{path}[{at}]"))).collect()
-                }
+                Some(JSONSchemaPropsOrArray::Schema(each)) => items
+                    .iter()
+                    .enumerate()
+                    .flat_map(|(at, item)| faults(each, item, &format!("{path}[{at}]")))
+                    .collect(),
                 _ => Vec::new(),
             },
             (Some("string"), Value::String(_)) | (Some("boolean"), Value::Bool(_)) | (None, _) => Vec::new(),

@@ -276,12 +276,7 @@ impl Rank {
         }
         if !std::mem::replace(&mut self.prepared, true) {
             let (blocks, micro_batches) = (BLOCKS as u32, BLOCKS as u32);
-            self.link.say(Body::Prepared(wire::Prepared {
-                blocks,
-                micro_batches,
-                steps: STEPS,
-                ..Default::default()
-            }));
+            self.link.say(Body::Prepared(wire::Prepared { blocks, micro_batches, steps: STEPS, ..Default::default() }));
         }
     }
 

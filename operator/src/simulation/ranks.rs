@@ -494,8 +494,13 @@ impl Ranks {
                 rank.blocked = false;
                 rank.doing = Doing::Waiting;
                 let manifests = manifests(around);
-                let prepared =
-                    wire::Prepared { manifests, micro_batches: MICRO_BATCHES, steps: STEPS, blocks: BLOCKS as u32, state_bytes: 0 };
+                let prepared = wire::Prepared {
+                    manifests,
+                    micro_batches: MICRO_BATCHES,
+                    steps: STEPS,
+                    blocks: BLOCKS as u32,
+                    state_bytes: 0,
+                };
                 self.say(uid, Said::Prepared(prepared), around);
             }
             Doing::Loading { form, since, next } if now >= next => self.load(uid, form, since, around),

@@ -75,7 +75,8 @@ impl World {
         let generation = self.ranks.made.last().map_or(0, |made| made.generation);
         let goes_on = |world: &Self| world.ranks.made.last().is_some_and(|made| made.generation > generation);
         self.until("another generation makes a step", 120_000, goes_on).await;
-        let (before, after): (Vec<Made>, Vec<Made>) = self.ranks.made.iter().partition(|it| it.generation <= generation);
+        let (before, after): (Vec<Made>, Vec<Made>) =
+            self.ranks.made.iter().partition(|it| it.generation <= generation);
         assert_eq!(after[0].step, before[before.len() - 1].step + 1, "no step is lost");
         after[0].at - before[before.len() - 1].at
     }

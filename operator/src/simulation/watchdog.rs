@@ -95,7 +95,10 @@ impl Watchdog {
         let mut seen = self.0.lock();
         let newest = seen.newest.as_ref().map_or(0, |record| record.generation);
         if newest != generation {
-            seen.broken("at most one generation makes progress", format!("{generation} steps and {newest} is recorded"));
+            seen.broken(
+                "at most one generation makes progress",
+                format!("{generation} steps and {newest} is recorded"),
+            );
         }
     }
 

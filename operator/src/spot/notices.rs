@@ -435,7 +435,11 @@ mod tests {
         let mut dead = both(later, earlier);
         let unknown = json!([{"type": "Ready", "status": "Unknown"}]);
         dead.status = serde_json::from_value(json!({ "conditions": unknown })).unwrap();
-        assert_eq!(book.departure(&pod(), Some(&dead), 40_000).unwrap().source, NOT_READY, "the most urgent comes first");
+        assert_eq!(
+            book.departure(&pod(), Some(&dead), 40_000).unwrap().source,
+            NOT_READY,
+            "the most urgent comes first"
+        );
     }
 
     #[test]

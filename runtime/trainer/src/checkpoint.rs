@@ -194,8 +194,9 @@ impl Publisher {
         blocks: &[(usize, Bytes)],
         progress: &Progress,
     ) -> Result<Vec<manifest::Stored>, StoreError> {
-        let puts = blocks.iter().map(async |(_, bytes)| {
-            let stored = manifest::put_block(&self.store, bytes.clone(), REFRESH, now()).await?;
+        let store = &self.store;
+        let puts = blocks.iter().map(|(_, bytes)| async move {
+            let stored = manifest::put_block(store, bytes.clone(), REFRESH, now()).await?;
             progress.written.fetch_add(stored.bytes, Ordering::Relaxed);
             Ok(stored)
         });

@@ -726,7 +726,8 @@ impl Membership {
 
     /// No step came in time, and every member answers: none of them hangs.
     fn count_false_alarm(&mut self) {
-        let suspected = |member: &Member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.suspect_since.is_some());
+        let suspected =
+            |member: &Member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.suspect_since.is_some());
         if self.stalls > 0 && !self.members().iter().any(|member| self.is_gone(&member.pod_uid) || suspected(member)) {
             self.false_alarms += 1;
         }

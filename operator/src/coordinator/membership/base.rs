@@ -68,7 +68,8 @@ impl Membership {
             return "";
         }
         let recorded = self.record.as_ref().map(|record| &record.numerics_class).filter(|class| !class.is_empty());
-        let stored = || self.newest_manifest().map(|manifest| &manifest.numerics_class).filter(|class| !class.is_empty());
+        let stored =
+            || self.newest_manifest().map(|manifest| &manifest.numerics_class).filter(|class| !class.is_empty());
         let first = || {
             let fit = self.ranks.iter().filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod));
             fit.min_by_key(|(_, rank)| rank.order).map(|(_, rank)| &rank.numerics_class)

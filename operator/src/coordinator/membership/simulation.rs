@@ -507,7 +507,8 @@ impl World {
                     rank.doing = Doing::Waiting;
                 }
                 let manifests = self.newest_manifests();
-                let prepared = wire::Prepared { manifests, micro_batches: 8, steps: STEPS, blocks: BLOCKS as u32, state_bytes: 0 };
+                let prepared =
+                    wire::Prepared { manifests, micro_batches: 8, steps: STEPS, blocks: BLOCKS as u32, state_bytes: 0 };
                 self.feed(Event::Said(pod.to_owned(), Said::Prepared(prepared)));
             }
             Doing::Loading(record) if self.brisk || self.chance(50) => self.load(pod, record),

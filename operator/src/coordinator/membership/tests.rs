@@ -3,6 +3,7 @@
 use super::*;
 use crate::coordinator::manifest::Manifest;
 use wire::Cause;
+use wire::progress::Next;
 use wire::rank_message::Body as Said;
 
 /// Of a checkpoint.
@@ -642,6 +643,106 @@ fn before_the_first_checkpoint_it_is_said_that_nothing_is_durable_yet() {
     };
     assert_eq!((needs_ms, durable_step, bytes), (None, None, STATE_BYTES));
     assert!((1..=4_000).contains(&has_ms), "{has_ms}");
+}
+
+impl Fixture {
+    /// Steps of a second from here on, until `to`; `next` is what ranks say comes after each.
+    fn steps(&mut self, to: u64, next: Next) -> &mut Self {
+        for step in self.membership.step + 1..=to {
+            let generation = self.membership.generation();
+            let progress = wire::Progress {
+                generation,
+                step,
+                steps: 100,
+                step_seconds: 1.0,
+                next: next.into(),
+                ..Default::default()
+            };
+            self.after(1_000).say("a", Said::Progress(progress));
+        }
+        self
+    }
+
+    /// … of a generation in which no step came in time: the stop is out.
+    fn stalled(min: usize) -> Self {
+        let mut fixture = Self::training(min, 2);
+        fixture.steps(10, Next::Step).after(3_000);
+        assert_eq!(fixture.phase(), Phase::Collecting);
+        fixture.take();
+        fixture
+    }
+}
+
+#[test]
+fn a_rank_that_hangs_is_missed_by_what_steps_took_and_a_pause_is_waited_for() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.steps(10, Next::Step).after(2_900);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    fixture.after(100);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    // Trainers of before do not say what comes next.
+    for next in [Next::Pause, Next::Unspecified] {
+        let mut fixture = Fixture::training(1, 2);
+        fixture.steps(10, Next::Step).steps(11, next).after(29_900);
+        assert_eq!(fixture.phase(), Phase::Steady, "{next:?}");
+        fixture.after(100);
+        assert_eq!(fixture.phase(), Phase::Collecting, "{next:?}");
+    }
+}
+
+#[test]
+fn after_a_false_alarm_a_step_is_waited_for_twice_as_long() {
+    let mut fixture = Fixture::stalled(1);
+    fixture.holds("a", 10, 0).holds("b", 10, 0).written().ready("a").ready("b");
+    fixture.steps(20, Next::Step).after(5_900);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    fixture.after(100);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+}
+
+#[test]
+fn who_hangs_is_waited_for_shortly_and_may_come_back_anew() {
+    let mut fixture = Fixture::stalled(1);
+    fixture.holds("a", 10, 0).after(1_400);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.after(100).written();
+    let record = fixture.membership.record.clone().unwrap();
+    assert_eq!((record.generation, record.members.len(), record.base_step), (2, 1, 10));
+    fixture.take();
+    let late = wire::Stopped { generation: 1, step: 10, ..Default::default() };
+    fixture.say("b", Said::Stopped(late));
+    let stale = Effect::Send("b".to_owned(), Body::Stale(wire::Stale { generation: 1 }));
+    assert_eq!(fixture.take(), [stale]);
+    fixture.join("b", 0).after(60_000);
+    assert!(fixture.membership.report(fixture.now).unresponsive.is_empty(), "its pod stays");
+}
+
+#[test]
+fn who_answers_late_takes_part_with_what_it_holds_while_nobody_has_gone_on() {
+    let mut fixture = Fixture::stalled(2);
+    fixture.holds("a", 10, 0).after(2_000);
+    assert_eq!(fixture.phase(), Phase::Collecting, "one alone cannot go on");
+    fixture.after(3_500);
+    assert_eq!(fixture.phase(), Phase::Held);
+    fixture.holds("b", 10, 0).after(2_000);
+    let Formation { record, memory, .. } = fixture.formation();
+    assert_eq!((record.members.len(), record.base_step, memory.is_some()), (2, 10, true));
+}
+
+#[test]
+fn all_ranks_hear_at_once_and_once_when_one_of_them_is_about_to_go() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.notice("a", 60_000).after(500).notice("a", 59_000);
+    let heard: Vec<_> = fixture
+        .take()
+        .into_iter()
+        .filter_map(|effect| match effect {
+            Effect::Send(pod, Body::Noticed(noticed)) => Some((pod, noticed.pod_name, noticed.time_left_ms)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(heard, ["a", "b"].map(|pod| (pod.to_owned(), "a".to_owned(), 60_000)));
+    assert_eq!(fixture.phase(), Phase::Steady, "it trains on");
 }
 
 #[test]
