@@ -435,7 +435,9 @@ impl Ranks {
                 let hello = hello(uid, rank);
                 self.say(uid, Said::Hello(hello), around);
             }
-            Body::Noticed(noticed) => drop(rank.noticed.insert(noticed.pod_name, now)),
+            Body::Noticed(noticed) => {
+                rank.noticed.insert(noticed.pod_name, now);
+            }
             Body::Shutdown(_) => {
                 rank.ending = Some(Ending::Done);
                 rank.stream = None;

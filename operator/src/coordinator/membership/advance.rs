@@ -2,6 +2,7 @@
 
 use super::base::HeldState;
 use super::notice::time_left;
+use super::pace::MAX_DOUBLINGS;
 use super::rank::Rank;
 use super::{Body, Effect, Formation, Happening, Membership, Millis, Move, PodUid, Purpose, Stages, State};
 use crate::coordinator::manifest::{Base, extend_history};
@@ -519,7 +520,7 @@ impl Membership {
             None => self.limits.first_step_ms,
         };
         // A step may just take longer than those before: with fewer ranks, on other nodes.
-        patience << self.stalls.min(6)
+        patience << self.stalls.min(MAX_DOUBLINGS)
     }
 
     /// A member is out of reach, and not just for a moment.
@@ -728,8 +729,11 @@ impl Membership {
     fn count_false_alarm(&mut self) {
         let suspected =
             |member: &Member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.suspect_since.is_some());
-        if self.stalls > 0 && !self.members().iter().any(|member| self.is_gone(&member.pod_uid) || suspected(member)) {
-            self.false_alarms += 1;
+        if self.stalls > 0
+            && self.pace.usual().is_some()
+            && !self.members().iter().any(|member| self.is_gone(&member.pod_uid) || suspected(member))
+        {
+            self.false_alarms = (self.false_alarms + 1).min(MAX_DOUBLINGS);
         }
     }
 

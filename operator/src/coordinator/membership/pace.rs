@@ -8,7 +8,7 @@ const RECENT: usize = 32;
 /// Fewer than these say little of the next one.
 const ENOUGH: usize = 5;
 /// Patience is doubled so often at most.
-const MAX_DOUBLINGS: u32 = 6;
+pub(super) const MAX_DOUBLINGS: u32 = 6;
 
 /// Times from one step's report to the next, of steps between which ranks did nothing else.
 #[derive(Clone, Debug, Default)]
@@ -53,7 +53,7 @@ impl Membership {
         let usual = self.pace.usual().filter(|_| self.step_is_next);
         usual.map_or(generous, |usual| {
             let soon = (usual + usual / 2 + self.limits.slack_ms).max(self.limits.missed_ms);
-            (soon << self.false_alarms.min(MAX_DOUBLINGS)).min(generous)
+            (soon << self.false_alarms).min(generous)
         })
     }
 }
