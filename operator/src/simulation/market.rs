@@ -332,7 +332,7 @@ fn text_of(unix_ms: u64) -> String {
 /// `None`: it has none any more.
 fn taint(store: &mut Store, node: &str, taint: Option<Value>) {
     let taints: Vec<Value> = taint.into_iter().collect();
-    store.edit(&node_key(node), |node| node["spec"]["taints"] = taints);
+    store.edit(&node_key(node), |node| node["spec"]["taints"] = json!(taints));
 }
 
 fn set_ready(store: &mut Store, node: &str, status: &str) {

@@ -1,7 +1,7 @@
 //! Carries out a plan. Every write asks first whether we are still the leader.
 
 use super::build;
-use super::observe::Observed;
+use super::observe::{Observed, PodView};
 use super::plan::{Action, Plan};
 use crate::config::MANAGER;
 use crate::context::Context;

@@ -762,8 +762,8 @@ fn a_bad_node_is_avoided_only_where_its_pool_has_another() {
 
 #[test]
 fn a_pool_s_node_takes_a_pod_if_it_is_large_enough_and_no_taint_keeps_it_off() {
-    let takes = |node: Value, size: Size| {
-        let pool: Pool = serde_json::from_value(json!({
+    let takes = |node: serde_json::Value, size: Size| {
+        let pool = serde_json::from_value::<Pool>(json!({
             "name": "spot", "capacity": "Spot", "nodeSelector": {"kind": "spot"},
             "tolerations": [{"key": "gpu", "operator": "Exists"}],
         }));

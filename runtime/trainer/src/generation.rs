@@ -76,7 +76,7 @@ pub trait Observer: Send + Sync {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     Step,
-    /// An evaluation or the copy of a checkpoint: it takes as long as it takes.
+    /// An evaluation, the copy of a checkpoint, or a step beside its upload: it takes as long as it takes.
     Pause,
     /// The step was the generation's last.
     End,
@@ -348,7 +348,9 @@ impl<'a> Generation<'a> {
             let saves = !last && report.wishes.checkpoint && !report.wishes.uploading;
             let next = match last {
                 true => Next::End,
-                false if saves || self.session.evaluates_after(report.step) => Next::Pause,
+                // Beside an upload a step may take longer than it usually does.
+                false if saves || report.wishes.uploading => Next::Pause,
+                false if self.session.evaluates_after(report.step) => Next::Pause,
                 false => Next::Step,
             };
             self.observer.stepped(&report, next);
