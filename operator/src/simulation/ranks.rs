@@ -22,7 +22,7 @@ use wire::rank_message::Body as Said;
 
 const MICRO_BATCHES: u32 = 8;
 const ALL: u8 = (1 << BLOCKS) - 1;
-pub const CHECKPOINT_EVERY: u64 = 6;
+const CHECKPOINT_EVERY: u64 = 6;
 pub const STEP_MS: u64 = 1_200;
 /// A rank that does not come to the base gives it up.
 const LOADING_MS: u64 = 25_000;
