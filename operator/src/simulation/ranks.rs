@@ -392,6 +392,7 @@ impl Ranks {
                 // What it said last is said again to a new leader.
                 Doing::Waiting if rank.left > 0 => self.say_stopped(uid, Vec::new(), around),
                 Doing::Waiting => rank.doing = Doing::Fetching { until: now + around.random.between(500, 5_000) },
+                Doing::Ready(_) => self.say_ready(uid, around),
                 _ => {}
             },
             Body::Form(form) => {
@@ -537,8 +538,14 @@ impl Ranks {
             rank.memory = Some(memory);
             rank.doing = Doing::Ready(form);
         }
-        let state_digest = format!("state of step {}", memory.step);
-        self.say(uid, Said::Ready(wire::Ready { generation, state_digest }), around);
+        self.say_ready(uid, around);
+    }
+
+    fn say_ready(&mut self, uid: &str, around: &mut Surroundings) {
+        let Some(rank) = self.all.get(uid) else { return };
+        let Doing::Ready(form) = &rank.doing else { return };
+        let ready = wire::Ready { generation: form.generation, state_digest: format!("state of step {}", rank.step) };
+        self.say(uid, Said::Ready(ready), around);
     }
 
     /// What the rank has once it is at the base: what it had, and what it is to keep. `None`: peers do not have it (yet).
