@@ -49,7 +49,7 @@ impl Life {
         *self.cut_until.lock() = Some(until);
     }
 
-    fn is_cut_off(&self) -> bool {
+    pub fn is_cut_off(&self) -> bool {
         self.cut_until.lock().is_some_and(|until| Instant::now() < until)
     }
 

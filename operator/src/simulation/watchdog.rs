@@ -90,7 +90,7 @@ impl Watchdog {
         }
     }
 
-    /// A step is made by the newest generation, and by no other.
+    /// Of ranks in reach, those of the newest generation make steps, and no others.
     pub fn steps(&self, generation: u64) {
         let mut seen = self.0.lock();
         let newest = seen.newest.as_ref().map_or(0, |record| record.generation);

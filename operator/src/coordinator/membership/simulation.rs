@@ -88,7 +88,7 @@ struct World {
     /// Who was not to be in the generation after this one.
     leavers: BTreeMap<u64, BTreeSet<PodUid>>,
     finished: bool,
-    /// Ranks take no time to get to a base.
+    /// Ranks come, fetch and get to a base without delay.
     brisk: bool,
     /// A rank that does nothing any more, with its stream open.
     hung: Option<PodUid>,
@@ -388,7 +388,7 @@ impl World {
     /// What the reconciler does.
     fn replace_pods(&mut self) {
         let staying = self.facts.values().filter(|fact| fact.departure.is_none()).count();
-        if !self.finished && staying < MAX && self.chance(40) {
+        if !self.finished && staying < MAX && (self.brisk || self.chance(40)) {
             let pod = format!("pod-{:04}", self.born);
             self.born += 1;
             self.facts.insert(pod.clone(), PodFact::default());
@@ -502,7 +502,7 @@ impl World {
             return;
         }
         match rank.doing {
-            Doing::Fetching if self.chance(30) => {
+            Doing::Fetching if self.brisk || self.chance(30) => {
                 if let Some(rank) = self.ranks.get_mut(pod) {
                     rank.doing = Doing::Waiting;
                 }
