@@ -291,9 +291,10 @@ fn periodic_checkpoints_do_not_change_the_weights_and_old_ones_go() {
 
 #[test]
 fn a_damaged_checkpoint_is_refused_by_name_and_the_older_one_serves() {
+    type Damage = fn(&Path);
     let fixture = Fixture::new();
     let undisturbed = generation(&fixture.session(fixture.job("plain")), 1, None, None).result().digest.clone();
-    let damages: [(&str, fn(&Path)); 3] = [
+    let damages: [(&str, Damage); 3] = [
         ("flipped", |file| {
             let mut bytes = std::fs::read(file).unwrap();
             bytes[100] ^= 1;
