@@ -49,7 +49,7 @@ impl Life {
         *self.cut_until.lock() = Some(until);
     }
 
-    pub fn is_cut_off(&self) -> bool {
+    fn is_cut_off(&self) -> bool {
         self.cut_until.lock().is_some_and(|until| Instant::now() < until)
     }
 

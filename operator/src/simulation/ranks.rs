@@ -664,9 +664,6 @@ impl Ranks {
         if held != ALL {
             around.watchdog.broken("a step is counted once", format!("step {step} is made without all blocks"));
         }
-        if self.is_any_in_reach(all) {
-            around.watchdog.steps(form.generation);
-        }
         self.made.push(Made { at: around.now, generation: form.generation, step });
         let stopping = all.iter().any(|uid| self.all[uid].stopping);
         let next = if stopping || step == STEPS { Next::Unspecified } else { Next::Step };
@@ -686,12 +683,6 @@ impl Ranks {
             };
             self.say(uid, Said::Progress(progress), around);
         }
-    }
-
-    /// Whom no leader reaches may train on in a generation that is over: nothing comes of it.
-    fn is_any_in_reach(&self, all: &[String]) -> bool {
-        let lives = |stream: &Stream| !stream.life.is_over() && !stream.life.is_cut_off();
-        all.iter().any(|uid| self.all[uid].stream.as_ref().is_some_and(lives))
     }
 
     /// The stop was planned: what has to be saved is, what only leavers hold is handed over.

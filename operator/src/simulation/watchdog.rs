@@ -90,18 +90,6 @@ impl Watchdog {
         }
     }
 
-    /// Of ranks in reach, those of the newest generation make steps, and no others.
-    pub fn steps(&self, generation: u64) {
-        let mut seen = self.0.lock();
-        let newest = seen.newest.as_ref().map_or(0, |record| record.generation);
-        if newest != generation {
-            seen.broken(
-                "at most one generation makes progress",
-                format!("{generation} steps and {newest} is recorded"),
-            );
-        }
-    }
-
     /// All members make the first step of a generation from where it was recorded to start.
     pub fn goes(&self, form: &wire::Form, step: u64) {
         if step != form.base_step {
