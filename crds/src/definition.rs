@@ -72,3 +72,77 @@ pub fn as_chart_template(text: &str) -> String {
         1,
     )
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+    use std::path::Path;
+
+    /// What the API server would refuse in an object: fields that the schema does not have, fields that are missing, values
+    /// of another type or choice. CEL and patterns are left to it.
+    fn faults(schema: &JSONSchemaProps, value: &Value, path: &str) -> Vec<String> {
+        if let Some(choices) = &schema.enum_
+            && !choices.iter().any(|choice| choice.0 == *value)
+        {
+            return vec![format!("{path}: {value} is no choice")];
+        }
+        match (schema.type_.as_deref(), value) {
+            (Some("object"), Value::Object(fields)) => {
+                let known = schema.properties.as_ref();
+                let missing = schema.required.iter().flatten().filter(|name| !fields.contains_key(*name));
+                let missing = missing.map(|name| format!("{path}.{name} is missing"));
+                let others = |name: &str, value: &Value| match &schema.additional_properties {
+                    Some(JSONSchemaPropsOrBool::Schema(each)) => faults(each, value, &format!("{path}.{name}")),
+                    Some(JSONSchemaPropsOrBool::Bool(true)) => Vec::new(),
+                    _ if schema.x_kubernetes_preserve_unknown_fields == Some(true) => Vec::new(),
+                    _ => vec![format!("{path}.{name} is not known")],
+                };
+                let each = fields.iter().flat_map(|(name, value)| match known.and_then(|known| known.get(name)) {
+                    Some(field) => faults(field, value, &format!("{path}.{name}")),
+                    None => others(name, value),
+                });
+                missing.chain(each).collect()
+            }
+            (Some("array"), Value::Array(items)) => match &schema.items {
+                Some(JSONSchemaPropsOrArray::Schema(each)) => items
+                    .iter()
+                    .enumerate()
+                    .flat_map(|(at, item)| faults(each, item, &format!("{path}[{at}]")))
+                    .collect(),
+                _ => Vec::new(),
+            },
+            (Some("string"), Value::String(_)) | (Some("boolean"), Value::Bool(_)) | (None, _) => Vec::new(),
+            (Some("number"), Value::Number(_)) => Vec::new(),
+            (Some("integer"), Value::Number(number)) if !number.is_f64() => Vec::new(),
+            (Some(kind), value) => vec![format!("{path}: {value} is no {kind}")],
+        }
+    }
+
+    fn faults_of(text: &str) -> Vec<String> {
+        let object: Value = serde_yaml::from_str(text).unwrap();
+        let definition = all().into_iter().find(|it| object["kind"] == it.spec.names.kind.as_str());
+        let schema = definition.unwrap().spec.versions.remove(0).schema.unwrap().open_api_v3_schema.unwrap();
+        let spec = schema.properties.as_ref().unwrap()["spec"].clone();
+        faults(&spec, &object["spec"], "spec")
+    }
+
+    #[test]
+    fn every_sample_has_the_fields_that_its_schema_has() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/samples");
+        let mut seen = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_none_or(|it| it != "yaml") || path.ends_with("kustomization.yaml") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(faults_of(&text), Vec::<String>::new(), "{}", path.display());
+            let misspelt = text.replacen("  model:", "  modell:", 1);
+            assert!(!faults_of(&misspelt).is_empty(), "{}: a misspelt field is not found", path.display());
+            seen += 1;
+        }
+        assert!(seen >= 4, "only {seen} samples");
+    }
+}

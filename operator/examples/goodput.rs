@@ -307,6 +307,7 @@ impl<'a> Elastic<'a> {
             steps: u64::MAX,
             blocks: BLOCKS as u32,
             manifests: self.newest(),
+            ..Default::default()
         };
         self.feed(Event::Said(node, Said::Prepared(prepared)));
     }
@@ -534,7 +535,7 @@ impl<'a> Elastic<'a> {
             return;
         }
         let key = format!("{generation}-{step}");
-        let manifest = wire::ManifestRef { step, generation, key, digest: "d".to_owned() };
+        let manifest = wire::ManifestRef { step, generation, key, digest: "d".to_owned(), ..Default::default() };
         self.manifests.push(manifest.clone());
         let checkpointed = wire::Checkpointed { generation, manifest: Some(manifest), ..Default::default() };
         self.feed(Event::Said(members[0].clone(), Said::Checkpointed(checkpointed)));

@@ -29,6 +29,7 @@ type Case = fn(&Fixture) -> Result<()>;
 const CASES: &[(&str, Case)] = &[
     ("the_api_server_does_what_the_operator_relies_on", conformance::the_api_server_does_what_the_operator_relies_on),
     ("an_impossible_spec_is_rejected_with_a_sentence", bad_input::an_impossible_spec_is_rejected_with_a_sentence),
+    ("every_sample_is_accepted", bad_input::every_sample_is_accepted),
     ("a_missing_dataset_is_told_and_recovers", bad_input::a_missing_dataset_is_told_and_recovers),
     ("refused_credentials_are_told_and_recover", bad_input::refused_credentials_are_told_and_recover),
     ("a_missing_secret_is_told_and_recovers", bad_input::a_missing_secret_is_told_and_recovers),

@@ -264,7 +264,7 @@ impl Rank {
                 self.generation = 0;
                 self.link.start_over();
             }
-            Heard::Stop(_) | Heard::Shutdown(_) => {}
+            Heard::Stop(_) | Heard::Noticed(_) | Heard::Shutdown(_) => {}
         }
     }
 
@@ -276,12 +276,7 @@ impl Rank {
         }
         if !std::mem::replace(&mut self.prepared, true) {
             let (blocks, micro_batches) = (BLOCKS as u32, BLOCKS as u32);
-            self.link.say(Body::Prepared(wire::Prepared {
-                blocks,
-                micro_batches,
-                steps: STEPS,
-                manifests: Vec::new(),
-            }));
+            self.link.say(Body::Prepared(wire::Prepared { blocks, micro_batches, steps: STEPS, ..Default::default() }));
         }
     }
 

@@ -17,19 +17,22 @@ pub struct Manifest {
     pub generation: u64,
     pub key: String,
     pub digest: String,
+    /// Of the ranks that wrote it; empty where they did not say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub numerics_class: String,
 }
 
 impl From<ManifestRef> for Manifest {
     fn from(reference: ManifestRef) -> Self {
-        let ManifestRef { step, generation, key, digest } = reference;
-        Self { step, generation, key, digest }
+        let ManifestRef { step, generation, key, digest, numerics_class } = reference;
+        Self { step, generation, key, digest, numerics_class }
     }
 }
 
 impl From<Manifest> for ManifestRef {
     fn from(manifest: Manifest) -> Self {
-        let Manifest { step, generation, key, digest } = manifest;
-        Self { step, generation, key, digest }
+        let Manifest { step, generation, key, digest, numerics_class } = manifest;
+        Self { step, generation, key, digest, numerics_class }
     }
 }
 
@@ -99,7 +102,8 @@ mod tests {
     use super::*;
 
     pub(crate) fn manifest(generation: u64, step: u64) -> Manifest {
-        Manifest { step, generation, key: format!("manifests/{generation}-{step}"), digest: "d".to_owned() }
+        let key = format!("manifests/{generation}-{step}");
+        Manifest { step, generation, key, digest: "d".to_owned(), numerics_class: String::new() }
     }
 
     #[test]

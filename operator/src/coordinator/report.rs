@@ -125,6 +125,8 @@ pub struct CheckpointReport {
     pub stall_ms: u64,
     pub upload_ms: u64,
     pub interval_ms: u64,
+    /// What one rank wrote in a second; 0 where that is not known.
+    pub bytes_a_second: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -190,10 +192,13 @@ pub enum Happening {
     },
     /// The store will not have what is to be kept before the first node goes.
     CheckpointWillBeLate {
-        needs_ms: u64,
+        /// `None`: none has been written yet by which to tell.
+        needs_ms: Option<u64>,
         has_ms: u64,
+        /// Of the whole state; 0 where no rank has said it.
+        bytes: u64,
         /// The last step that the store has.
-        durable_step: u64,
+        durable_step: Option<u64>,
     },
     /// The training goes on, and its checkpoint does not.
     CheckpointHeldUp {

@@ -32,7 +32,7 @@ impl Bucket {
     /// Written last, once all blocks are there; create-only.
     pub fn put(&mut self, generation: u64, step: u64, watchdog: &Watchdog, random: &mut Random) -> Manifest {
         let key = format!("{generation}-{step}-{}", random.between(0, u64::MAX));
-        let manifest = Manifest { step, generation, digest: key.clone(), key };
+        let manifest = Manifest { step, generation, digest: key.clone(), key, numerics_class: String::new() };
         watchdog.manifest_written(manifest.clone());
         self.manifests.push(manifest.clone());
         manifest

@@ -6,6 +6,8 @@ use super::ranks::{Ending, Ranks};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use vicuna_tests::api_server::{Key, Store};
 
 const KINDS: [&str; 2] = ["spot", "ondemand"];
@@ -17,6 +19,8 @@ const ADVICE_TAINT: &str = "aws-node-termination-handler/rebalance-recommendatio
 /// Pods of nodes that are gone are taken away after so long.
 const ORPHANED_MS: u64 = 40_000;
 const COLLECT_EVERY_MS: u64 = 2_000;
+/// Clocks of nodes and controllers differ by so much.
+const MAX_SKEW_MS: u64 = 5_000;
 
 #[derive(Clone, Debug, Default)]
 struct Machine {
@@ -81,14 +85,13 @@ impl Market {
             0..=3 if spot => {
                 // Some providers are earlier than they say, some take the notice back.
                 let in_ms = *random.pick(&[4_000, 15_000, 30_000, 45_000])?;
-                machine.taken_at = Some(now + in_ms);
-                machine.warned = true;
-                taint(store, &name, NOTICE_TAINT, true);
-                format!("{name} is noticed to go in {in_ms} ms")
+                // Whoever taints has a clock of its own.
+                let skew_ms = random.between(0, 2 * MAX_SKEW_MS) as i64 - MAX_SKEW_MS as i64;
+                self.notice(store, &name, in_ms, Some(skew_ms));
+                format!("{name} is noticed to go in {in_ms} ms, by a clock that is {skew_ms} ms ahead")
             }
             4 | 5 => {
-                machine.dead_since = Some(now);
-                machine.unnoticed_ms = random.between(3_000, 40_000);
+                self.die(&name, now, random.between(3_000, 40_000));
                 format!("{name} dies without a word")
             }
             6 if spot => {
@@ -96,7 +99,7 @@ impl Market {
                 format!("{name} is taken without notice")
             }
             7 => {
-                taint(store, &name, ADVICE_TAINT, true);
+                taint(store, &name, Some(taint_of(ADVICE_TAINT)));
                 format!("{name} had better be left")
             }
             8 => {
@@ -120,8 +123,28 @@ impl Market {
         let name = random.pick(&warned)?.clone();
         let machine = self.machines.get_mut(&name)?;
         (machine.taken_at, machine.warned) = (None, false);
-        taint(store, &name, NOTICE_TAINT, false);
+        taint(store, &name, None);
         Some(format!("{name} stays after all"))
+    }
+
+    /// `skew_ms`: by how much the clock of who says when it was tainted is ahead; without it nobody says when.
+    pub fn notice(&mut self, store: &mut Store, name: &str, in_ms: u64, skew_ms: Option<i64>) {
+        let now = store.now_ms();
+        if let Some(machine) = self.machines.get_mut(name) {
+            (machine.taken_at, machine.warned) = (Some(now + in_ms), true);
+        }
+        let mut mark = taint_of(NOTICE_TAINT);
+        if let Some(added) = skew_ms.and_then(|skew_ms| now.checked_add_signed(skew_ms)) {
+            mark["timeAdded"] = json!(text_of(added));
+        }
+        taint(store, name, Some(mark));
+    }
+
+    /// Its machine is lost without a word, which is known after a while.
+    pub fn die(&mut self, name: &str, now: u64, unnoticed_ms: u64) {
+        if let Some(machine) = self.machines.get_mut(name) {
+            (machine.dead_since, machine.unnoticed_ms) = (Some(now), unnoticed_ms);
+        }
     }
 
     pub fn calm_down(&mut self) {
@@ -296,9 +319,20 @@ fn node(name: &str, kind: &str) -> Value {
     })
 }
 
-fn taint(store: &mut Store, node: &str, key: &str, there: bool) {
-    let taints = if there { json!([{"key": key, "effect": "NoSchedule"}]) } else { json!([]) };
-    store.edit(&node_key(node), |node| node["spec"]["taints"] = taints);
+fn taint_of(key: &str) -> Value {
+    json!({"key": key, "effect": "NoSchedule"})
+}
+
+/// As Kubernetes writes times.
+fn text_of(unix_ms: u64) -> String {
+    let time = OffsetDateTime::from_unix_timestamp((unix_ms / 1000) as i64).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    time.format(&Rfc3339).unwrap_or_default()
+}
+
+/// `None`: it has none any more.
+fn taint(store: &mut Store, node: &str, taint: Option<Value>) {
+    let taints: Vec<Value> = taint.into_iter().collect();
+    store.edit(&node_key(node), |node| node["spec"]["taints"] = json!(taints));
 }
 
 fn set_ready(store: &mut Store, node: &str, status: &str) {

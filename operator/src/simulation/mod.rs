@@ -12,6 +12,7 @@ mod market;
 mod network;
 mod ranks;
 mod replica;
+mod scenarios;
 mod watchdog;
 
 use crate::testing::{Reproduce, seeds};
@@ -234,27 +235,35 @@ impl World {
         }
     }
 
-    /// Somebody suspends the training, resumes it, or wants another number of workers.
+    /// Somebody suspends the training, resumes it, or wants other numbers of workers or another order of pools.
     fn ask_for_something_else(&mut self) -> String {
         let suspend = self.random.percent(40);
         let max = self.random.between(WORKERS_MIN as u64, WORKERS_MAX as u64 + 1);
-        self.ask_for(suspend, max);
-        format!("suspend is {suspend}, and workers.max {max}")
+        let min = self.random.between(1, max.min(3) + 1);
+        let mut pools = market::pools();
+        if self.random.percent(40)
+            && let Some(pools) = pools.as_array_mut()
+        {
+            pools.reverse();
+        }
+        self.ask_for(suspend, min, max, &pools);
+        format!("suspend is {suspend}, workers {min} to {max}, pools {}", pools[0]["name"])
     }
 
-    fn ask_for(&mut self, suspend: bool, max: u64) {
+    fn ask_for(&mut self, suspend: bool, min: u64, max: u64, pools: &serde_json::Value) {
         let mut store = self.server.store();
         let Some(key) = store.objects("VicunaTraining").next().map(|(key, _)| key.clone()) else { return };
         store.edit(&key, |training| {
             let generation = training["metadata"]["generation"].as_u64().unwrap_or_default();
             training["metadata"]["generation"] = json!(generation + 1);
             training["spec"]["suspend"] = json!(suspend);
-            training["spec"]["workers"]["max"] = json!(max);
+            training["spec"]["workers"] = json!({"min": min, "max": max});
+            training["spec"]["pools"] = pools.clone();
         });
     }
 
     fn calm_down(&mut self) {
-        self.ask_for(false, WORKERS_MAX as u64);
+        self.ask_for(false, WORKERS_MIN as u64, WORKERS_MAX as u64, &market::pools());
         self.note("nothing more goes wrong");
         self.network.set_trouble(false);
         self.market.calm_down();
@@ -281,7 +290,7 @@ impl World {
         Told {
             ended_ms: now,
             versions: store.revision(),
-            steps: self.ranks.steps_made,
+            steps: self.ranks.made.len() as u64,
             generations: number("/membership/generation"),
             reclaims: number("/disruptions/reclaims"),
             ..self.told

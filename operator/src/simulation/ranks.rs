@@ -17,15 +17,22 @@ use vicuna_protocol::auth::Caller;
 use vicuna_protocol::coordinator as wire;
 use wire::coordinator_message::Body;
 use wire::form::Purpose;
+use wire::progress::Next;
 use wire::rank_message::Body as Said;
 
 const MICRO_BATCHES: u32 = 8;
 const ALL: u8 = (1 << BLOCKS) - 1;
 const CHECKPOINT_EVERY: u64 = 6;
-const STEP_MS: u64 = 1_200;
+pub const STEP_MS: u64 = 1_200;
 /// A rank that does not come to the base gives it up.
 const LOADING_MS: u64 = 25_000;
 const RETRY_MS: u64 = 2_000;
+/// Within this the coordinator finds out that a rank's machine is gone, and peers by theirs.
+const KEEP_ALIVE_MS: u64 = 5_000;
+const PEERS_ALIVE_MS: u64 = 4_000;
+const HOUR_MS: u64 = 3_600_000;
+/// A checkpoint that waits for the store says so this often.
+const TOLD_EVERY_MS: u64 = 15_000;
 /// The result is told again until somebody has heard it.
 const SAY_AGAIN_MS: u64 = 5_000;
 
@@ -66,8 +73,11 @@ struct Rank {
     leaves: bool,
     saves: bool,
     saved_at: Option<u64>,
-    /// It does nothing any more.
+    /// It does nothing, and until when.
     hung: bool,
+    hung_until: u64,
+    /// Notices that it heard of, by pod, and when it did.
+    noticed: BTreeMap<String, u64>,
     /// Told to end by its kubelet.
     terminated: Option<u64>,
     said_notice: bool,
@@ -119,13 +129,24 @@ impl Rank {
         }
     }
 
+    fn hangs(&mut self, until: u64) {
+        (self.hung, self.hung_until) = (true, until);
+    }
+
     fn acts(&self) -> bool {
         !self.hung && self.ending.is_none()
     }
 }
 
+/// A step, for whoever looks on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Made {
+    pub at: u64,
+    pub generation: u64,
+    pub step: u64,
+}
+
 /// All of them, by pod.
-#[derive(Default)]
 pub struct Ranks {
     all: BTreeMap<String, Rank>,
     /// When a generation makes its next step.
@@ -134,8 +155,25 @@ pub struct Ranks {
     uploads: Vec<(u64, Rc<wire::Form>, u64)>,
     /// Streams whose ranks are gone, which the coordinator does not know yet.
     half_open: Vec<(u64, Stream)>,
-    /// Each generation's steps, for whoever looks on.
-    pub steps_made: u64,
+    /// How long a step takes.
+    pub step_ms: u64,
+    pub made: Vec<Made>,
+    /// When a checkpoint that waits was last said to.
+    held_up_at: u64,
+}
+
+impl Default for Ranks {
+    fn default() -> Self {
+        Self {
+            all: BTreeMap::new(),
+            next_step: BTreeMap::new(),
+            uploads: Vec::new(),
+            half_open: Vec::new(),
+            step_ms: STEP_MS,
+            made: Vec::new(),
+            held_up_at: 0,
+        }
+    }
 }
 
 /// What ranks see of the rest.
@@ -162,6 +200,8 @@ impl Ranks {
             saves: false,
             saved_at: None,
             hung: false,
+            hung_until: 0,
+            noticed: BTreeMap::new(),
             terminated: None,
             said_notice: false,
             blocked: false,
@@ -184,7 +224,7 @@ impl Ranks {
     /// The coordinator finds out at once, or by keep-alives.
     pub fn kill(&mut self, uid: &str, now: u64, random: &mut Random) {
         if let Some(rank) = self.all.remove(uid) {
-            self.half_open.extend(rank.stream.map(|stream| (now + random.between(0, 6_000), stream)));
+            self.half_open.extend(rank.stream.map(|stream| (now + random.between(0, KEEP_ALIVE_MS), stream)));
         }
     }
 
@@ -224,8 +264,10 @@ impl Ranks {
                 format!("{} is cut off from the coordinator", rank.name)
             }
             7 => {
-                rank.hung = true;
-                format!("{} hangs", rank.name)
+                // Some only seem to.
+                let lasts = *around.random.pick(&[4_000, 9_000, 20_000, HOUR_MS])?;
+                rank.hangs(around.now + lasts);
+                format!("{} hangs for {lasts} ms", rank.name)
             }
             8 if around.random.percent(50) => {
                 rank.ending = Some(Ending::Crashed);
@@ -265,6 +307,9 @@ impl Ranks {
     pub fn tend(&mut self, around: &mut Surroundings) {
         let now = around.now;
         self.half_open.retain(|(due, stream)| now < *due && !stream.life.is_over());
+        for rank in self.all.values_mut() {
+            rank.hung &= now < rank.hung_until;
+        }
         for uid in self.all.keys().cloned().collect::<Vec<_>>() {
             self.dial(&uid, around);
             self.exchange(&uid, around);
@@ -347,13 +392,15 @@ impl Ranks {
                 // What it said last is said again to a new leader.
                 Doing::Waiting if rank.left > 0 => self.say_stopped(uid, Vec::new(), around),
                 Doing::Waiting => rank.doing = Doing::Fetching { until: now + around.random.between(500, 5_000) },
+                Doing::Ready(_) => self.say_ready(uid, around),
                 _ => {}
             },
             Body::Form(form) => {
                 around.watchdog.formed(&form);
                 (rank.stopping, rank.leaves, rank.saves, rank.left) = (false, false, false, 0);
                 (rank.saved_at, rank.misses_since) = (None, None);
-                let next = now + around.random.between(300, 2_500);
+                let most = if around.trouble { 2_500 } else { 800 };
+                let next = now + around.random.between(100, most);
                 rank.doing = Doing::Loading { form: Rc::new(form), since: now, next };
             }
             Body::Go(go) => {
@@ -388,6 +435,9 @@ impl Ranks {
                 (rank.memory, rank.left, rank.step, rank.stopping) = (None, 0, 0, false);
                 let hello = hello(uid, rank);
                 self.say(uid, Said::Hello(hello), around);
+            }
+            Body::Noticed(noticed) => {
+                rank.noticed.insert(noticed.pod_name, now);
             }
             Body::Shutdown(_) => {
                 rank.ending = Some(Ending::Done);
@@ -447,8 +497,13 @@ impl Ranks {
                 rank.blocked = false;
                 rank.doing = Doing::Waiting;
                 let manifests = manifests(around);
-                let prepared =
-                    wire::Prepared { manifests, micro_batches: MICRO_BATCHES, steps: STEPS, blocks: BLOCKS as u32 };
+                let prepared = wire::Prepared {
+                    manifests,
+                    micro_batches: MICRO_BATCHES,
+                    steps: STEPS,
+                    blocks: BLOCKS as u32,
+                    state_bytes: 0,
+                };
                 self.say(uid, Said::Prepared(prepared), around);
             }
             Doing::Loading { form, since, next } if now >= next => self.load(uid, form, since, around),
@@ -483,8 +538,14 @@ impl Ranks {
             rank.memory = Some(memory);
             rank.doing = Doing::Ready(form);
         }
-        let state_digest = format!("state of step {}", memory.step);
-        self.say(uid, Said::Ready(wire::Ready { generation, state_digest }), around);
+        self.say_ready(uid, around);
+    }
+
+    fn say_ready(&mut self, uid: &str, around: &mut Surroundings) {
+        let Some(rank) = self.all.get(uid) else { return };
+        let Doing::Ready(form) = &rank.doing else { return };
+        let ready = wire::Ready { generation: form.generation, state_digest: format!("state of step {}", rank.step) };
+        self.say(uid, Said::Ready(ready), around);
     }
 
     /// What the rank has once it is at the base: what it had, and what it is to keep. `None`: peers do not have it (yet).
@@ -542,7 +603,8 @@ impl Ranks {
                 rank.misses_since = None;
                 continue;
             }
-            let since = *rank.misses_since.get_or_insert(now + around.random.between(500, 5_000));
+            let most = if around.trouble { KEEP_ALIVE_MS } else { PEERS_ALIVE_MS };
+            let since = *rank.misses_since.get_or_insert(now + around.random.between(500, most));
             // One that writes down what it holds needs nobody for it.
             if now >= since && !(rank.stopping && form.purpose() == Purpose::Save) {
                 self.leave(&uid, form.generation, lost, around);
@@ -567,9 +629,9 @@ impl Ranks {
             if !self.all_train(&form) {
                 continue;
             }
-            let due = *self.next_step.entry(generation).or_insert(around.now + STEP_MS);
+            let due = *self.next_step.entry(generation).or_insert(around.now + self.step_ms);
             if around.now >= due {
-                self.next_step.insert(generation, around.now + STEP_MS);
+                self.next_step.insert(generation, around.now + self.step_ms);
                 self.train_together(&form, around);
             }
         }
@@ -592,7 +654,7 @@ impl Ranks {
         }
         if step == STEPS {
             self.finish(form, &all, around);
-        } else if step.is_multiple_of(CHECKPOINT_EVERY) && !self.uploads.iter().any(|(_, _, of)| *of == step) {
+        } else if step.is_multiple_of(CHECKPOINT_EVERY) && self.uploads.is_empty() {
             self.uploads.push((around.now + around.random.between(500, 4_000), form.clone(), step));
         }
     }
@@ -602,7 +664,9 @@ impl Ranks {
         if held != ALL {
             around.watchdog.broken("a step is counted once", format!("step {step} is made without all blocks"));
         }
-        self.steps_made += 1;
+        self.made.push(Made { at: around.now, generation: form.generation, step });
+        let stopping = all.iter().any(|uid| self.all[uid].stopping);
+        let next = if stopping || step == STEPS { Next::Unspecified } else { Next::Step };
         for (place, uid) in all.iter().enumerate() {
             if let Some(rank) = self.all.get_mut(uid) {
                 rank.step = step;
@@ -612,8 +676,9 @@ impl Ranks {
                 generation: form.generation,
                 step,
                 steps: STEPS,
-                step_seconds: STEP_MS as f64 / 1000.0,
+                step_seconds: self.step_ms as f64 / 1000.0,
                 updated: true,
+                next: next.into(),
                 ..Default::default()
             };
             self.say(uid, Said::Progress(progress), around);
@@ -698,6 +763,7 @@ impl Ranks {
             .filter(|(_, form, _)| self.all_train(form))
             .partition(|(at, ..)| now >= *at && around.bucket.is_reached(now));
         self.uploads = waiting;
+        self.say_held_up(around);
         for (_, form, step) in due {
             let manifest = around.bucket.put(form.generation, step, around.watchdog, around.random);
             let checkpointed = wire::Checkpointed {
@@ -712,6 +778,42 @@ impl Ranks {
                 self.say(uid, Said::Checkpointed(checkpointed.clone()), around);
             }
         }
+    }
+
+    /// The training goes on meanwhile.
+    fn say_held_up(&mut self, around: &mut Surroundings) {
+        let (now, reached) = (around.now, around.bucket.is_reached(around.now));
+        let Some((_, form, _)) = self.uploads.iter().find(|(at, ..)| now >= *at && !reached) else { return };
+        if now >= self.held_up_at + TOLD_EVERY_MS {
+            self.held_up_at = now;
+            let writers: Vec<String> = pods(form).cloned().collect();
+            writers.iter().for_each(|uid| self.say(uid, blocked(true), around));
+        }
+    }
+
+    /// Nodes of ranks that train, by name.
+    pub fn nodes_that_train(&self) -> Vec<String> {
+        self.all.values().filter(|rank| rank.trains().is_some()).map(|rank| rank.node.clone()).collect()
+    }
+
+    /// The rank on this node does nothing any more, and its stream stays open.
+    pub fn hang_on(&mut self, node: &str) {
+        self.all.values_mut().filter(|rank| rank.node == node).for_each(|rank| rank.hangs(u64::MAX));
+    }
+
+    /// The process of the rank on this node ends by itself.
+    pub fn crash_on(&mut self, node: &str, watchdog: &Watchdog) {
+        for rank in self.all.values_mut().filter(|rank| rank.node == node) {
+            (rank.ending, rank.stream) = (Some(Ending::Crashed), None);
+            watchdog.crashed();
+        }
+    }
+
+    /// When each rank that is connected heard of a notice to the one on this node.
+    pub fn heard_of_notice(&self, node: &str) -> Vec<Option<u64>> {
+        let noticed = self.all.values().filter(|rank| rank.node == node).map(|rank| rank.name.clone()).next();
+        let connected = self.all.values().filter(|rank| rank.stream.is_some());
+        connected.map(|rank| rank.noticed.get(noticed.as_ref()?).copied()).collect()
     }
 
     fn finish(&mut self, form: &wire::Form, all: &[String], around: &mut Surroundings) {

@@ -242,22 +242,25 @@ impl NoticeBook {
             }),
         };
         let hurried = from_node.as_ref().is_some_and(|departure| departure.hurry);
-        if hurried { from_node } else { pod_departure(pod).or(from_node).or_else(|| asked_to_leave(pod)) }
+        if hurried { from_node } else { pod_departure(pod, now).or(from_node).or_else(|| asked_to_leave(pod)) }
     }
 
+    /// By the most urgent warning, and of those that are equally urgent the one whose time is over first.
     fn node_departure(&self, pod: &Pod, node: &Node, now: Millis) -> Option<Departure> {
-        let notice = self.sources.notices(node).into_iter().next()?;
         let seen = self.first_seen.lock();
-        let first = seen.get(&(node.name_any(), notice.source.clone())).map(|seen| seen.given_ms);
-        let given = notice.given_at_ms.or(first).unwrap_or(now);
-        let notice_ms = u64::try_from(notice_of(pod).as_millis()).unwrap_or(u64::MAX);
-        let (hurry, deadline_ms) = match notice.urgency {
-            Urgency::Advice => return None,
-            Urgency::Calm => (false, 0),
-            Urgency::Hurry => (true, given.saturating_add(notice_ms)),
-            Urgency::Now => (true, given),
-        };
-        Some(Departure { reclaim: hurry, source: notice.source, deadline_ms, hurry })
+        let dated = self.sources.notices(node).into_iter().filter_map(|notice| {
+            let first = seen.get(&(node.name_any(), notice.source.clone())).map(|seen| seen.given_ms);
+            let given = notice.given_at_ms.or(first).unwrap_or(now);
+            let (hurry, deadline_ms) = match notice.urgency {
+                Urgency::Advice => return None,
+                Urgency::Calm => (false, 0),
+                Urgency::Hurry => (true, given.saturating_add(notice_ms(pod))),
+                Urgency::Now => (true, given),
+            };
+            let departure = Departure { reclaim: hurry, source: notice.source, deadline_ms, hurry };
+            Some((std::cmp::Reverse(notice.urgency), departure))
+        });
+        dated.min_by_key(|(urgency, departure)| (*urgency, departure.deadline_ms)).map(|(_, departure)| departure)
     }
 }
 
@@ -265,11 +268,11 @@ fn assigned_node(pod: &Pod) -> Option<&str> {
     pod.spec.as_ref()?.node_name.as_deref().filter(|name| !name.is_empty())
 }
 
-fn notice_of(pod: &Pod) -> Duration {
-    pod.annotations()
-        .get(NOTICE_ANNOTATION)
-        .and_then(|seconds| seconds.parse().ok())
-        .map_or(DEFAULT_NOTICE, Duration::from_secs)
+/// The notice of the pod's pool.
+fn notice_ms(pod: &Pod) -> Millis {
+    let said = pod.annotations().get(NOTICE_ANNOTATION).and_then(|seconds| seconds.parse().ok());
+    let notice = said.map_or(DEFAULT_NOTICE, Duration::from_secs);
+    u64::try_from(notice.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// We want it elsewhere; there is no hurry.
@@ -279,13 +282,14 @@ fn asked_to_leave(pod: &Pod) -> Option<Departure> {
 }
 
 /// What the pod itself shows: an eviction, or a deletion.
-fn pod_departure(pod: &Pod) -> Option<Departure> {
+fn pod_departure(pod: &Pod, now: Millis) -> Option<Departure> {
     let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
     let disruption = conditions
         .into_iter()
         .flatten()
         .find(|condition| condition.type_ == "DisruptionTarget" && condition.status == "True");
     let deleted_at = pod.metadata.deletion_timestamp.as_ref().map(|time| unix_ms(time).unwrap_or(0));
+    let said_at = disruption.and_then(|condition| unix_ms(condition.last_transition_time.as_ref()?)).unwrap_or(now);
     let source = match disruption {
         Some(condition) => format!("DisruptionTarget: {}", condition.reason.as_deref().unwrap_or("unknown")),
         None => {
@@ -295,8 +299,9 @@ fn pod_departure(pod: &Pod) -> Option<Departure> {
     };
     Some(Departure {
         source,
-        // The API server's deletion timestamp is when the grace period ends.
-        deadline_ms: deleted_at.unwrap_or(0),
+        // The API server's deletion timestamp is when the grace period ends. A pod that is about to be evicted is not
+        // deleted yet: its pool's notice counts from when that was said.
+        deadline_ms: deleted_at.unwrap_or_else(|| said_at.saturating_add(notice_ms(pod))),
         hurry: true,
         // A node that is short of memory or disk evicts pods and stays.
         reclaim: disruption.is_some()
@@ -395,6 +400,46 @@ mod tests {
         };
         assert!(disrupted("Terminated").reclaim);
         assert!(!disrupted("Evicted").reclaim);
+    }
+
+    #[test]
+    fn a_pod_that_is_about_to_be_evicted_has_its_pools_notice() {
+        let disrupted = |condition: serde_json::Value, deleted: Option<&str>| {
+            let mut pod = pod();
+            pod.metadata.deletion_timestamp = deleted.map(|at| serde_json::from_value(json!(at)).unwrap());
+            pod.status = serde_json::from_value(json!({ "phase": "Running", "conditions": [condition] })).unwrap();
+            NoticeBook::default().departure(&pod, Some(&node(json!({}), json!([]))), 50_000).unwrap().deadline_ms
+        };
+        let target = json!({"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"});
+        let mut dated = target.clone();
+        dated["lastTransitionTime"] = json!("1970-01-01T00:00:40Z");
+        assert_eq!(disrupted(dated.clone(), None), 160_000);
+        assert_eq!(disrupted(target, None), 170_000, "where nobody said when, from now on");
+        assert_eq!(disrupted(dated, Some("1970-01-01T00:01:10Z")), 70_000, "a deletion says when it is over");
+    }
+
+    #[test]
+    fn of_equally_urgent_warnings_the_one_that_is_over_first_counts() {
+        let book = NoticeBook::default();
+        let both = |first: &str, second: &str| {
+            let taint = |key: &str| json!({"key": key, "effect": "NoSchedule"});
+            node(json!({"taints": [taint(first), taint(second)]}), json!([]))
+        };
+        let (earlier, later) = ("aws-node-termination-handler/spot-itn", "karpenter.sh/disrupted");
+        book.observe(&tainted(earlier, ""), 1_000);
+        for node in [both(later, earlier), both(earlier, later)] {
+            book.observe(&node, 31_000);
+            let departure = book.departure(&pod(), Some(&node), 40_000).unwrap();
+            assert_eq!((departure.source.as_str(), departure.deadline_ms), (earlier, 121_000));
+        }
+        let mut dead = both(later, earlier);
+        let unknown = json!([{"type": "Ready", "status": "Unknown"}]);
+        dead.status = serde_json::from_value(json!({ "conditions": unknown })).unwrap();
+        assert_eq!(
+            book.departure(&pod(), Some(&dead), 40_000).unwrap().source,
+            NOT_READY,
+            "the most urgent comes first"
+        );
     }
 
     #[test]

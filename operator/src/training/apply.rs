@@ -1,7 +1,7 @@
 //! Carries out a plan. Every write asks first whether we are still the leader.
 
 use super::build;
-use super::observe::Observed;
+use super::observe::{Observed, PodView};
 use super::plan::{Action, Plan};
 use crate::config::MANAGER;
 use crate::context::Context;
@@ -149,8 +149,11 @@ async fn create(
     replaces: Option<&str>,
 ) -> Result<(), ApplyError> {
     let Some(pool) = observed.pools.get(pool) else { return Ok(()) };
-    let place =
-        build::pod::Place { pool, name, replaces, avoided: &observed.avoided_nodes, suspect: &observed.suspect_nodes };
+    // Where all are on one node, who takes over is to be on another.
+    let replaced = |pod: &&PodView| replaces == Some(pod.uid.as_str()) && observed.pools_apart.contains(&pool.name);
+    let crowded = observed.pods.iter().filter(replaced).filter_map(|pod| pod.node.clone());
+    let avoided = observed.avoided_nodes.iter().cloned().chain(crowded).collect();
+    let place = build::pod::Place { pool, name, replaces, avoided: &avoided, suspect: &observed.suspect_nodes };
     let pod = build::pod::pod(&observed.training, &context.config, &place)?;
     context.leadership.check()?;
     let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };

@@ -32,6 +32,7 @@ use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use vicuna_crds::Period;
 use vicuna_crds::training::{VicunaTraining, VicunaTrainingStatus};
 use vicuna_protocol::coordinator::form::Purpose;
+use vicuna_protocol::gigabytes;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(300);
@@ -432,7 +433,26 @@ fn checkpoint(status: &VicunaTrainingStatus) -> Option<CheckpointReport> {
         stall_ms: ms(last.stall),
         upload_ms: ms(last.upload),
         interval_ms: ms(last.interval),
+        bytes_a_second: 0,
     })
+}
+
+/// What is at stake, and what would avoid it.
+fn late_checkpoint(needs_ms: Option<u64>, has_ms: u64, bytes: u64, durable_step: Option<u64>) -> String {
+    let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1000.0);
+    let size = if bytes > 0 { format!(" of {}", gigabytes(bytes)) } else { String::new() };
+    let needs = match needs_ms {
+        Some(ms) => format!("A checkpoint{size} takes about {}", seconds(ms)),
+        None => format!("How long a checkpoint{size} takes is not known yet"),
+    };
+    let else_ = match durable_step {
+        Some(step) => format!("what the store has is step {step}"),
+        None => "all steps are made again, since the store has no checkpoint yet".to_owned(),
+    };
+    format!(
+        "{needs}, and the first node goes in {}: if it is not in time, {else_}. A longer pool notice or more ranks above workers.min avoid that.",
+        seconds(has_ms)
+    )
 }
 
 /// An Event's severity, reason and note; steps and checkpoints have none.
@@ -468,15 +488,9 @@ fn words(happening: &Happening) -> Option<(bool, &'static str, String)> {
             "RankHung",
             format!("The rank in pod {pod} on node {node} does not answer: it is replaced if it stays so."),
         ),
-        Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step } => (
-            true,
-            "CheckpointWillBeLate",
-            format!(
-                "A checkpoint takes about {:.1} s and the first node goes in {:.1} s: if it is not in time, what the store has is step {durable_step}. A longer pool notice or more ranks above workers.min avoid that.",
-                *needs_ms as f64 / 1000.0,
-                *has_ms as f64 / 1000.0
-            ),
-        ),
+        Happening::CheckpointWillBeLate { needs_ms, has_ms, bytes, durable_step } => {
+            (true, "CheckpointWillBeLate", late_checkpoint(*needs_ms, *has_ms, *bytes, *durable_step))
+        }
         Happening::CheckpointHeldUp { message, durable_step } => {
             let has = durable_step.map_or("no checkpoint yet".to_owned(), |step| format!("step {step}"));
             let note =

@@ -11,7 +11,7 @@ use crate::coordinator::membership::{Departure, Millis};
 use crate::coordinator::report::Report;
 use crate::spot::capacity::Size;
 use crate::spot::notices::LEAVE_ANNOTATION;
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Node, Pod, PodCondition};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Node, Pod, PodCondition, Taint};
 use kube::ResourceExt;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -37,6 +37,8 @@ pub struct Observed {
     pub avoided_nodes: BTreeSet<String>,
     /// Nodes on which ranks fail and to which there is no alternative.
     pub suspect_nodes: BTreeSet<String>,
+    /// Names of pools with a node that none of the pods is on, where all are on one node; what room it has is not known.
+    pub pools_apart: BTreeSet<String>,
     /// Other trainings that want the same nodes.
     pub rivals: Vec<Claim>,
     /// What a pod asks for.
@@ -124,8 +126,10 @@ pub fn observe(context: &Context, training: Arc<VicunaTraining>, memory: Memory,
     let pools = Pool::of(&training.spec.pools);
     let size = Size::of(training.spec.workers.resources.as_ref());
     let (avoided_nodes, suspect_nodes) = bad_nodes(context, &pools, known.faults.suspects(now));
+    let pods_seen: Vec<PodView> = ours.map(|pod| view(context, &training, pod, now)).collect();
     Observed {
-        pods: ours.map(|pod| view(context, &training, pod, now)).collect(),
+        pools_apart: pools_apart(context, &pods_seen, &pools, size, &avoided_nodes),
+        pods: pods_seen,
         names: pods.iter().map(|pod| pod.name_any()).collect(),
         report: context.coordinator.report(&training),
         stocked_out: known.stocked_out(&pools, size, now),
@@ -152,11 +156,47 @@ fn bad_nodes(context: &Context, pools: &[Pool], suspects: BTreeSet<String>) -> (
     (avoidable.into_iter().chain(leaving).take(MAX_AVOIDED).collect(), needed)
 }
 
+/// Looked for only where all pods are on one node.
+fn pools_apart(
+    context: &Context,
+    pods: &[PodView],
+    pools: &[Pool],
+    size: Size,
+    avoided: &BTreeSet<String>,
+) -> BTreeSet<String> {
+    let used: BTreeSet<&String> = pods.iter().filter_map(|pod| pod.node.as_ref()).collect();
+    if pods.len() < 2 || used.len() != 1 {
+        return BTreeSet::new();
+    }
+    let nodes = context.watches.nodes.state();
+    let free = |node: &&Arc<Node>| !used.contains(&node.name_any()) && !avoided.contains(&node.name_any());
+    let free: Vec<&Node> = nodes.iter().filter(free).map(|node| &**node).collect();
+    let has = |pool: &&Pool| free.iter().any(|node| takes(pool, node, size));
+    pools.iter().filter(has).map(|pool| pool.name.clone()).collect()
+}
+
+/// Whether a node is one of the pool's and an empty one would be large enough.
+pub fn takes(pool: &Pool, node: &Node, size: Size) -> bool {
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
+    let keeps_off = |taint: &Taint| taint.effect != "PreferNoSchedule" && !tolerates(pool, taint);
+    selects(pool, node) && Size::of_node(node).covers(&size) && !taints.into_iter().flatten().any(keeps_off)
+}
+
+fn tolerates(pool: &Pool, taint: &Taint) -> bool {
+    pool.tolerations.iter().any(|toleration| {
+        let key = toleration.key.as_ref().is_none_or(|key| *key == taint.key);
+        let effect = toleration.effect.as_ref().is_none_or(|effect| *effect == taint.effect);
+        let exists = toleration.operator.as_deref() == Some("Exists");
+        key && effect && (exists || toleration.value.as_deref().unwrap_or("") == taint.value.as_deref().unwrap_or(""))
+    })
+}
+
+fn selects(pool: &Pool, node: &Node) -> bool {
+    pool.node_selector.iter().all(|(key, value)| node.labels().get(key).is_some_and(|found| found == value))
+}
+
 /// Whether a pool that has this node has another one, too.
 pub fn has_alternative(name: &str, nodes: &[&Node], leaving: &BTreeSet<String>, pools: &[Pool]) -> bool {
-    let selects = |pool: &Pool, node: &Node| {
-        pool.node_selector.iter().all(|(key, value)| node.labels().get(key).is_some_and(|found| found == value))
-    };
     let Some(node) = nodes.iter().find(|node| node.name_any() == name) else { return true };
     pools.iter().filter(|pool| selects(pool, node)).any(|pool| {
         nodes.iter().any(|other| {

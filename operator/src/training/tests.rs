@@ -53,6 +53,7 @@ pub(crate) fn observed() -> Observed {
         stocked_out: BTreeSet::new(),
         avoided_nodes: BTreeSet::new(),
         suspect_nodes: BTreeSet::new(),
+        pools_apart: BTreeSet::new(),
         rivals: Vec::new(),
         size: Size::default(),
         memory: Memory::default(),
@@ -413,6 +414,7 @@ fn each_obstacle_has_its_reason_and_says_what_to_do() {
     let cases = [
         (store("the bucket of s3://b/x does not exist: create it"), "BucketMissing", "create it"),
         (store("the store refused the credentials for s3://b"), "CredentialsRefused", "credentials"),
+        (store("the store of s3://b/x is full (QuotaExceeded): raise the quota"), "StoreFull", "raise the quota"),
         (store("the store of s3://b cannot be reached (x): check"), "StoreUnreachable", "check"),
         (
             trouble(Trouble::Unschedulable { since_ms: NOW, message: "0/3 nodes are available.".into() }),
@@ -756,6 +758,30 @@ fn a_bad_node_is_avoided_only_where_its_pool_has_another() {
     };
     assert!(alternative("a", &[]) && !alternative("a", &["b"]));
     assert!(!alternative("c", &[]));
+}
+
+#[test]
+fn a_pool_s_node_takes_a_pod_if_it_is_large_enough_and_no_taint_keeps_it_off() {
+    let takes = |node: serde_json::Value, size: Size| {
+        let pool = serde_json::from_value::<Pool>(json!({
+            "name": "spot", "capacity": "Spot", "nodeSelector": {"kind": "spot"},
+            "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        }));
+        super::observe::takes(&pool.unwrap(), &serde_json::from_value(node).unwrap(), size)
+    };
+    let node = |kind: &str, taint: &str, effect: &str| {
+        json!({
+            "metadata": {"name": "n", "labels": {"kind": kind}},
+            "spec": {"taints": [{"key": taint, "effect": effect}]},
+            "status": {"allocatable": {"cpu": "8", "memory": "16Gi"}},
+        })
+    };
+    let size = Size { cpu_milli: 8_000, ..Size::default() };
+    assert!(takes(node("spot", "gpu", "NoSchedule"), size));
+    assert!(takes(node("spot", "other", "PreferNoSchedule"), size));
+    assert!(!takes(node("spot", "other", "NoSchedule"), size));
+    assert!(!takes(node("onprem", "gpu", "NoSchedule"), size));
+    assert!(!takes(node("spot", "gpu", "NoSchedule"), Size { cpu_milli: 9_000, ..Size::default() }));
 }
 
 #[test]

@@ -28,6 +28,10 @@ pub struct Manifest {
     pub training_uid: String,
     /// Digest of everything that decides the weights.
     pub recipe_digest: String,
+    /// Of the ranks that computed it, as they say it themselves; empty in manifests of earlier releases. State that goes on
+    /// on another class would not be what an undisturbed run comes to.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub numerics_class: String,
     /// What the recipe names by URIs only.
     #[serde(default)]
     pub inputs: Inputs,
@@ -78,6 +82,16 @@ pub struct ManifestRef {
     pub key: String,
     /// BLAKE3 of the manifest's bytes, hex.
     pub digest: String,
+    /// As the manifest has it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub numerics_class: String,
+}
+
+impl Manifest {
+    fn reference(&self, key: String, digest: String) -> ManifestRef {
+        let Self { step, generation, numerics_class, .. } = self;
+        ManifestRef { step: *step, generation: *generation, key, digest, numerics_class: numerics_class.clone() }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -167,7 +181,7 @@ pub async fn write(store: &Store, manifest: &Manifest) -> Result<ManifestRef, Ma
     if store.put_if_absent(&key, bytes.clone()).await? == Put::Exists && store.get(&key).await? != bytes {
         return Err(ManifestError::Conflict { uri });
     }
-    Ok(ManifestRef { step: manifest.step, generation: manifest.generation, key, digest })
+    Ok(manifest.reference(key, digest))
 }
 
 /// Digest → bytes of every block in the store.
@@ -254,13 +268,7 @@ pub(crate) async fn open_key(store: &Store, key: &str) -> Result<(ManifestRef, M
     if manifest.blocks.len() > BLOCKS_LIMIT {
         return Err(unusable(format!("more than {BLOCKS_LIMIT} blocks")));
     }
-    let reference = ManifestRef {
-        step: manifest.step,
-        generation: manifest.generation,
-        key: key.to_owned(),
-        digest: digest(&bytes),
-    };
-    Ok((reference, manifest))
+    Ok((manifest.reference(key.to_owned(), digest(&bytes)), manifest))
 }
 
 /// Reads the manifest that `reference` names, and no other content under its key.

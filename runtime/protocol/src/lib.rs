@@ -5,6 +5,7 @@ pub mod auth;
 pub mod batches;
 pub mod holding;
 pub mod job;
+pub mod numerics;
 pub mod open_files;
 pub mod redial;
 pub mod tls;

@@ -100,6 +100,11 @@ impl BlockTable {
         table
     }
 
+    /// Bytes of the whole state in fp32, weights and two moments, as a checkpoint holds it.
+    pub fn state_bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| 12 * block.elements as u64).sum()
+    }
+
     fn cut(config: &Config, block_elements: usize) -> Self {
         let parameters: Vec<Parameter> = parameter_names(config)
             .into_iter()

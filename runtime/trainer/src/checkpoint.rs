@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -54,6 +55,7 @@ pub struct Publisher {
     pub layout: Layout,
     pub training_uid: String,
     pub recipe_digest: String,
+    pub numerics_class: String,
     pub inputs: Inputs,
     pub generation: u64,
     pub keep: u32,
@@ -66,10 +68,35 @@ pub struct Snapshot {
     pub updates: u64,
     pub cursor: Cursor,
     blocks: Vec<(usize, Bytes)>,
+    pub progress: Arc<Progress>,
     /// How long the copy held up the training.
     pub stall: Duration,
     /// The time to the next one, for people.
     pub interval: Duration,
+}
+
+/// How far this rank's part of an upload is.
+#[derive(Debug)]
+pub struct Progress {
+    bytes: u64,
+    written: AtomicU64,
+    began: Instant,
+}
+
+impl Progress {
+    fn of(bytes: u64) -> Self {
+        Self { bytes, written: AtomicU64::new(0), began: Instant::now() }
+    }
+
+    /// Whether what is left of it is done by `end`, and another upload as large that begins now would not be, both at the
+    /// speed so far. Before anything is written there is none.
+    pub fn is_worth_finishing(&self, now: Instant, end: Instant) -> bool {
+        // Blocks of a round that was tried again are counted twice.
+        let written = self.written.load(Ordering::Relaxed).min(self.bytes);
+        let (left, taken) = (end.saturating_duration_since(now), now.saturating_duration_since(self.began));
+        let takes = |bytes: u64| taken.mul_f64(bytes as f64 / written as f64);
+        written > 0 && takes(self.bytes - written) <= left && takes(self.bytes) > left
+    }
 }
 
 /// A complete checkpoint.
@@ -99,12 +126,14 @@ impl Snapshot {
     pub fn take(engine: &Engine, rank: usize, cursor: Cursor) -> Self {
         let started = Instant::now();
         let copy = |index: usize| Some((index, Bytes::from(engine.blocks.get(&index)?.to_bytes())));
-        let blocks = engine.layout.owned(rank).filter_map(copy).collect();
+        let blocks: Vec<(usize, Bytes)> = engine.layout.owned(rank).filter_map(copy).collect();
+        let bytes = blocks.iter().map(|(_, bytes)| bytes.len() as u64).sum();
         Self {
             step: engine.step,
             updates: engine.updates,
             cursor,
             blocks,
+            progress: Arc::new(Progress::of(bytes)),
             stall: started.elapsed(),
             interval: Duration::ZERO,
         }
@@ -151,7 +180,7 @@ impl Publisher {
         let mut written = 0;
         // In rounds, so that trouble does not throw away what is done.
         for round in snapshot.blocks.chunks(8 * TRANSFERS) {
-            let puts = retry(&self.runtime, cancel, trouble, || self.put_all(round))?;
+            let puts = retry(&self.runtime, cancel, trouble, || self.put_all(round, &snapshot.progress))?;
             for ((block, _), put) in round.iter().zip(puts) {
                 written += if put.written { put.bytes } else { 0 };
                 stored.push(StoredBlock { block: *block, digest: put.digest, bytes: put.bytes });
@@ -160,8 +189,17 @@ impl Publisher {
         Ok((stored, written))
     }
 
-    async fn put_all(&self, blocks: &[(usize, Bytes)]) -> Result<Vec<manifest::Stored>, StoreError> {
-        let puts = blocks.iter().map(|(_, bytes)| manifest::put_block(&self.store, bytes.clone(), REFRESH, now()));
+    async fn put_all(
+        &self,
+        blocks: &[(usize, Bytes)],
+        progress: &Progress,
+    ) -> Result<Vec<manifest::Stored>, StoreError> {
+        let store = &self.store;
+        let puts = blocks.iter().map(|(_, bytes)| async move {
+            let stored = manifest::put_block(store, bytes.clone(), REFRESH, now()).await?;
+            progress.written.fetch_add(stored.bytes, Ordering::Relaxed);
+            Ok(stored)
+        });
         futures::stream::iter(puts).buffered(TRANSFERS).try_collect().await
     }
 
@@ -210,6 +248,7 @@ impl Publisher {
             format_version: FORMAT_VERSION,
             training_uid: self.training_uid.clone(),
             recipe_digest: self.recipe_digest.clone(),
+            numerics_class: self.numerics_class.clone(),
             inputs: self.inputs.clone(),
             generation: self.generation,
             step: snapshot.step,
@@ -333,4 +372,20 @@ fn encode(value: &impl Serialize) -> Vec<u8> {
 fn decode<T: for<'a> Deserialize<'a>>(payload: &[u8], peer: &str) -> Result<T, CollectiveError> {
     serde_json::from_slice(payload)
         .map_err(|error| CollectiveError::Protocol { peer: peer.to_owned(), detail: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_upload_is_worth_finishing_where_its_rest_is_in_time_and_a_new_one_would_not_be() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        // 8 of 10 bytes in 8 s: the rest takes 2 s, a new one 10 s.
+        let progress = Progress { bytes: 10, written: AtomicU64::new(8), began: now.checked_sub(8 * second).unwrap() };
+        let worth = |seconds: u32| progress.is_worth_finishing(now, now + seconds * second);
+        assert_eq!([1, 3, 9, 11].map(worth), [false, true, true, false]);
+        let untouched = Progress { written: AtomicU64::new(0), ..progress };
+        assert!(!untouched.is_worth_finishing(now, now + second), "its speed is not known");
+    }
 }

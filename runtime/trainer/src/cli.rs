@@ -147,7 +147,9 @@ async fn run(arguments: RankArguments) -> Result<Exit> {
         .with_context(|| format!("cannot listen on {}", arguments.listen))?;
     let status = Status { metrics: Metrics::new()?, ready: Arc::default() };
     let served = tokio::spawn(http::serve(arguments.metrics, status.clone()));
-    tracing::info!(class = numerics::description(device), "starting");
+    let threads = tch::get_num_threads();
+    let numerics_class = numerics::class(device, threads);
+    tracing::info!(class = numerics_class, "starting");
     let hello = Hello {
         pod_name: arguments.pod_name.clone(),
         pod_uid: arguments.pod_uid.clone(),
@@ -155,7 +157,7 @@ async fn run(arguments: RankArguments) -> Result<Exit> {
         peer_address: SocketAddr::new(arguments.pod_ip, network.address().port()).to_string(),
         generation: 0,
         step: 0,
-        numerics_class: numerics::class(device),
+        numerics_class,
         since_step_ms: 0,
     };
     let (link, inbox) = Link::start(route(&arguments), hello);
@@ -163,7 +165,7 @@ async fn run(arguments: RankArguments) -> Result<Exit> {
         link,
         inbox,
         network: Arc::new(network),
-        place: Place { scratch: arguments.scratch, device, threads: tch::get_num_threads() },
+        place: Place { scratch: arguments.scratch, device, threads },
         status,
         grace: Duration::from_secs(arguments.grace_seconds),
     };

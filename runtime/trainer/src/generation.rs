@@ -3,7 +3,7 @@
 //! Blocks its thread; the rank's life ([`crate::rank`]) goes on beside it and steers it through
 //! [`Control`].
 
-use crate::checkpoint::{self, CheckpointError, Published, Publisher, Snapshot};
+use crate::checkpoint::{self, CheckpointError, Progress, Published, Publisher, Snapshot};
 use crate::collective::tcp::Membership;
 use crate::collective::{Collective, CollectiveError, Mesh, Network};
 use crate::evaluation::{self, Evaluation, Pass, Stage};
@@ -21,7 +21,7 @@ use crate::step::weights::Held;
 use crate::step::{Committed, Engine, Peers, StepError, StepReport, unread_limit_bytes};
 use crate::transfer;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -35,7 +35,7 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(900);
 /// Steps in a row without a finite gradient, after which going on makes no sense.
 const BROKEN_LIMIT: u32 = 10;
 
-/// How the rank steers a generation. Each is called once and stays.
+/// How the rank steers a generation. Each is called, or said, once and stays.
 #[derive(Clone, Debug, Default)]
 pub struct Control {
     /// Every member is ready: train.
@@ -46,6 +46,8 @@ pub struct Control {
     pub leave: CancellationToken,
     /// … and the end is to be kept in the store, because memory will not be enough.
     pub save: CancellationToken,
+    /// … by then, when the first rank is gone; empty where there is no hurry.
+    pub gone_at: Arc<OnceLock<Instant>>,
     /// End at once.
     pub abort: CancellationToken,
     /// Called by the generation itself: its last step is made, and what it leaves to be done is under way.
@@ -56,7 +58,7 @@ pub struct Control {
 pub trait Observer: Send + Sync {
     /// The state is loaded; equal digests are equal states.
     fn ready(&self, state_digest: &str);
-    fn stepped(&self, report: &StepReport, last_of_generation: bool);
+    fn stepped(&self, report: &StepReport, next: Next);
     /// The generation ends without a further step; `last` is what the last one came to, if it was made here.
     fn parting(&self, _last: Option<&StepReport>) {}
     /// A part of an evaluation is done, so that nobody takes the silence for a stall.
@@ -68,6 +70,16 @@ pub trait Observer: Send + Sync {
     fn blocked(&self, error: &StoreError);
     /// A checkpoint waits for the store, and the training does not.
     fn held_up(&self, _error: &StoreError) {}
+}
+
+/// What a generation does after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    Step,
+    /// An evaluation, the copy of a checkpoint, or a step beside its upload: it takes as long as it takes.
+    Pause,
+    /// The step was the generation's last.
+    End,
 }
 
 /// What a member is told.
@@ -250,6 +262,7 @@ struct Upload<T> {
 /// A checkpoint on its way behind the training.
 struct Uploading {
     step: u64,
+    progress: Arc<Progress>,
     upload: Upload<Result<ManifestRef, CheckpointError>>,
 }
 
@@ -332,11 +345,19 @@ impl<'a> Generation<'a> {
             }
             let report = self.step()?;
             let last = report.wishes.stop || report.step == steps;
-            self.observer.stepped(&report, last);
+            let saves = !last && report.wishes.checkpoint && !report.wishes.uploading;
+            let next = match last {
+                true => Next::End,
+                // Beside an upload a step may take longer than it usually does.
+                false if saves || report.wishes.uploading => Next::Pause,
+                false if self.session.evaluates_after(report.step) => Next::Pause,
+                false => Next::Step,
+            };
+            self.observer.stepped(&report, next);
             if report.wishes.stop && report.step < steps {
                 return self.stop(&report.wishes, &report.leaving);
             }
-            if !last && report.wishes.checkpoint && !report.wishes.uploading {
+            if saves {
                 self.start_upload();
             }
         }
@@ -412,12 +433,15 @@ impl<'a> Generation<'a> {
 
     fn step(&mut self) -> Result<StepReport, GenerationError> {
         let (control, wishes) = (self.control, self.wishes());
+        // All do what one of them wishes.
+        let under_way = self.upload.as_ref().filter(|_| self.mesh.rank() == 0).map(|it| it.progress.clone());
         // What is wished for while the step is under way ends the generation after it, not after the next one. That the
         // rank leaves is known before that it stops.
         let wishes = || Wishes {
             stop: control.stop.is_cancelled(),
             leave: control.leave.is_cancelled(),
             save: control.save.is_cancelled(),
+            finish: under_way.as_ref().is_some_and(|it| is_worth_finishing(it, control)),
             ..wishes
         };
         let peers = Peers { collective: &*self.mesh, abort: &self.control.abort };
@@ -477,6 +501,7 @@ impl<'a> Generation<'a> {
     /// Starts a checkpoint that does not hold up the training.
     fn start_upload(&mut self) {
         let snapshot = self.snapshot();
+        let progress = snapshot.progress.clone();
         let (publisher, observer, part) = (self.publisher.clone(), self.observer.clone(), self.part());
         let runtime = self.session.runtime.clone();
         let cancel = self.control.abort.child_token();
@@ -492,12 +517,20 @@ impl<'a> Generation<'a> {
             observer.checkpointed(&published);
             Ok(published.manifest)
         });
-        self.upload = Some(Uploading { step: self.engine.step, upload: Upload { thread, cancel } });
+        self.upload = Some(Uploading { step: self.engine.step, progress, upload: Upload { thread, cancel } });
     }
 
     /// A newer checkpoint makes the one on its way superfluous.
     fn abandon_upload(&mut self) {
         abandon(self.upload.take().map(|uploading| uploading.upload));
+    }
+
+    /// An older checkpoint is worth more than a newer one that is not done in time. Peers may be done with it, and so may we.
+    fn finish_upload(&mut self) -> Result<Option<ManifestRef>, GenerationError> {
+        match self.upload.take() {
+            Some(uploading) => Ok(Some(self.uploaded(uploading)?)),
+            None => Ok(self.saved.clone()),
+        }
     }
 
     /// Writes a checkpoint of the present state, unless the base is just that.
@@ -530,7 +563,11 @@ impl<'a> Generation<'a> {
         // First, since the store may be slow or away.
         transfer::evacuate(self.engine, leaving, peers)?;
         let nobody_stays = leaving.iter().all(|leaves| *leaves);
-        let manifest = if wishes.save || nobody_stays { self.save()? } else { None };
+        let manifest = match wishes.save || nobody_stays {
+            true if wishes.finish => self.finish_upload()?,
+            true => self.save()?,
+            false => None,
+        };
         Ok(Outcome::Stopped { step: self.engine.step, manifest })
     }
 
@@ -556,6 +593,12 @@ impl<'a> Generation<'a> {
         let written = result.upload(abort, &|error| observer.blocked(error))?;
         Ok(Some(Finished { uri: written.uri, digest: written.digest, loss: self.loss }))
     }
+}
+
+/// Asked while the last step is under way.
+fn is_worth_finishing(upload: &Progress, control: &Control) -> bool {
+    control.save.is_cancelled()
+        && control.gone_at.get().is_some_and(|end| upload.is_worth_finishing(Instant::now(), *end))
 }
 
 fn abandon<T>(upload: Option<Upload<T>>) {

@@ -6,7 +6,8 @@ use crate::checkpoint::Published;
 use crate::collective::Network;
 use crate::collective::tcp::{Membership, Peer};
 use crate::evaluation::{Evaluation, Stage};
-use crate::generation::{self, Assignment, Control, Finished, GenerationError, Observer, Outcome, Start};
+use crate::generation::{self, Assignment, Control, Finished, GenerationError, Next, Observer, Outcome, Start};
+use crate::numerics;
 use crate::prepare::{Place, Session, prepare};
 use crate::step::{Engine, StepReport};
 use anyhow::{Context, Result, anyhow};
@@ -54,7 +55,10 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     let place = Place { scratch, device, threads: tch::get_num_threads() };
     let session = Arc::new(prepare(job, place).await?);
     let base = if arguments.resume { session.manifests().await?.into_iter().next() } else { None };
-    println!("{}", json!({ "numerics": crate::numerics::description(device), "base": base }));
+    if let Some(base) = base.as_ref().filter(|_| session.job.recipe.reproducibility.is_exact()) {
+        numerics::check(&session.numerics_class, base).map_err(anyhow::Error::msg)?;
+    }
+    println!("{}", json!({ "numerics": session.numerics_class, "base": base }));
     let ranks = arguments.ranks as usize;
     let finished = tokio::task::spawn_blocking(move || train(&session, ranks, base)).await??;
     println!("{}", json!({ "uri": finished.uri, "digest": finished.digest, "loss": finished.loss }));
@@ -162,7 +166,7 @@ struct Printer {
 impl Observer for Printer {
     fn ready(&self, _state_digest: &str) {}
 
-    fn stepped(&self, report: &StepReport, _last_of_generation: bool) {
+    fn stepped(&self, report: &StepReport, _next: Next) {
         if self.rank != 0 {
             return;
         }

@@ -19,6 +19,7 @@ pub struct Metrics {
     evaluation_loss: Gauge,
     evaluation_seconds: Histogram,
     pub generation: IntGauge,
+    pub notices: IntCounter,
     checkpoint_stall_seconds: Histogram,
     checkpoint_upload_seconds: Histogram,
     checkpoint_step: IntGauge,
@@ -65,6 +66,10 @@ impl Metrics {
             )?,
             evaluation_loss: real("vicuna_training_evaluation_loss", "Mean loss per token of the held-out data")?,
             evaluation_seconds: seconds("vicuna_training_evaluation_seconds", "Duration of an evaluation", 0.01)?,
+            notices: counter(
+                "vicuna_training_notices_heard_total",
+                "Notices to ranks of the training that this one heard of",
+            )?,
             generation: gauge("vicuna_training_generation", "Generation that this rank is in")?,
             checkpoint_stall_seconds: seconds(
                 "vicuna_checkpoint_stall_seconds",

@@ -11,6 +11,7 @@ use crate::log::Line;
 use crate::log::scribe::{self, Scribe};
 use crate::memory::limits::Limits;
 use crate::memory::{self, Need, Workload};
+use crate::numerics;
 use crate::step::Room;
 use parking_lot::Mutex;
 use std::path::{Path, PathBuf};
@@ -80,6 +81,8 @@ pub struct Session {
     pub runtime: Handle,
     /// Digest of everything in the job that decides the weights.
     pub recipe_digest: String,
+    /// Of this process.
+    pub numerics_class: String,
     /// Digests of what was read.
     pub inputs: Inputs,
     pub scratch: PathBuf,
@@ -329,6 +332,7 @@ fn assemble(
         threads: place.threads,
         runtime,
         recipe_digest: recipe_digest(&job),
+        numerics_class: numerics::class(place.device, place.threads),
         inputs,
         scratch: place.scratch,
         limits: memory::limits::limits(place.device),
@@ -547,6 +551,7 @@ impl Session {
             layout,
             training_uid: self.job.uid.clone(),
             recipe_digest: self.recipe_digest.clone(),
+            numerics_class: self.numerics_class.clone(),
             inputs: self.inputs.clone(),
             generation,
             keep: self.job.checkpoint.keep,

@@ -206,6 +206,11 @@ impl Life {
                 self.memory = None;
                 self.link.start_over();
             }
+            Heard::Noticed(noticed) => {
+                let wire::Noticed { pod_name, node, source, time_left_ms } = noticed;
+                tracing::warn!(pod = pod_name, node, source, time_left_ms, "a rank is given notice");
+                self.status.metrics.notices.inc();
+            }
             Heard::Shutdown(shutdown) => {
                 tracing::info!(why = shutdown.why().as_str_name(), "sent home");
                 return Next::End(Exit::Done);
@@ -249,6 +254,7 @@ impl Life {
             manifests: self.manifests.iter().map(to_wire).collect(),
             micro_batches: session.micro_batches(),
             steps: session.data.steps(),
+            state_bytes: session.table.state_bytes(),
         }));
         Next::Live
     }
@@ -354,6 +360,11 @@ impl Life {
         if *leaves {
             current.control.leave.cancel();
         }
+        if *time_left_ms > 0 {
+            let gone_at = Instant::now() + Duration::from_millis(*time_left_ms);
+            // Of several stops the first one counts.
+            current.control.gone_at.get_or_init(|| gone_at.into_std());
+        }
         if *checkpoint {
             current.control.save.cancel();
         }
@@ -366,7 +377,7 @@ impl Life {
     fn say_stopped(&mut self, generation: u64, lost: Vec<String>) {
         let ran = self.in_generation(generation).map_or(0, |current| current.step.load(Ordering::Relaxed));
         let holding = self.session.as_ref().zip(self.memory.as_ref()).map(|(session, engine)| {
-            let last = engine.last.as_ref().map(|report| progress(session, generation, report, true));
+            let last = engine.last.as_ref().map(|report| progress(session, generation, report, generation::Next::End));
             wire::Holding { last, ..transfer::holding(engine, &session.data) }
         });
         self.link.say(Body::Stopped(wire::Stopped {
@@ -561,13 +572,13 @@ fn assignment(form: wire::Form) -> Option<Assignment> {
 }
 
 fn to_wire(manifest: &ManifestRef) -> wire::ManifestRef {
-    let ManifestRef { step, generation, key, digest } = manifest.clone();
-    wire::ManifestRef { step, generation, key, digest }
+    let ManifestRef { step, generation, key, digest, numerics_class } = manifest.clone();
+    wire::ManifestRef { step, generation, key, digest, numerics_class }
 }
 
 fn from_wire(manifest: wire::ManifestRef) -> ManifestRef {
-    let wire::ManifestRef { step, generation, key, digest } = manifest;
-    ManifestRef { step, generation, key, digest }
+    let wire::ManifestRef { step, generation, key, digest, numerics_class } = manifest;
+    ManifestRef { step, generation, key, digest, numerics_class }
 }
 
 fn words(panic: &(dyn Any + Send)) -> String {
@@ -581,7 +592,8 @@ fn is_out_of_memory(message: &str) -> bool {
     ["out of memory", "not enough memory", "can't allocate memory"].iter().any(|words| message.contains(words))
 }
 
-fn progress(session: &Session, generation: u64, report: &StepReport, last_of_generation: bool) -> wire::Progress {
+fn progress(session: &Session, generation: u64, report: &StepReport, next: generation::Next) -> wire::Progress {
+    use wire::progress::Next;
     wire::Progress {
         generation,
         step: report.step,
@@ -593,8 +605,14 @@ fn progress(session: &Session, generation: u64, report: &StepReport, last_of_gen
         tokens: report.tokens,
         step_seconds: report.duration.as_secs_f64(),
         communication_seconds: report.communication.as_secs_f64(),
-        last_of_generation,
+        last_of_generation: next == generation::Next::End,
         updated: report.updated,
+        next: match next {
+            generation::Next::Step => Next::Step,
+            generation::Next::Pause => Next::Pause,
+            generation::Next::End => Next::Unspecified,
+        }
+        .into(),
     }
 }
 
@@ -624,17 +642,17 @@ impl Observer for Reporter {
         self.say(Body::Ready(wire::Ready { generation: self.generation, state_digest }));
     }
 
-    fn stepped(&self, report: &StepReport, last_of_generation: bool) {
+    fn stepped(&self, report: &StepReport, next: generation::Next) {
         self.step.store(report.step, Ordering::Relaxed);
         self.status.metrics.stepped(report);
         let seconds = report.duration.as_secs_f64();
         tracing::info!(step = report.step, loss = report.loss, seconds, tokens = report.tokens, "step");
-        self.say(Body::Progress(progress(&self.session, self.generation, report, last_of_generation)));
+        self.say(Body::Progress(progress(&self.session, self.generation, report, next)));
     }
 
     fn parting(&self, last: Option<&StepReport>) {
         if let Some(report) = last {
-            self.say(Body::Progress(progress(&self.session, self.generation, report, true)));
+            self.say(Body::Progress(progress(&self.session, self.generation, report, generation::Next::End)));
         }
     }
 

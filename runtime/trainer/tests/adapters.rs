@@ -24,7 +24,7 @@ use vicuna_model::lora::Adapter;
 use vicuna_protocol::job::{Base, Lora, Method, RunLength};
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::evaluation::{Evaluation, Stage};
-use vicuna_trainer::generation::{Control, Observer, Start};
+use vicuna_trainer::generation::{Control, Next, Observer, Start};
 use vicuna_trainer::local::generation_on_threads;
 use vicuna_trainer::prepare::Session;
 use vicuna_trainer::schedule::learning_rate;
@@ -71,7 +71,7 @@ struct Losses(Mutex<Vec<f64>>);
 impl Observer for Losses {
     fn ready(&self, _: &str) {}
 
-    fn stepped(&self, report: &StepReport, _: bool) {
+    fn stepped(&self, report: &StepReport, _: Next) {
         self.0.lock().push(report.loss);
     }
 

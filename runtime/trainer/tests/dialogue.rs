@@ -324,6 +324,28 @@ fn a_disturbed_run_ends_with_the_undisturbed_weights() {
 }
 
 #[test]
+fn a_loss_that_is_not_finite_ends_the_process_with_its_cause() {
+    let fixture = Fixture::new();
+    let mut job = job(&fixture, "bucket", 40);
+    job.recipe.learning_rate = 1e30;
+    fixture.runtime.block_on(async {
+        let mut play = Play::start(job).await;
+        let (rank, _terminate) = play.rank(&fixture, "a");
+        play.prepared(1).await;
+        play.form(1, &["a"], Base::Model).await;
+        let failed = play.until(|_, body| match body {
+            Body::Failed(failed) => Some(failed.clone()),
+            _ => None,
+        });
+        let failed = failed.await;
+        assert_eq!(failed.cause(), Cause::Numerics);
+        assert!(failed.message.contains("learning rate"), "{}", failed.message);
+        let exit = rank.await.unwrap();
+        assert_eq!((exit, exit.code()), (Exit::Failed(Cause::Numerics), 25));
+    });
+}
+
+#[test]
 fn a_termination_leaves_all_state_with_those_who_stay() {
     let fixture = Fixture::new();
     fixture.runtime.block_on(async {
@@ -385,6 +407,7 @@ fn an_unloadable_manifest_is_told_and_an_older_base_still_works() {
             generation: 1,
             key: "manifests/0000000002-000001.json".to_owned(),
             digest: "0".repeat(64),
+            ..Default::default()
         };
         let member = wire::Member { address: play.peers["a"].clone(), ..wire::Member::default() };
         let form = wire::Form {

@@ -7,6 +7,9 @@
 mod support;
 
 use parking_lot::Mutex;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -18,13 +21,13 @@ use vicuna_model::lora::Adapter;
 use vicuna_protocol::coordinator::form::Purpose;
 use vicuna_protocol::coordinator::{Holding, MemoryBase};
 use vicuna_protocol::job::{
-    Base, Lora, Method, Parameters, Precision, Recompute, Reproducibility, RopeScaling, Scaling, TrainingJob,
+    Base, Lora, Method, Parameters, Precision, Recompute, Reproducibility, RopeScaling, RunLength, Scaling, TrainingJob,
 };
 use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::collective::{Collective, CollectiveError, Kind, Mesh, Network, Tag};
 use vicuna_trainer::evaluation::{Evaluation, Stage};
-use vicuna_trainer::generation::{Control, Finished, GenerationError, Observer, Outcome, Start};
+use vicuna_trainer::generation::{Control, Finished, GenerationError, Next, Observer, Outcome, Start};
 use vicuna_trainer::inputs;
 use vicuna_trainer::local::{CallUp, called_up_on_threads, generation_on_threads};
 use vicuna_trainer::log::{Line, What};
@@ -44,6 +47,7 @@ struct Watch {
     stop_after: Option<u64>,
     control: Control,
     losses: Mutex<Vec<f64>>,
+    nexts: Mutex<Vec<Next>>,
     ready: Mutex<Option<String>>,
     checkpoints: Mutex<Vec<u64>>,
     /// Wishes for the end in the middle of this step's evaluation.
@@ -57,8 +61,9 @@ impl Observer for Watch {
         *self.ready.lock() = Some(state_digest.to_owned());
     }
 
-    fn stepped(&self, report: &StepReport, _last_of_generation: bool) {
+    fn stepped(&self, report: &StepReport, next: Next) {
         self.losses.lock().push(report.loss);
+        self.nexts.lock().push(next);
         // The wish travels with the next step's commit.
         if self.stop_after == Some(report.step + 1) {
             self.control.stop.cancel();
@@ -276,32 +281,67 @@ fn periodic_checkpoints_do_not_change_the_weights_and_old_ones_go() {
     let run = generation(&session, 2, None, None);
     assert_eq!(run.result().digest, undisturbed.result().digest);
     assert_eq!(*run.watches[0].checkpoints.lock().last().unwrap(), STEPS);
+    // Whoever waits for steps knows that a copy comes before the next one.
+    assert!(run.watches[1].nexts.lock().contains(&Next::Pause));
+    let plain = undisturbed.watches[0].nexts.lock().clone();
+    assert_eq!((&plain[..5], plain[5]), (&[Next::Step; 5][..], Next::End));
     let left = manifests(&fixture, &session);
     assert_eq!(left.iter().map(|manifest| manifest.step).collect::<Vec<_>>(), [STEPS]);
 }
 
 #[test]
 fn a_damaged_checkpoint_is_refused_by_name_and_the_older_one_serves() {
+    type Damage = fn(&Path);
     let fixture = Fixture::new();
+    let undisturbed = generation(&fixture.session(fixture.job("plain")), 1, None, None).result().digest.clone();
+    let damages: [(&str, Damage); 3] = [
+        ("flipped", |file| {
+            let mut bytes = std::fs::read(file).unwrap();
+            bytes[100] ^= 1;
+            std::fs::write(file, bytes).unwrap();
+        }),
+        ("missing", |file| std::fs::remove_file(file).unwrap()),
+        ("truncated", truncate),
+    ];
+    for (bucket, damage) in damages {
+        let session = fixture.session(fixture.job(bucket));
+        let (_, older) = generation(&session, 2, None, Some(2)).stopped();
+        let (_, newer) = generation(&session, 2, Some(older.clone()), Some(4)).stopped();
+        let store = Store::open(&url(&fixture.path(bucket))).unwrap();
+        let manifest = fixture.runtime.block_on(vicuna_checkpoint::manifest::open(&store, &newer)).unwrap();
+        let damaged = &manifest.blocks[0].digest;
+        damage(&fixture.path(bucket).join("blocks").join(damaged));
+
+        let refused = refusal(&session, newer);
+        assert!(refused.contains(damaged.as_str()), "{bucket}: {refused}");
+        assert_eq!(generation(&session, 2, Some(older), None).result().digest, undisturbed, "{bucket}");
+    }
+}
+
+#[test]
+fn a_manifest_that_is_cut_off_is_passed_over_for_the_one_before_it() {
+    let fixture = Fixture::new();
+    let undisturbed = generation(&fixture.session(fixture.job("plain")), 1, None, None).result().digest.clone();
     let session = fixture.session(fixture.job("bucket"));
     let (_, older) = generation(&session, 2, None, Some(2)).stopped();
     let (_, newer) = generation(&session, 2, Some(older.clone()), Some(4)).stopped();
-    let store = Store::open(&url(&fixture.path("bucket"))).unwrap();
-    let manifest = fixture.runtime.block_on(vicuna_checkpoint::manifest::open(&store, &newer)).unwrap();
-    let damaged = &manifest.blocks[0].digest;
-    let file = fixture.path("bucket/blocks").join(damaged);
-    let mut bytes = std::fs::read(&file).unwrap();
-    bytes[100] ^= 1;
-    std::fs::write(&file, bytes).unwrap();
+    truncate(&fixture.path("bucket").join(&newer.key));
+    assert_eq!(manifests(&fixture, &session), std::slice::from_ref(&older), "ranks do not tell of it");
+    let refused = refusal(&session, newer.clone());
+    assert!(refused.contains(&newer.key), "{refused}");
+    assert_eq!(generation(&session, 2, Some(older), None).result().digest, undisturbed);
+}
 
+fn truncate(file: &Path) {
+    let length = std::fs::metadata(file).unwrap().len();
+    std::fs::OpenOptions::new().write(true).open(file).unwrap().set_len(length / 2).unwrap();
+}
+
+/// What a rank says of a checkpoint that it does not take.
+fn refusal(session: &Arc<Session>, base: ManifestRef) -> String {
     let go = Control::default();
     go.go.cancel();
-    let observer: Arc<dyn Observer> = Arc::new(Watch::default());
-    let refused = attempt(&session, newer, go, observer).unwrap_err();
-    assert!(refused.to_string().contains(damaged.as_str()), "{refused}");
-
-    let undisturbed = generation(&fixture.session(fixture.job("plain")), 1, None, None);
-    assert_eq!(generation(&session, 2, Some(older), None).result().digest, undisturbed.result().digest);
+    attempt(session, base, go, Arc::new(Watch::default())).unwrap_err().to_string()
 }
 
 fn attempt(
@@ -925,6 +965,10 @@ fn broken_step(session: &Session, memories: &mut [Option<Engine>], at: Kind) {
                 let peers = Peers { collective: &collective, abort };
                 let made = engine.advance(&session.job.recipe, &session.data, peers, &Wishes::default);
                 assert!(rank < world - 1 || made.is_err());
+                if let Ok(report) = made {
+                    // As a generation does after each step.
+                    engine.log.stepped(&report, session.data.epochs_done(report.step));
+                }
                 let deadline = Instant::now() + Duration::from_secs(60);
                 while commits.load(Ordering::SeqCst) < sent {
                     assert!(Instant::now() < deadline, "the others do not commit");
@@ -1112,6 +1156,99 @@ fn every_step_is_in_the_log_once_whoever_leaves() {
     assert!(card.contains("license: unknown") && card.contains("loss on the held-out conversations"), "{card}");
     assert!(std::fs::read_to_string(result.join("loss.svg")).unwrap().contains("<polyline"));
     assert!(fixture.path("bucket/data-report.json").exists());
+}
+
+/// Whatever the seed draws befalls the run: ranks leave, join and are lost in the midst of a step, and all of it goes through
+/// the store.
+fn disturbed(session: &Arc<Session>, random: &mut StdRng) -> Run {
+    let newcomers = |count: usize| (0..count).map(|_| None).collect::<Vec<Option<Engine>>>();
+    let mut memories = newcomers(random.random_range(1..4));
+    let mut start = Start::Model;
+    for number in 1.. {
+        if start.step() + 1 >= STEPS {
+            return continued(session, number, &start, memories, End::Complete);
+        }
+        let (world, to) = (memories.len(), random.random_range(start.step() + 1..STEPS));
+        match random.random_range(0..4) {
+            0 if world > 1 => {
+                memories = continued(session, number, &start, memories, End::Left(to)).memories;
+                memories.truncate(world - 1);
+            }
+            1 if world > 1 => {
+                memories = continued(session, number, &start, memories, End::Paused(to)).memories;
+                let at = if random.random() { Kind::Commit } else { Kind::Gradient };
+                broken_step(session, &mut memories, at);
+                memories.remove(random.random_range(0..world));
+            }
+            2 => {
+                let (_, manifest) = continued(session, number, &start, memories, End::Saved(to)).stopped();
+                memories = newcomers(random.random_range(1..4));
+                start = Start::Manifest(manifest);
+                continue;
+            }
+            _ => {
+                memories = continued(session, number, &start, memories, End::Paused(to)).memories;
+                memories.extend(newcomers(random.random_range(1..3)));
+            }
+        }
+        start = from_memory(session, &memories);
+    }
+    unreachable!("each generation makes a step")
+}
+
+#[test]
+fn whatever_befalls_a_run_its_weights_moments_and_log_are_those_of_the_undisturbed_one() {
+    let fixture = Fixture::new();
+    // What the last checkpoint holds, block by block, and the log's losses.
+    let traces = |bucket: &str, session: &Arc<Session>, run: &Run| {
+        let store = Store::open(&url(&fixture.path(bucket))).unwrap();
+        let newest = manifests(&fixture, session).remove(0);
+        let manifest = fixture.runtime.block_on(vicuna_checkpoint::manifest::open(&store, &newest)).unwrap();
+        let losses = fixture.runtime.block_on(session.log()).unwrap().into_iter().filter_map(|line| match line.what {
+            What::Step(step) => Some((line.step, step.loss.unwrap().to_bits())),
+            What::Evaluation(_) => None,
+        });
+        (newest.step, manifest.blocks, losses.collect::<Vec<_>>(), run.result().digest.clone())
+    };
+    let session = fixture.session(fixture.job("undisturbed"));
+    let expected = traces("undisturbed", &session, &generation(&session, 1, None, None));
+    assert_eq!(expected.2.len(), STEPS as usize);
+    for seed in 0..12 {
+        let bucket = format!("seed-{seed}");
+        let session = fixture.session(fixture.job(&bucket));
+        let run = disturbed(&session, &mut StdRng::seed_from_u64(seed));
+        assert!(traces(&bucket, &session, &run) == expected, "seed {seed} leaves a trace");
+    }
+}
+
+#[test]
+fn steps_that_are_not_finite_change_nothing_and_end_the_run_by_their_name() {
+    let fixture = Fixture::new();
+    let mut job = fixture.job("bucket");
+    // Small enough that norms can still be taken, and too large for the product of queries and keys.
+    job.recipe.learning_rate = 1e18;
+    job.recipe.length = RunLength::Steps(40);
+    let session = fixture.session(job);
+    let memories = continued(&session, 1, &Start::Model, vec![None, None], End::Paused(1)).memories;
+    let state = |memories: &[Option<Engine>]| {
+        let engines = memories.iter().flatten();
+        engines.map(|engine| (engine.updates, engine.blocks.clone())).collect::<Vec<_>>()
+    };
+    let before = state(&memories);
+    let start = from_memory(&session, &memories);
+    let go = Control::default();
+    go.go.cancel();
+    let watch = Arc::new(Watch::default());
+    let observers: Vec<Arc<dyn Observer>> = vec![watch.clone(), Arc::new(Watch::default())];
+    let mut memories = memories;
+    let outcomes = generation_on_threads(&session, 2, &start, &[go.clone(), go], &observers, &mut memories).unwrap();
+    for outcome in outcomes {
+        assert!(matches!(outcome, Err(GenerationError::Numerics { step: 11 })), "{outcome:?}");
+    }
+    assert!(watch.losses.lock().iter().all(|loss| !loss.is_finite()), "{:?}", watch.losses.lock());
+    assert!(state(&memories) == before, "ten steps in a row changed something");
+    let blocks = || before.iter().flat_map(|(_, blocks)| blocks.values());
+    assert!(blocks().flat_map(|block| &block.weights).all(|weight| weight.is_finite()));
 }
 
 #[test]

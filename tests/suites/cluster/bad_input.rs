@@ -39,6 +39,25 @@ pub fn an_impossible_spec_is_rejected_with_a_sentence(fixture: &Fixture) -> Resu
     Ok(())
 }
 
+/// By the schemas and the CEL rules of the real API server; nothing is made.
+pub fn every_sample_is_accepted(fixture: &Fixture) -> Result<()> {
+    let mut seen = 0;
+    for entry in std::fs::read_dir(repository().join("manifests/samples"))? {
+        let path = entry?.path();
+        let is_sample = path.extension().is_some_and(|it| it == "yaml") && !path.ends_with("kustomization.yaml");
+        if !is_sample {
+            continue;
+        }
+        let mut command = fixture.cluster.kubectl().command()?;
+        command.args(["create", "--dry-run=server", "--validate=strict", "--filename"]).arg(&path);
+        let output = command.output()?;
+        ensure!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
+        seen += 1;
+    }
+    ensure!(seen > 0, "there are no samples");
+    Ok(())
+}
+
 pub fn a_missing_dataset_is_told_and_recovers(fixture: &Fixture) -> Result<()> {
     let mut object = training("no-data", 5);
     set(&mut object, "/spec/dataset/0/from", json!("s3://vicuna/datasets/late.json"))?;

@@ -2,6 +2,7 @@
 
 use super::base::HeldState;
 use super::notice::time_left;
+use super::pace::MAX_DOUBLINGS;
 use super::rank::Rank;
 use super::{Body, Effect, Formation, Happening, Membership, Millis, Move, PodUid, Purpose, Stages, State};
 use crate::coordinator::manifest::{Base, extend_history};
@@ -116,15 +117,14 @@ impl Membership {
     }
 
     /// The newest generation; a record that somebody deleted had issued every one that left a checkpoint.
-    fn issued(&self) -> u64 {
+    pub(super) fn issued(&self) -> u64 {
         self.record.as_ref().map_or_else(|| self.manifests.generation(), |record| record.generation)
     }
 
     /// Ranks hold what the store does not have, and some of them are about to go; those who stay are too few.
     fn is_to_be_saved(&self, now: Millis, candidates: &[PodUid]) -> bool {
         let Some(held) = self.held_state(now, candidates) else { return false };
-        let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
-        let stored = self.manifests.newest_valid(self.issued(), history).map_or(0, |manifest| manifest.step);
+        let stored = self.newest_manifest().map_or(0, |manifest| manifest.step);
         let goes = |pod: &PodUid, rank: &Rank| {
             let here = rank.connected && !self.is_gone(pod) && !self.is_late(now, pod);
             rank.holding.is_some() && here && self.is_about_to_go(pod)
@@ -190,7 +190,7 @@ impl Membership {
     fn plan(&mut self, now: Millis, candidates: Vec<PodUid>, saves: bool) {
         let generation = self.issued();
         let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
-        let manifest = self.manifests.newest_valid(generation, history).cloned();
+        let manifest = self.newest_manifest().cloned();
         let stored_step = manifest.as_ref().map_or(0, |manifest| manifest.step);
         let held = self.held_state(now, &candidates).filter(|held| held.step >= stored_step);
         let (base_step, base, members, memory) = match held {
@@ -384,6 +384,7 @@ impl Membership {
         if self.interrupted {
             self.recovery.restored = Some(now);
         }
+        self.step_is_next = false;
         self.state = State::Steady { since: now, progressed: false };
         true
     }
@@ -515,11 +516,11 @@ impl Membership {
             // After the last step the result is written.
             Some(_) if self.steps > 0 && self.step >= self.steps => self.limits.store_ms,
             Some(step_ms) if self.is_one_silent(now) => self.limits.silent_ms.max(3 * step_ms),
-            Some(step_ms) => self.limits.stall_ms.max(5 * step_ms),
+            Some(step_ms) => self.step_patience(step_ms),
             None => self.limits.first_step_ms,
         };
         // A step may just take longer than those before: with fewer ranks, on other nodes.
-        patience << self.stalls.min(6)
+        patience << self.stalls.min(MAX_DOUBLINGS)
     }
 
     /// A member is out of reach, and not just for a moment.
@@ -561,6 +562,8 @@ impl Membership {
         let generation = self.generation();
         let answered = BTreeSet::new();
         let saves = planned && self.saves_when_stopped(&self.candidates());
+        // What is waited for from here on is more than a step.
+        self.step_is_next = false;
         self.send_stop(now, planned, &reason, deadline_ms, &answered);
         // One that trains nothing ends as it was formed to, which has been told.
         if !planned || !matches!(self.state, State::Moving(_)) {
@@ -586,15 +589,21 @@ impl Membership {
         }
     }
 
-    /// Said beforehand, by what the last checkpoint took: those who stay are too few to hold the state.
+    /// Said beforehand, where those who stay are too few to hold the state. Before the first checkpoint nobody knows what one
+    /// takes, and there is most to lose.
     fn warn_of_a_late_checkpoint(&mut self, now: Millis, deadline_ms: Millis, step_ms: Millis) {
-        let Some(last) = &self.checkpoint else { return };
-        let needs_ms = step_ms + last.stall_ms + last.upload_ms;
+        let needs_ms = self.checkpoint_ms().map(|takes| step_ms.saturating_add(takes));
         let has_ms = deadline_ms.saturating_sub(now);
-        if deadline_ms > 0 && needs_ms > has_ms {
-            let durable_step = last.step;
-            self.happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step });
+        if deadline_ms > 0 && needs_ms.is_none_or(|needs| needs > has_ms) {
+            let (bytes, durable_step) = (self.state_bytes, self.durable_step());
+            self.happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, bytes, durable_step });
         }
+    }
+
+    /// The last step that the store has, as far as we know.
+    pub(super) fn durable_step(&self) -> Option<u64> {
+        let told = self.checkpoint.as_ref().map(|last| last.step);
+        told.max(self.newest_manifest().map(|manifest| manifest.step))
     }
 
     pub(super) fn needs_checkpoint(&self, staying: &[PodUid]) -> bool {
@@ -658,6 +667,7 @@ impl Membership {
             waiting.retain(|pod| !self.is_late(now, pod));
         }
         if waiting.is_empty() {
+            self.count_false_alarm();
             return self.disband(now);
         }
         if !planned && self.may_yet_call(now, &waiting) {
@@ -704,7 +714,27 @@ impl Membership {
         // Whom a new leader does not know may just not have called it yet.
         let away = |pod: &PodUid| self.ranks.get(pod).is_some_and(|rank| !rank.connected);
         let dispensable = || waiting.iter().all(away) && self.held_state(now, &self.candidates()).is_some();
-        waiting.iter().all(lost) && (now >= since.saturating_add(self.limits.lost_ms) || dispensable())
+        let hung = || now >= since.saturating_add(self.limits.hung_ms) && self.goes_on_without(now, waiting);
+        (waiting.iter().all(lost) && (now >= since.saturating_add(self.limits.lost_ms) || dispensable()))
+            || (self.stalls > 0 && hung())
+    }
+
+    /// The ranks that have answered are enough, and hold everything.
+    fn goes_on_without(&self, now: Millis, waiting: &[PodUid]) -> bool {
+        let staying: Vec<PodUid> = self.candidates().into_iter().filter(|pod| !waiting.contains(pod)).collect();
+        staying.len() >= self.fewest() && self.held_state(now, &staying).is_some_and(|held| held.members == staying)
+    }
+
+    /// No step came in time, and every member answers: none of them hangs.
+    fn count_false_alarm(&mut self) {
+        let suspected =
+            |member: &Member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.suspect_since.is_some());
+        if self.stalls > 0
+            && self.pace.usual().is_some()
+            && !self.members().iter().any(|member| self.is_gone(&member.pod_uid) || suspected(member))
+        {
+            self.false_alarms = (self.false_alarms + 1).min(MAX_DOUBLINGS);
+        }
     }
 
     /// A checkpoint that cannot be written is waited for, unless somebody is about to go.

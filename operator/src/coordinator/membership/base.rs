@@ -2,9 +2,11 @@
 
 use super::rank::Rank;
 use super::{Happening, Membership, Millis, PodUid};
+use crate::coordinator::manifest::Manifest;
 use crate::coordinator::report::Blockage;
 use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator::{Cause, Holding, MemoryBase};
+use vicuna_protocol::numerics::difference;
 
 /// State that a generation can start from, and the ranks that hold it together.
 pub(super) struct HeldState {
@@ -59,17 +61,26 @@ impl Membership {
         leaving.map(|(pod, _)| pod.clone()).collect()
     }
 
-    /// The class of the record or, before there is one, of the rank that was fit first; empty where any will do.
+    /// The class of the record or, where there is none, of the checkpoint that there is to go on from, and else of the rank
+    /// that was fit first; empty where any will do.
     pub(super) fn numerics_class(&self) -> &str {
         if self.takes_any_class() {
             return "";
         }
         let recorded = self.record.as_ref().map(|record| &record.numerics_class).filter(|class| !class.is_empty());
+        let stored =
+            || self.newest_manifest().map(|manifest| &manifest.numerics_class).filter(|class| !class.is_empty());
         let first = || {
             let fit = self.ranks.iter().filter(|(pod, rank)| rank.is_fit() && !self.is_gone(pod));
             fit.min_by_key(|(_, rank)| rank.order).map(|(_, rank)| &rank.numerics_class)
         };
-        recorded.or_else(first).map_or("", String::as_str)
+        recorded.or_else(stored).or_else(first).map_or("", String::as_str)
+    }
+
+    /// The checkpoint that a generation would start from now.
+    pub(super) fn newest_manifest(&self) -> Option<&Manifest> {
+        let history = self.record.as_ref().map_or(&[][..], |record| &record.history);
+        self.manifests.newest_valid(self.issued(), history)
     }
 
     pub(super) fn takes_any_class(&self) -> bool {
@@ -82,16 +93,11 @@ impl Membership {
         let message = if rank.mismatched {
             "it computes other bits than the training's other ranks, from the same state".to_owned()
         } else if differs {
-            let short = |class: &str| class.chars().take(12).collect::<String>();
-            format!(
-                "its numerics class {} is not the training's {}: image, device, driver, instruction set or threads differ",
-                short(&rank.numerics_class),
-                short(class)
-            )
+            format!("its numerics class is not the training's: {}", difference(&rank.numerics_class, class))
         } else {
             return rank.blocked.clone();
         };
-        let what_to_do = "it is kept out, because weights would not be exact; give the pool nodes of one kind";
+        let what_to_do = "it is kept out, because weights would not be exact; give the pools nodes of the kind that the training began on, or train anew with recipe.reproducibility Fast if the last bits do not matter";
         Some(Blockage { cause: Cause::Numerics, message: format!("{message}; {what_to_do}") })
     }
 

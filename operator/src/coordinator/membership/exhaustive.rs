@@ -298,7 +298,8 @@ impl World {
 
     fn put(&mut self, record: &Record, step: u64) {
         let key = format!("{}-{step}", record.generation);
-        self.bucket.push(Manifest { step, generation: record.generation, key, digest: "d".into() });
+        let (generation, numerics_class) = (record.generation, String::new());
+        self.bucket.push(Manifest { step, generation, key, digest: "d".into(), numerics_class });
     }
 
     fn faults_possible(&self, actions: &mut Vec<Action>) {
@@ -507,6 +508,7 @@ impl World {
                 self.ranks.remove(pod);
                 self.facts.remove(pod);
             }
+            Body::Noticed(_) => {}
             Body::Welcome(_) => self.welcome(pod),
         }
     }

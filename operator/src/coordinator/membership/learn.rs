@@ -1,5 +1,6 @@
 //! What an event says. Nothing here decides; see `advance.rs`.
 
+use super::notice::time_left;
 use super::rank::Rank;
 use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, Stages, State};
 use crate::coordinator::manifest::Manifest;
@@ -178,7 +179,7 @@ impl Membership {
         rank.away_since = None;
         rank.address.clone_from(&hello.peer_address);
         rank.suspect_since = None;
-        rank.numerics_class.clone_from(&hello.numerics_class);
+        rank.numerics_class = bounded(hello.numerics_class.clone());
         if hello.generation == 0 {
             rank.holding = None;
             rank.prepared = false;
@@ -218,6 +219,7 @@ impl Membership {
             self.blocks = Some(prepared.blocks as usize);
         }
         self.steps = self.steps.max(prepared.steps);
+        self.state_bytes = self.state_bytes.max(prepared.state_bytes);
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.prepared = true;
             rank.prepared_at = now;
@@ -249,7 +251,7 @@ impl Membership {
         }
         rank.held_up = blockage;
         if let Some(Blockage { message, .. }) = rank.held_up.clone().filter(|_| new) {
-            let durable_step = self.checkpoint.as_ref().map(|last| last.step);
+            let durable_step = self.durable_step();
             self.happened(Happening::CheckpointHeldUp { message, durable_step });
         }
     }
@@ -283,11 +285,11 @@ impl Membership {
         if matches!(self.state, State::Moving(_)) || said.step <= self.step {
             return;
         }
-        self.stepped(now, step_report(said));
+        self.stepped(now, step_report(said), said.next() == wire::progress::Next::Step);
     }
 
     /// A step counts when the first rank says so.
-    fn stepped(&mut self, now: Millis, report: StepReport) {
+    fn stepped(&mut self, now: Millis, report: StepReport, step_is_next: bool) {
         // The last step of a generation that is being stopped is not the first one after it.
         if self.interrupted && matches!(self.state, State::Steady { .. }) {
             self.interrupted = false;
@@ -299,6 +301,7 @@ impl Membership {
         }
         self.step = report.step;
         self.steps = self.steps.max(report.steps);
+        self.measure_pace(now, step_is_next);
         self.last_step_at = now;
         self.step_ms = Some((report.step_seconds * 1000.0).clamp(0.0, 1e9) as u64);
         self.fruitless = 0;
@@ -357,6 +360,7 @@ impl Membership {
             rank.held_up = None;
         }
         let newer = self.checkpoint.as_ref().is_none_or(|last| last.step < manifest.step);
+        let before = self.checkpoint.as_ref().map_or(0, |last| last.bytes_a_second);
         self.manifests.learn([manifest.clone()]);
         if newer {
             let ms = |seconds: f64| (seconds * 1000.0).clamp(0.0, 1e12).round() as u64;
@@ -368,6 +372,7 @@ impl Membership {
                 stall_ms: ms(said.stall_seconds),
                 upload_ms: ms(said.upload_seconds),
                 interval_ms: ms(said.interval_seconds),
+                bytes_a_second: rate(said.bytes_written, said.upload_seconds).unwrap_or(before),
             };
             self.checkpoint = Some(report.clone());
             self.happened(Happening::Checkpointed(report));
@@ -392,7 +397,7 @@ impl Membership {
 
     fn stopped(&mut self, now: Millis, pod: &str, said: wire::Stopped) {
         if said.generation != self.generation() || !self.is_member(pod) {
-            return;
+            return self.answered_late(pod, said);
         }
         self.unblock(pod);
         self.manifests.learn(said.manifests.into_iter().map(Manifest::from));
@@ -414,6 +419,23 @@ impl Membership {
             self.collect(now, false, "a rank lost its peers".to_owned(), 0);
         }
         self.answered(pod);
+    }
+
+    /// It was taken to hang, and does not: it takes part with what it holds as long as nobody has gone on without it, and else
+    /// anew.
+    fn answered_late(&mut self, pod: &str, said: wire::Stopped) {
+        let generation = said.generation;
+        let members = self.record.as_ref().filter(|record| record.generation == generation).map(|it| &it.members);
+        let member = members.is_some_and(|members| members.iter().any(|member| member.pod_uid == pod));
+        let waited_for = member && matches!(self.state, State::Held { .. });
+        let Some(rank) = self.ranks.get_mut(pod).filter(|rank| rank.suspect_since.is_some()) else { return };
+        if !waited_for {
+            rank.holding = None;
+            return self.send(pod, Body::Stale(wire::Stale { generation }));
+        }
+        (rank.suspect_since, rank.prepared, rank.holding) = (None, true, said.holding);
+        self.step = self.step.max(said.step);
+        self.manifests.learn(said.manifests.into_iter().map(Manifest::from));
     }
 
     fn lost(&mut self, pod_name: &str) {
@@ -513,27 +535,38 @@ impl Membership {
 
     /// Counts each rank's notice once, until it is taken back.
     fn count_notices(&mut self) {
-        let hurried: Vec<(PodUid, Option<String>)> = self
+        let hurried: Vec<(PodUid, Option<Departure>)> = self
             .ranks
             .keys()
             .map(|pod| {
                 // What has gone already gave no notice.
                 let departure = self.departure(pod).filter(|it| it.hurry && !self.is_gone(pod));
-                (pod.clone(), departure.map(|departure| departure.source.clone()))
+                (pod.clone(), departure.cloned())
             })
             .collect();
-        for (pod, source) in hurried {
+        for (pod, departure) in hurried {
             let Some(rank) = self.ranks.get_mut(&pod) else { continue };
-            let first = source.is_some() && !rank.noticed && !rank.released;
-            rank.noticed = source.is_some();
-            if let (true, Some(source)) = (first, source) {
+            let first = departure.is_some() && !rank.noticed && !rank.released;
+            rank.noticed = departure.is_some();
+            if let (true, Some(Departure { source, deadline_ms, .. })) = (first, departure) {
+                let (pod, node) = (rank.pod_name.clone(), rank.node.clone());
                 self.counters.notices += 1;
-                self.effects.push(Effect::Happened(Happening::Noticed {
-                    pod: rank.pod_name.clone(),
-                    node: rank.node.clone(),
-                    source,
-                }));
+                self.tell_of_notice(&pod, &node, &source, deadline_ms);
+                self.happened(Happening::Noticed { pod, node, source });
             }
+        }
+    }
+
+    /// Every rank of the training hears at once by when one of them goes, long before it is told to stop.
+    fn tell_of_notice(&mut self, pod_name: &str, node: &str, source: &str, deadline_ms: Millis) {
+        let noticed = wire::Noticed {
+            pod_name: pod_name.to_owned(),
+            node: node.to_owned(),
+            source: source.to_owned(),
+            time_left_ms: time_left(self.now, deadline_ms),
+        };
+        for pod in self.ranks.keys().cloned().collect::<Vec<_>>() {
+            self.send(&pod, Body::Noticed(noticed.clone()));
         }
     }
 
@@ -575,6 +608,7 @@ impl Membership {
         if members > 0 && before > 0 {
             let scaled = |step_ms: Millis| (step_ms * before / members as u64).min(1_000_000_000);
             self.step_ms = self.step_ms.map(scaled);
+            self.pace.slow_down(before, members as u64);
         }
     }
 
@@ -604,6 +638,11 @@ fn step_report(said: &wire::Progress) -> StepReport {
         tokens: said.tokens,
         step_seconds: said.step_seconds,
     }
+}
+
+/// Bytes a second. One that found all its blocks in the store says nothing of how fast it writes.
+fn rate(bytes: u64, seconds: f64) -> Option<u64> {
+    (bytes > 0 && seconds > 0.0).then(|| ((bytes as f64 / seconds) as u64).max(1))
 }
 
 /// Messages end in conditions, which hold 32 KiB at most.

@@ -16,6 +16,7 @@ mod base;
 mod exhaustive;
 mod learn;
 mod notice;
+mod pace;
 mod rank;
 #[cfg(test)]
 mod simulation;
@@ -27,6 +28,7 @@ use super::record::{Finish, Member, Record};
 use super::report::{
     CheckpointReport, Counters, EvaluationReport, Happening, MemoryNeed, Phase, PodUid, RankFailure, Report, StepReport,
 };
+use pace::Pace;
 use rank::Rank;
 use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator as wire;
@@ -59,6 +61,12 @@ pub struct Limits {
     pub hand_over_ms: Millis,
     /// No step for so long, and for five steps, means that a rank hangs.
     pub stall_ms: Millis,
+    /// … and where ranks have said that nothing but a step comes next, at least so long.
+    pub missed_ms: Millis,
+    /// … by which a step may take longer than it usually does.
+    pub slack_ms: Millis,
+    /// Answers to a stop because of a rank that hangs, where those who have answered can go on without the others.
+    pub hung_ms: Millis,
     /// The first step of a run may take so long.
     pub first_step_ms: Millis,
     /// Connecting to peers, and handing over what they hold.
@@ -85,6 +93,9 @@ impl Default for Limits {
             planned_ms: 120_000,
             hand_over_ms: 2_000,
             stall_ms: 30_000,
+            missed_ms: 3_000,
+            slack_ms: 1_500,
+            hung_ms: 1_500,
             first_step_ms: 300_000,
             move_ms: 600_000,
             store_ms: 1_800_000,
@@ -246,6 +257,10 @@ pub struct Membership {
     /// gradients can follow.
     committed: Option<wire::Holding>,
     step_ms: Option<u64>,
+    /// What steps have taken lately.
+    pace: Pace,
+    /// Ranks said with the last step that the next one follows at once.
+    step_is_next: bool,
     /// How long it took last until all members stood at a base that was in memory.
     moved_ms: Millis,
     /// The membership was broken up since the last step, by what counts as a disruption.
@@ -255,11 +270,15 @@ pub struct Membership {
     micro_batches: Option<usize>,
     /// Blocks that the state is cut into.
     blocks: Option<usize>,
+    /// Bytes of a checkpoint; 0 until a rank says so.
+    state_bytes: u64,
     steps: u64,
     /// Generations in a row that ended before their first step.
     fruitless: u32,
     /// How often no step came in time since the last one: each time more patience is had.
     stalls: u32,
+    /// How often nobody was found to hang although no step came in time: so often patience is doubled for good.
+    false_alarms: u32,
     progress: Option<StepReport>,
     evaluation: Option<EvaluationReport>,
     /// When a part of an evaluation was last done.
@@ -296,14 +315,18 @@ impl Membership {
             last_step_at: 0,
             committed: None,
             step_ms: None,
+            pace: Pace::default(),
+            step_is_next: false,
             moved_ms: 0,
             interrupted: false,
             recovery: Stages::default(),
             micro_batches: None,
             blocks: None,
+            state_bytes: 0,
             steps: 0,
             fruitless: 0,
             stalls: 0,
+            false_alarms: 0,
             progress: None,
             evaluation: None,
             evaluated_at: now,

@@ -20,8 +20,7 @@ impl Membership {
     pub(super) fn is_due(&self, departure: &Departure) -> bool {
         let Some(step_ms) = self.step_ms.filter(|_| departure.deadline_ms > 0) else { return true };
         let staying = self.ranks.iter().filter(|(pod, rank)| rank.is_fit() && !self.is_about_to_go(pod)).count();
-        let last = self.checkpoint.as_ref().filter(|_| staying < self.fewest());
-        let saves_ms = last.map_or(0, |last| last.stall_ms + last.upload_ms);
+        let saves_ms = self.checkpoint_ms().filter(|_| staying < self.fewest()).unwrap_or(0);
         let needs_ms = step_ms + self.limits.hand_over_ms.max(self.moved_ms) + saves_ms;
         self.now.saturating_add(SPARE * needs_ms) >= departure.deadline_ms
     }
@@ -38,8 +37,21 @@ impl Membership {
         // What a single one holds its twins hold too, if there are any.
         let endangered = leavers > 1 || leavers == self.members().len();
         let hand_over = self.limits.hand_over_ms.max(if endangered { self.moved_ms } else { 0 });
-        let last = self.checkpoint.as_ref().filter(|_| self.needs_checkpoint(staying));
-        hand_over + last.map_or(0, |last| last.stall_ms + last.upload_ms)
+        hand_over + self.checkpoint_ms().filter(|_| self.needs_checkpoint(staying)).unwrap_or(0)
+    }
+
+    /// How long a checkpoint takes that nothing else goes on beside: by the bytes that each rank has to write, fewer ranks
+    /// more of them, and how fast one wrote the last time; or else by how long the last one took. `None`: none is known.
+    pub(super) fn checkpoint_ms(&self) -> Option<Millis> {
+        let last = self.checkpoint.as_ref()?;
+        let members = self.record.iter().flat_map(|record| &record.members);
+        let writers = members.filter(|member| !self.is_gone(&member.pod_uid)).count().max(1) as u64;
+        let upload_ms = match (last.bytes_a_second, self.state_bytes) {
+            (0, _) | (_, 0) => last.upload_ms,
+            (rate, bytes) => (bytes / writers).saturating_mul(1000) / rate,
+        };
+        // A status may not say how long it took.
+        Some(last.stall_ms.saturating_add(upload_ms)).filter(|ms| *ms > 0)
     }
 
     /// The last step must have been made by then; 0: no hurry.
@@ -81,11 +93,8 @@ impl Membership {
     /// How long a checkpoint that nothing else goes on beside may take, by what the last one took. Who waits for the store
     /// says so, and is waited for: who is silent for so long hangs.
     fn saving_ms(&self) -> Millis {
-        let usual = self.checkpoint.as_ref().map(|last| 5 * (last.stall_ms + last.upload_ms));
-        // A status may not say how long it took.
-        usual
-            .filter(|usual| *usual > 0)
-            .map_or(self.limits.store_ms, |usual| usual.clamp(self.limits.planned_ms, self.limits.store_ms))
+        let usual = self.checkpoint_ms().map(|ms| ms.saturating_mul(5));
+        usual.map_or(self.limits.store_ms, |usual| usual.clamp(self.limits.planned_ms, self.limits.store_ms))
     }
 
     /// … and of an unplanned one for the answers.

@@ -7,6 +7,7 @@ use crate::testing::{Reproduce, seeds};
 use crate::testing::{heirs, kept};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use wire::progress::Next;
 use wire::rank_message::Body as Said;
 
 const STEPS: u64 = 40;
@@ -87,6 +88,12 @@ struct World {
     /// Who was not to be in the generation after this one.
     leavers: BTreeMap<u64, BTreeSet<PodUid>>,
     finished: bool,
+    /// Ranks come, fetch and get to a base without delay.
+    brisk: bool,
+    /// A rank that does nothing any more, with its stream open.
+    hung: Option<PodUid>,
+    /// From the last step before an interruption to the first after it.
+    recovered_ms: Option<Millis>,
 }
 
 /// What may go wrong.
@@ -118,6 +125,9 @@ impl World {
             handed_over: 0,
             leavers: BTreeMap::new(),
             finished: false,
+            brisk: false,
+            hung: None,
+            recovered_ms: None,
         };
         world.retarget();
         world
@@ -207,6 +217,7 @@ impl World {
                 assert!(step.step > self.counted && step.step <= STEPS);
                 self.counted = step.step;
             }
+            Happening::Recovered { after_ms, .. } => self.recovered_ms = Some(*after_ms),
             Happening::StepsLost { steps, base_step } => {
                 assert!(*steps > 0);
                 self.lost += steps;
@@ -245,6 +256,9 @@ impl World {
     }
 
     fn hear(&mut self, pod: &str, body: Body) {
+        if self.hung.as_deref() == Some(pod) {
+            return;
+        }
         let Some(rank) = self.ranks.get_mut(pod).filter(|rank| rank.connected) else { return };
         match body {
             Body::Go(go) => {
@@ -280,6 +294,7 @@ impl World {
                 self.ranks.remove(pod);
                 self.facts.remove(pod);
             }
+            Body::Noticed(_) => {}
             Body::Welcome(_) | Body::Form(_) => unreachable!("these are effects of their own"),
         }
     }
@@ -373,7 +388,7 @@ impl World {
     /// What the reconciler does.
     fn replace_pods(&mut self) {
         let staying = self.facts.values().filter(|fact| fact.departure.is_none()).count();
-        if !self.finished && staying < MAX && self.chance(40) {
+        if !self.finished && staying < MAX && (self.brisk || self.chance(40)) {
             let pod = format!("pod-{:04}", self.born);
             self.born += 1;
             self.facts.insert(pod.clone(), PodFact::default());
@@ -461,6 +476,10 @@ impl World {
     fn notice(&mut self, pod: &str, hurry: bool) {
         // The short ones leave no time for a step.
         let in_ms = if self.chance(50) { 20_000 } else { 2_000 };
+        self.notice_in(pod, hurry, in_ms);
+    }
+
+    fn notice_in(&mut self, pod: &str, hurry: bool, in_ms: Millis) {
         let departure = Departure { source: "test".into(), deadline_ms: self.now + in_ms, hurry, reclaim: true };
         self.facts.insert(pod.to_owned(), PodFact { departure: Some(departure), ended: false });
     }
@@ -483,15 +502,16 @@ impl World {
             return;
         }
         match rank.doing {
-            Doing::Fetching if self.chance(30) => {
+            Doing::Fetching if self.brisk || self.chance(30) => {
                 if let Some(rank) = self.ranks.get_mut(pod) {
                     rank.doing = Doing::Waiting;
                 }
                 let manifests = self.newest_manifests();
-                let prepared = wire::Prepared { manifests, micro_batches: 8, steps: STEPS, blocks: BLOCKS as u32 };
+                let prepared =
+                    wire::Prepared { manifests, micro_batches: 8, steps: STEPS, blocks: BLOCKS as u32, state_bytes: 0 };
                 self.feed(Event::Said(pod.to_owned(), Said::Prepared(prepared)));
             }
-            Doing::Loading(record) if self.chance(50) => self.load(pod, record),
+            Doing::Loading(record) if self.brisk || self.chance(50) => self.load(pod, record),
             _ => {}
         }
     }
@@ -584,13 +604,17 @@ impl World {
 
     fn put(&mut self, record: &Record, step: u64) {
         let key = format!("{}-{step}", record.generation);
-        let manifest = Manifest { step, generation: record.generation, key, digest: "d".into() };
+        let (generation, numerics_class) = (record.generation, String::new());
+        let manifest = Manifest { step, generation, key, digest: "d".into(), numerics_class };
         self.written.push(manifest.clone());
         self.bucket.push(manifest);
     }
 
     fn train_generation(&mut self, record: &Record, trouble: Trouble) {
         let pods: Vec<PodUid> = record.members.iter().map(|member| member.pod_uid.clone()).collect();
+        if pods.iter().any(|pod| self.hung.as_ref() == Some(pod)) {
+            return;
+        }
         let trains = |pod: &PodUid| matches!(self.ranks.get(pod).map(|rank| &rank.doing), Some(Doing::Training(theirs)) if theirs.generation == record.generation);
         if !pods.iter().all(trains) {
             return;
@@ -655,6 +679,8 @@ impl World {
     }
 
     fn make_step(&mut self, record: &Record, pods: &[PodUid], step: u64) {
+        let stopping = pods.iter().any(|pod| self.ranks[pod].stopping);
+        let next = if stopping || step == STEPS { Next::Unspecified } else { Next::Step };
         for (place, pod) in pods.iter().enumerate() {
             if let Some(rank) = self.ranks.get_mut(pod) {
                 rank.step = step;
@@ -668,6 +694,7 @@ impl World {
                     step,
                     steps: STEPS,
                     step_seconds: 0.5,
+                    next: next.into(),
                     ..Default::default()
                 };
                 self.feed(Event::Said(pod.clone(), Said::Progress(progress)));
@@ -745,6 +772,67 @@ fn reclaims_with_and_without_notice_lose_no_completed_step() {
     if runs >= 400 {
         assert!(from_memory > 2 * runs, "there was no trouble: {from_memory} of {generations} generations");
         assert!(handed_over > runs / 50, "only {handed_over} generations handed over");
+    }
+}
+
+/// How a single rank is lost to the others.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// With so much notice.
+    Noticed(Millis),
+    /// Its peers miss it at once.
+    Vanished,
+    /// Nobody is told.
+    Hung,
+}
+
+/// What the fault costs beyond a step's length, with all workers at work and more than enough of them.
+fn beyond_a_step(seed: u64, fault: Fault) -> Millis {
+    let _reproduce = Reproduce(format!("seed {seed}, {fault:?}"), seed);
+    let mut world = World::new(seed);
+    world.brisk = true;
+    let all_train = |world: &World| {
+        let report = world.membership.report(world.now);
+        report.phase == Phase::Steady && report.members.len() == MAX && world.membership.pace.usual().is_some()
+    };
+    while !all_train(&world) {
+        world.round(Trouble::None);
+        assert!(world.membership.step < STEPS / 2, "too few steps are left");
+    }
+    let before = world.membership.step;
+    let pod = world.any_pod().expect("ranks train");
+    world.recovered_ms = None;
+    match fault {
+        Fault::Noticed(in_ms) => world.notice_in(&pod, true, in_ms),
+        Fault::Vanished => {
+            world.ranks.remove(&pod);
+            world.facts.remove(&pod);
+            world.break_generation(&pod);
+        }
+        Fault::Hung => world.hung = Some(pod),
+    }
+    while world.recovered_ms.is_none() {
+        world.round(Trouble::None);
+        assert!(world.membership.step < STEPS, "nothing was recovered from");
+    }
+    assert!(world.lost == 0 && world.membership.step > before);
+    world.recovered_ms.unwrap_or_default().saturating_sub(TICK_MS)
+}
+
+#[test]
+fn one_fault_alone_costs_three_seconds_with_notice_and_eight_without() {
+    const WITH_NOTICE_MS: Millis = 3_000;
+    const WITHOUT_MS: Millis = 8_000;
+    let faults = [
+        (Fault::Noticed(20_000), WITH_NOTICE_MS),
+        (Fault::Noticed(3_000), WITH_NOTICE_MS),
+        (Fault::Vanished, WITHOUT_MS),
+        (Fault::Hung, WITHOUT_MS),
+    ];
+    for (fault, bound_ms) in faults {
+        let worst = seeds(200).map(|seed| beyond_a_step(seed, fault)).max().unwrap_or_default();
+        println!("{fault:?}: at worst {worst} ms beyond a step");
+        assert!(worst <= bound_ms, "{fault:?} costs {worst} ms beyond a step");
     }
 }
 

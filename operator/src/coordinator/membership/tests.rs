@@ -3,7 +3,11 @@
 use super::*;
 use crate::coordinator::manifest::Manifest;
 use wire::Cause;
+use wire::progress::Next;
 use wire::rank_message::Body as Said;
+
+/// Of a checkpoint.
+const STATE_BYTES: u64 = 40_000_000_000;
 
 struct Fixture {
     membership: Membership,
@@ -60,7 +64,8 @@ impl Fixture {
 
     fn prepare(&mut self, pod: &str, manifests: Vec<Manifest>) -> &mut Self {
         let manifests = manifests.into_iter().map(Into::into).collect();
-        self.say(pod, Said::Prepared(wire::Prepared { manifests, micro_batches: 8, steps: 100, blocks: 2 }))
+        let prepared = wire::Prepared { manifests, micro_batches: 8, steps: 100, blocks: 2, state_bytes: STATE_BYTES };
+        self.say(pod, Said::Prepared(prepared))
     }
 
     fn ready(&mut self, pod: &str) -> &mut Self {
@@ -154,7 +159,8 @@ impl Fixture {
 }
 
 fn manifest(generation: u64, step: u64) -> Manifest {
-    Manifest { step, generation, key: format!("{generation}/{step}"), digest: "d".to_owned() }
+    let (key, numerics_class) = (format!("{generation}/{step}"), String::new());
+    Manifest { step, generation, key, digest: "d".to_owned(), numerics_class }
 }
 
 fn record_of(effects: &[Effect]) -> Record {
@@ -601,13 +607,141 @@ fn a_checkpoint_that_will_be_late_is_said_to_be_beforehand() {
             wire::Checkpointed { generation, manifest, stall_seconds, upload_seconds, ..Default::default() };
         fixture.say("a", Said::Checkpointed(checkpointed)).progress("a", 4).notice("b", notice_ms);
         let warned = fixture.take().into_iter().find_map(|effect| match effect {
-            Effect::Happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step }) => {
+            Effect::Happened(Happening::CheckpointWillBeLate { needs_ms, has_ms, durable_step, .. }) => {
                 Some((needs_ms, has_ms, durable_step))
             }
             _ => None,
         });
-        assert_eq!(warned, late.then_some((20_500, 10_000, 1)));
+        assert_eq!(warned, late.then_some((Some(20_500), 10_000, Some(1))));
     }
+}
+
+#[test]
+fn fewer_ranks_need_longer_for_a_checkpoint_since_each_has_more_of_it() {
+    let mut fixture = Fixture::training(2, 2);
+    // Half of the state in 10 s.
+    let (upload_seconds, bytes_written) = (10.0, STATE_BYTES / 2);
+    let manifest = Some(manifest(1, 1).into());
+    let checkpointed =
+        wire::Checkpointed { generation: 1, manifest, upload_seconds, bytes_written, ..Default::default() };
+    fixture.say("a", Said::Checkpointed(checkpointed)).progress("a", 4);
+    assert_eq!(fixture.membership.checkpoint_ms(), Some(10_000));
+    fixture.lose("b");
+    assert_eq!(fixture.membership.checkpoint_ms(), Some(20_000));
+}
+
+#[test]
+fn before_the_first_checkpoint_it_is_said_that_nothing_is_durable_yet() {
+    let mut fixture = Fixture::training(2, 2);
+    fixture.notice("b", 5_000);
+    let warned = fixture.take().into_iter().find_map(|effect| match effect {
+        Effect::Happened(late @ Happening::CheckpointWillBeLate { .. }) => Some(late),
+        _ => None,
+    });
+    let Some(Happening::CheckpointWillBeLate { needs_ms, has_ms, bytes, durable_step }) = warned else {
+        panic!("no warning");
+    };
+    assert_eq!((needs_ms, has_ms, durable_step, bytes), (None, 5_000, None, STATE_BYTES));
+}
+
+impl Fixture {
+    /// Steps of a second from here on, until `to`; `next` is what ranks say comes after each.
+    fn steps(&mut self, to: u64, next: Next) -> &mut Self {
+        for step in self.membership.step + 1..=to {
+            let generation = self.membership.generation();
+            let progress = wire::Progress {
+                generation,
+                step,
+                steps: 100,
+                step_seconds: 1.0,
+                next: next.into(),
+                ..Default::default()
+            };
+            self.after(1_000).say("a", Said::Progress(progress));
+        }
+        self
+    }
+
+    /// … of a generation in which no step came in time: the stop is out.
+    fn stalled(min: usize) -> Self {
+        let mut fixture = Self::training(min, 2);
+        fixture.steps(10, Next::Step).after(3_000);
+        assert_eq!(fixture.phase(), Phase::Collecting);
+        fixture.take();
+        fixture
+    }
+}
+
+#[test]
+fn a_rank_that_hangs_is_missed_by_what_steps_took_and_a_pause_is_waited_for() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.steps(10, Next::Step).after(2_900);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    fixture.after(100);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    // Trainers of before do not say what comes next.
+    for next in [Next::Pause, Next::Unspecified] {
+        let mut fixture = Fixture::training(1, 2);
+        fixture.steps(10, Next::Step).steps(11, next).after(29_900);
+        assert_eq!(fixture.phase(), Phase::Steady, "{next:?}");
+        fixture.after(100);
+        assert_eq!(fixture.phase(), Phase::Collecting, "{next:?}");
+    }
+}
+
+#[test]
+fn after_a_false_alarm_a_step_is_waited_for_twice_as_long() {
+    let mut fixture = Fixture::stalled(1);
+    fixture.holds("a", 10, 0).holds("b", 10, 0).written().ready("a").ready("b");
+    fixture.steps(20, Next::Step).after(5_900);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    fixture.after(100);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+}
+
+#[test]
+fn who_hangs_is_waited_for_shortly_and_may_come_back_anew() {
+    let mut fixture = Fixture::stalled(1);
+    fixture.holds("a", 10, 0).after(1_400);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+    fixture.after(100).written();
+    let record = fixture.membership.record.clone().unwrap();
+    assert_eq!((record.generation, record.members.len(), record.base_step), (2, 1, 10));
+    fixture.take();
+    let late = wire::Stopped { generation: 1, step: 10, ..Default::default() };
+    fixture.say("b", Said::Stopped(late));
+    let stale = Effect::Send("b".to_owned(), Body::Stale(wire::Stale { generation: 1 }));
+    assert_eq!(fixture.take(), [stale]);
+    fixture.join("b", 0).after(60_000);
+    assert!(fixture.membership.report(fixture.now).unresponsive.is_empty(), "its pod stays");
+}
+
+#[test]
+fn who_answers_late_takes_part_with_what_it_holds_while_nobody_has_gone_on() {
+    let mut fixture = Fixture::stalled(2);
+    fixture.holds("a", 10, 0).after(2_000);
+    assert_eq!(fixture.phase(), Phase::Collecting, "one alone cannot go on");
+    fixture.after(3_500);
+    assert_eq!(fixture.phase(), Phase::Held);
+    fixture.holds("b", 10, 0).after(2_000);
+    let Formation { record, memory, .. } = fixture.formation();
+    assert_eq!((record.members.len(), record.base_step, memory.is_some()), (2, 10, true));
+}
+
+#[test]
+fn all_ranks_hear_at_once_and_once_when_one_of_them_is_about_to_go() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.notice("a", 60_000).after(500).notice("a", 59_000);
+    let heard: Vec<_> = fixture
+        .take()
+        .into_iter()
+        .filter_map(|effect| match effect {
+            Effect::Send(pod, Body::Noticed(noticed)) => Some((pod, noticed.pod_name, noticed.time_left_ms)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(heard, ["a", "b"].map(|pod| (pod.to_owned(), "a".to_owned(), 60_000)));
+    assert_eq!(fixture.phase(), Phase::Steady, "it trains on");
 }
 
 #[test]
@@ -736,6 +870,27 @@ fn a_rank_of_another_numerics_class_is_kept_out_by_name() {
     let blocked = report.ranks["b"].blocked.clone().unwrap();
     assert!(blocked.message.contains("avx512") && blocked.message.contains("avx2"), "{}", blocked.message);
     assert!(report.ranks["a"].blocked.is_none());
+}
+
+#[test]
+fn without_a_record_the_class_is_that_of_the_checkpoint_whoever_comes_first() {
+    let stored = Manifest { numerics_class: "isa=avx512f; threads=1".to_owned(), ..manifest(1, 5) };
+    let mut fixture = Fixture::new(1, 2);
+    let arrive = |fixture: &mut Fixture, pod: &str, class: &str| {
+        fixture.pods.insert(pod.to_owned(), PodFact::default());
+        let hello = wire::Hello { pod_uid: pod.into(), numerics_class: class.into(), ..Default::default() };
+        fixture.sync().apply(Event::Joined(hello)).prepare(pod, vec![stored.clone()]);
+        fixture.after(30_000);
+    };
+    arrive(&mut fixture, "a", "isa=avx2; threads=1");
+    assert_eq!(fixture.phase(), Phase::Held, "its weights would not be those of an undisturbed run");
+    let blocked = fixture.membership.report(fixture.now).ranks["a"].blocked.clone().unwrap();
+    assert!(blocked.message.contains("isa is avx2 instead of avx512f"), "{}", blocked.message);
+    assert!(!blocked.message.contains("threads") && blocked.message.contains("Fast"), "{}", blocked.message);
+    arrive(&mut fixture, "b", "isa=avx512f; threads=1");
+    let record = fixture.formation().record;
+    assert_eq!((record.members[0].pod_uid.as_str(), record.members.len()), ("b", 1));
+    assert_eq!((record.base, record.numerics_class), (Some(stored.clone()), stored.numerics_class));
 }
 
 #[test]

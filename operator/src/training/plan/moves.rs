@@ -1,5 +1,5 @@
-//! Pods that had better be elsewhere: their node may go (advice), their pool was the second choice, or
-//! the spec has changed. The new pod has its node before the old one is asked to leave, and the old one
+//! Pods that had better be elsewhere: their node may go (advice), their pool was the second choice, the spec has changed, or
+//! all of them are on one node. The new pod has its node before the old one is asked to leave, and the old one
 //! trains until the new one takes over: the coordinator changes them between two steps.
 
 use super::places::{count_by_pool, open_pool};
@@ -21,6 +21,8 @@ struct Wish<'a> {
     /// May be carried out from then on.
     from_ms: Millis,
     advised: bool,
+    /// It is to be on another node than all the others.
+    apart: bool,
 }
 
 /// Carries moves on, and begins new ones.
@@ -44,7 +46,11 @@ pub fn consider(observed: &Observed, now: Millis, plan: &mut Plan) {
         if under_way + begun >= limit {
             continue;
         }
-        let pool = if wish.advised { another_place(observed, wish.pod) } else { better_pool(observed, wish.pod) };
+        let pool = match wish {
+            Wish { apart: true, .. } => place_apart(observed, wish.pod),
+            Wish { advised: true, .. } => another_place(observed, wish.pod),
+            _ => better_pool(observed, wish.pod),
+        };
         let Some(pool) = pool else { continue };
         begun += 1;
         let name = names.next(&observed.pools[pool].name);
@@ -74,7 +80,9 @@ fn carry_on(observed: &Observed, now: Millis, plan: &mut Plan) {
             plan.look_again = plan.look_again.min(Duration::from_millis(due - now));
             continue;
         }
-        plan.stocked_out.insert(standby.pool.clone());
+        if !wish.apart {
+            plan.stocked_out.insert(standby.pool.clone());
+        }
         plan.actions.push(delete(standby, "no node of its pool takes it", false));
         plan.memory.moves_failed = plan.memory.moves_failed.saturating_add(1);
         let factor = (1u32 << (plan.memory.moves_failed - 1).min(16)).min(MAX_BACKOFF_FACTOR);
@@ -109,25 +117,42 @@ fn wishes(observed: &Observed) -> Vec<Wish<'_>> {
 fn wish_of<'a>(observed: &Observed, pod: &'a PodView) -> Option<Wish<'a>> {
     if let Some(source) = &pod.advice {
         let why = format!("its node may go soon ({source})");
-        return Some(Wish { pod, why, from_ms: 0, advised: true });
+        return Some(Wish { pod, why, from_ms: 0, advised: true, apart: false });
     }
+    of_pools(observed, pod).or_else(|| of_crowding(observed, pod))
+}
+
+/// Who takes the only node takes a block's owner and its twin. Of the pods there the one that came last is to move.
+fn of_crowding<'a>(observed: &Observed, pod: &'a PodView) -> Option<Wish<'a>> {
+    let (node, staying) = (pod.node.as_ref()?, staying(observed));
+    let last = staying.iter().max_by_key(|other| (other.scheduled_at_ms, &other.name))?;
+    let crowded = staying.len() > 1 && staying.iter().all(|other| other.node.as_ref() == Some(node));
+    let why = format!("all ranks are on node {node}");
+    let from_ms = settled_at(observed, pod);
+    (crowded && last.uid == pod.uid).then_some(Wish { pod, why, from_ms, advised: false, apart: true })
+}
+
+/// From when on a pod is moved that may as well stay for a while.
+fn settled_at(observed: &Observed, pod: &PodView) -> Millis {
+    let wait_ms = millis(observed.training.spec.placement.return_after.get());
+    pod.scheduled_at_ms.unwrap_or(0).saturating_add(wait_ms)
+}
+
+fn of_pools<'a>(observed: &Observed, pod: &'a PodView) -> Option<Wish<'a>> {
+    let wish = |why: String, from_ms: Millis| Some(Wish { pod, why, from_ms, advised: false, apart: false });
     let better = better_pool(observed, pod).map(|index| &observed.pools[index])?;
     if better.name == pod.pool {
         return None;
     }
     let Some(own) = observed.pools.iter().find(|pool| pool.name == pod.pool) else {
-        let why = format!("pool {} is not in the spec any more", pod.pool);
-        return Some(Wish { pod, why, from_ms: 0, advised: false });
+        return wish(format!("pool {} is not in the spec any more", pod.pool), 0);
     };
     let staying: Vec<&PodView> = staying(observed);
     let in_own = count_by_pool(&staying).get(&own.name).copied().unwrap_or(0);
     if own.max.is_some_and(|max| in_own > max) {
-        let why = format!("pool {} is to have fewer pods", own.name);
-        return Some(Wish { pod, why, from_ms: 0, advised: false });
+        return wish(format!("pool {} is to have fewer pods", own.name), 0);
     }
-    let wait_ms = millis(observed.training.spec.placement.return_after.get());
-    let from_ms = pod.scheduled_at_ms.unwrap_or(0).saturating_add(wait_ms);
-    Some(Wish { pod, why: format!("pool {} comes before pool {}", better.name, own.name), from_ms, advised: false })
+    wish(format!("pool {} comes before pool {}", better.name, own.name), settled_at(observed, pod))
 }
 
 /// Where the pod would be made today, if it were not there. Its own pool has its node, whatever is known
@@ -141,6 +166,14 @@ fn better_pool(observed: &Observed, pod: &PodView) -> Option<usize> {
 /// Where one more pod finds a node.
 fn another_place(observed: &Observed, pod: &PodView) -> Option<usize> {
     open_pool(observed, &observed.stocked_out, &count_by_pool(&others(observed, pod)))
+}
+
+/// Where there is a node without any of the training's pods.
+fn place_apart(observed: &Observed, pod: &PodView) -> Option<usize> {
+    let other = |name: &&String| !observed.pools_apart.contains(*name);
+    let names = observed.pools.iter().map(|pool| &pool.name);
+    let out = observed.stocked_out.iter().chain(names.filter(other)).cloned().collect();
+    open_pool(observed, &out, &count_by_pool(&others(observed, pod)))
 }
 
 fn others<'a>(observed: &'a Observed, pod: &PodView) -> Vec<&'a PodView> {
@@ -252,6 +285,39 @@ mod tests {
         let mut withdrawn = seen.pod("t-spot-2", |pod| pod.replaces = Some("t-spot-0".into()));
         withdrawn.pods[0].advice = None;
         assert_eq!(deleted(&plan(&withdrawn, NOW)), ["t-spot-2"]);
+    }
+
+    #[test]
+    fn ranks_that_all_share_a_node_are_parted_once_another_one_is_there() {
+        let crowded = || steady(&["spot", "spot"]);
+        let parted = |pods: Observed| Observed { pools_apart: ["spot".to_owned()].into(), ..pods };
+        assert!(created(&plan(&crowded(), DUE)).is_empty(), "there is no other node");
+        assert!(created(&plan(&parted(crowded()), DUE - 10_000)).is_empty(), "not before a while");
+        let create = Action::CreatePod { name: "t-spot-2".into(), pool: 0, replaces: Some("t-spot-1".into()) };
+        let begun = plan(&parted(crowded()), DUE);
+        assert!(begun.actions.contains(&create), "{:?}", begun.actions);
+        let apart = |change: fn(&mut PodView)| {
+            crowded().pod("t-spot-2", |pod| {
+                pod.replaces = Some("t-spot-1".into());
+                change(pod);
+            })
+        };
+        // Its own pod is now on the other node, which so is none without any of them.
+        let placed = plan(&apart(|pod| pod.node = Some("n2".into())), DUE);
+        assert_eq!((asked(&placed), deleted(&placed)), (vec!["t-spot-1"], vec![]));
+        let stuck = plan(
+            &apart(|pod| {
+                pod.node = None;
+                pod.trouble = Some(Trouble::Unschedulable { since_ms: DUE - 60_000, message: "0/2".into() });
+            }),
+            DUE,
+        );
+        assert_eq!(deleted(&stuck), ["t-spot-2"]);
+        assert!(stuck.stocked_out.is_empty(), "the pool has nodes, only no other one");
+        assert_eq!(stuck.memory.no_move_before_ms, DUE + 600_000);
+        let mut done = parted(crowded());
+        done.pods[0].node = Some("n2".into());
+        assert!(created(&plan(&done, DUE + 3_600_000)).is_empty(), "they are apart");
     }
 
     #[test]

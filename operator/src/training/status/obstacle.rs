@@ -52,12 +52,14 @@ pub fn reason_of(blockage: &Blockage) -> &'static str {
         Cause::Store if says("the bucket of") => "BucketMissing",
         Cause::Store if says("there are no credentials for") => "CredentialsMissing",
         Cause::Store if says("refused the credentials") => "CredentialsRefused",
+        // As `StoreError::StoreFull` says it; the object's name comes between.
+        Cause::Store if says("the store of") && says(" is full (") => "StoreFull",
         Cause::Store if says("cannot be reached") => "StoreUnreachable",
         Cause::Store => "StoreFailed",
         Cause::Model => "ModelUnreadable",
         Cause::Data => "DatasetInvalid",
         Cause::OutOfMemory => "DoesNotFit",
-        Cause::Numerics => "NumericsFailed",
+        Cause::Numerics => "NumericsMismatch",
         Cause::Infrastructure => "InfrastructureFailed",
         Cause::Application | Cause::Unspecified => "RankBlocked",
     }

@@ -16,6 +16,7 @@ pub(crate) async fn checkpoint(
         format_version: FORMAT_VERSION,
         training_uid: "uid".to_owned(),
         recipe_digest: "recipe".to_owned(),
+        numerics_class: "isa=avx2".to_owned(),
         inputs: Inputs { data: Some("data".to_owned()), base: None },
         generation,
         step,
@@ -40,6 +41,8 @@ async fn a_checkpoint_comes_back_as_it_was_written() {
         let (reference, manifest) = checkpoint(&store, 7, 2, &["one", "two"]).await;
         assert_eq!(reference.key, "manifests/0000000007-000002.json");
         assert_eq!(open(&store, &reference).await.unwrap(), manifest);
+        assert_eq!(reference.numerics_class, "isa=avx2");
+        assert_eq!(list_manifests(&store, "uid", 1).await.unwrap(), [reference]);
         let bytes = load_block(&store, &manifest.blocks[1]).await.unwrap();
         assert_eq!(bytes, Bytes::from_static(b"two"));
     }
@@ -121,7 +124,7 @@ async fn a_damaged_manifest_hides_no_older_one() {
 }
 
 #[test]
-fn a_manifest_of_an_earlier_release_knows_nothing_of_what_was_read() {
+fn a_manifest_of_an_earlier_release_knows_nothing_of_what_was_read_nor_of_its_numerics() {
     let inputs = Inputs { data: Some("data".to_owned()), base: None };
     assert_eq!(serde_json::to_value(&inputs).unwrap(), serde_json::json!({ "data": "data" }));
     let manifest = serde_json::json!({
@@ -129,5 +132,5 @@ fn a_manifest_of_an_earlier_release_knows_nothing_of_what_was_read() {
         "updates": 2, "cursor": { "epoch": 0, "offset": 4 }, "blocks": [],
     });
     let manifest: Manifest = serde_json::from_value(manifest).unwrap();
-    assert_eq!(manifest.inputs, Inputs::default());
+    assert_eq!((manifest.inputs, manifest.numerics_class.as_str()), (Inputs::default(), ""));
 }

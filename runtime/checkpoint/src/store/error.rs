@@ -1,6 +1,7 @@
 //! What can go wrong with a store, in the words of someone who can repair it.
 
-use std::error::Error as _;
+use std::error::Error;
+use std::io;
 use std::path::PathBuf;
 
 /// Each message says what was wrong, where, and what to do.
@@ -20,12 +21,16 @@ pub enum StoreError {
     CredentialsMissing { uri: String },
     #[error("the store of {uri} cannot be reached ({detail}): check AWS_ENDPOINT_URL and the network")]
     Unreachable { uri: String, detail: String },
+    #[error(
+        "the store of {uri} is full ({detail}): delete what is not needed there, raise the bucket's quota or enlarge the volume, or keep fewer checkpoints (checkpoint.keep)"
+    )]
+    StoreFull { uri: String, detail: String },
     #[error("{uri} is not a URI that can be opened ({detail}): use s3://bucket/path or file:///path")]
     BadUri { uri: String, detail: String },
     #[error("{uri} has {bytes} bytes, more than the {limit} that are read at once: fetch it to disk")]
     TooLarge { uri: String, bytes: u64, limit: u64 },
     #[error("{path}: {source}; check free space and permissions of the folder")]
-    Disk { path: PathBuf, source: std::io::Error },
+    Disk { path: PathBuf, source: io::Error },
     #[error("the store failed on {uri}: {detail}")]
     Other { uri: String, detail: String },
 }
@@ -40,7 +45,7 @@ impl StoreError {
         matches!(self, Self::NotFound { .. })
     }
 
-    pub(crate) fn disk(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+    pub(crate) fn disk(path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::Disk { path: path.into(), source }
     }
 
@@ -55,6 +60,10 @@ impl StoreError {
         if says(&["NoSuchBucket"]) {
             return Self::BucketMissing { uri };
         }
+        // Before refusals: a quota that is used up is told with status 403 too.
+        if is_full(&text) || has_no_space(error) {
+            return Self::StoreFull { uri, detail };
+        }
         if says(REFUSALS) || matches!(error, E::PermissionDenied { .. } | E::Unauthenticated { .. }) {
             return Self::CredentialsRefused { uri, detail };
         }
@@ -64,6 +73,35 @@ impl StoreError {
             _ => Self::Other { uri, detail },
         }
     }
+}
+
+/// Codes of S3's kind for a bucket or a server without room: AWS and Ceph, MinIO, SeaweedFS.
+const FULL: &[&str] = &[
+    "QuotaExceeded",
+    "XMinioStorageFull",
+    "XMinioAdminBucketQuotaExceeded",
+    "XMinioStorageQuotaExceeded",
+    "InsufficientStorage",
+    "InsufficientCapacity",
+    "StorageFull",
+];
+
+/// By the answer's code, or by its status where it has none. The code alone counts: an object's key may hold such a word.
+fn is_full(text: &str) -> bool {
+    element(text, "Code").is_some_and(|code| FULL.contains(&code)) || text.contains("507 Insufficient Storage")
+}
+
+/// A disk or its quota is used up (`ENOSPC`, `EDQUOT`).
+fn has_no_space(error: &object_store::Error) -> bool {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 const REFUSALS: &[&str] = &[
@@ -127,5 +165,23 @@ mod tests {
             "403 Forbidden: <?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>No.</Message></Error>";
         assert_eq!(short(text), "AccessDenied: No.");
         assert_eq!(short("no\n xml"), "no xml");
+    }
+
+    #[test]
+    fn a_disk_without_space_and_one_whose_quota_is_used_up_are_full_stores() {
+        let [no_space, quota, forbidden] = [28, 122, 13];
+        let written = |number: i32| {
+            let disk = io::Error::from_raw_os_error(number);
+            let inner = object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(disk) };
+            let outer = object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(inner) };
+            StoreError::classify("file:///run/blocks/b", &outer)
+        };
+        for number in [no_space, quota] {
+            let error = written(number);
+            assert!(matches!(error, StoreError::StoreFull { .. }), "{error}");
+            let told = error.to_string();
+            assert!(told.contains("file:///run/blocks/b") && told.contains("volume"), "{told}");
+        }
+        assert!(!matches!(written(forbidden), StoreError::StoreFull { .. }));
     }
 }

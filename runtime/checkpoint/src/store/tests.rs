@@ -116,6 +116,25 @@ async fn refusals_say_what_to_do() {
 }
 
 #[tokio::test]
+async fn a_store_without_room_says_so_whatever_status_it_answers_with() {
+    let answers = [
+        ("507 Insufficient Storage", ""),
+        ("507 Insufficient Storage", "<Error><Code>XMinioStorageFull</Code></Error>"),
+        ("403 Forbidden", "<Error><Code>QuotaExceeded</Code><Message>Used up.</Message></Error>"),
+        ("400 Bad Request", "<Error><Code>XMinioAdminBucketQuotaExceeded</Code></Error>"),
+    ];
+    for (status, body) in answers {
+        let error = answering(status, body).await.put("x", bytes("1")).await.unwrap_err();
+        assert!(matches!(error, StoreError::StoreFull { .. }), "{status}: {error}");
+        let told = error.to_string();
+        assert!(told.contains("s3://bucket/base/x") && told.contains("quota"), "{told}");
+    }
+    let refused = "<Error><Code>AccessDenied</Code><Resource>/bucket/QuotaExceeded</Resource></Error>";
+    let error = answering("403 Forbidden", refused).await.put("x", bytes("1")).await.unwrap_err();
+    assert!(matches!(error, StoreError::CredentialsRefused { .. }), "{error}");
+}
+
+#[tokio::test]
 async fn a_store_out_of_reach_is_transient() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -24,7 +24,7 @@ use vicuna_trainer::checkpoint::Published;
 use vicuna_trainer::collective::Network;
 use vicuna_trainer::collective::tcp::{Membership, Peer};
 use vicuna_trainer::evaluation::{Evaluation, Stage};
-use vicuna_trainer::generation::{self, Assignment, Control, Observer, Start};
+use vicuna_trainer::generation::{self, Assignment, Control, Next, Observer, Start};
 use vicuna_trainer::heap;
 use vicuna_trainer::memory::Workload;
 use vicuna_trainer::prepare::{Place, prepare};
@@ -285,7 +285,7 @@ struct Silent;
 impl Observer for Silent {
     fn ready(&self, _: &str) {}
 
-    fn stepped(&self, _: &StepReport, _: bool) {}
+    fn stepped(&self, _: &StepReport, _: Next) {}
 
     fn evaluating(&self, _: Stage) {}
 

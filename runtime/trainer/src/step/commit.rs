@@ -26,17 +26,20 @@ pub struct Wishes {
     pub leave: bool,
     /// The end is to be kept in the store, because memory will not be enough.
     pub save: bool,
+    /// … by the checkpoint that is on its way, since a new one would be too late.
+    pub finish: bool,
 }
 
 impl Wishes {
     fn bits(self) -> u64 {
-        let flags = [self.stop, self.checkpoint, self.uploading, self.leave, self.save];
+        let flags = [self.stop, self.checkpoint, self.uploading, self.leave, self.save, self.finish];
         flags.into_iter().enumerate().map(|(at, flag)| u64::from(flag) << at).sum()
     }
 
     fn from_bits(bits: u64) -> Self {
         let flag = |at: u32| bits >> at & 1 != 0;
-        Self { stop: flag(0), checkpoint: flag(1), uploading: flag(2), leave: flag(3), save: flag(4) }
+        let [stop, checkpoint, uploading, leave, save, finish] = [0, 1, 2, 3, 4, 5].map(flag);
+        Self { stop, checkpoint, uploading, leave, save, finish }
     }
 
     fn or(self, other: Self) -> Self {
@@ -172,7 +175,7 @@ mod tests {
     #[test]
     fn contributions_come_back_and_wrong_sizes_do_not() {
         let own = Contribution {
-            wishes: Wishes { stop: true, uploading: true, save: true, ..Wishes::default() },
+            wishes: Wishes { stop: true, uploading: true, finish: true, ..Wishes::default() },
             seconds: 0.25,
             losses: vec![1.5, f64::NAN],
             norms: BTreeMap::from([(1, 2.0), (3, 4.0)]),
