@@ -60,10 +60,7 @@ impl Metrics {
                 "vicuna_gateway_time_to_first_token_seconds",
                 "From the request's arrival to the first token of an answer",
             )?,
-            queue_seconds: seconds(
-                "vicuna_gateway_queue_seconds",
-                "From the request's arrival to its first worker",
-            )?,
+            queue_seconds: seconds("vicuna_gateway_queue_seconds", "From the request's arrival to its first worker")?,
             cold_start_seconds: seconds(
                 "vicuna_gateway_cold_start_seconds",
                 "From the arrival of a request for a model that no worker had loaded to its first worker",

@@ -282,7 +282,8 @@ async fn the_likeliest_of_more_candidates_are_the_answer() {
     }
     let (status, body) = in_time(answer).await.unwrap();
     assert_eq!(status, 200, "{body}");
-    let told: Vec<_> = body["choices"].as_array().unwrap().iter().map(|choice| (&choice["index"], &choice["text"])).collect();
+    let told: Vec<_> =
+        body["choices"].as_array().unwrap().iter().map(|choice| (&choice["index"], &choice["text"])).collect();
     assert_eq!(told, [(&json!(0), &json!("-1")), (&json!(1), &json!("-2"))]);
     assert_eq!(body["choices"][0]["logprobs"], Value::Null, "nobody asked for them");
     assert_eq!(body["usage"]["completion_tokens"], 3);

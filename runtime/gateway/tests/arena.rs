@@ -173,7 +173,9 @@ async fn one_voter_has_so_many_votes_a_minute_and_votes_are_counted() {
         assert_eq!((status, waits), (expected, expected == 429), "{body}");
     }
     let metrics = gateway.metrics().await;
-    for line in ["arena_battles_total 3", "arena_votes_total{outcome=\"tie\"} 1", "arena_votes_total{outcome=\"too_many\"} 1"] {
+    for line in
+        ["arena_battles_total 3", "arena_votes_total{outcome=\"tie\"} 1", "arena_votes_total{outcome=\"too_many\"} 1"]
+    {
         assert!(metrics.contains(line), "{metrics}");
     }
 }

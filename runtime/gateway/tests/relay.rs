@@ -6,9 +6,9 @@ mod support;
 
 use serde_json::json;
 use support::{MODEL, TestGateway, Worker, batch, ended, gateway, gateway_of, in_time, spoken, text};
-use vicuna_protocol::inference::{TokenRenewed, TranscriptOf, WorkerHello};
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
+use vicuna_protocol::inference::{TokenRenewed, TranscriptOf, WorkerHello};
 
 /// The gateway that the worker reaches, and the other one.
 async fn two_gateways() -> (TestGateway, TestGateway, Worker) {

@@ -237,6 +237,8 @@ async fn attach(shared: &Shared, address: SocketAddr) -> Result<()> {
     let (outgoing, messages) = mpsc::channel(OUTGOING);
     let broken = CancellationToken::new();
     let replies = Replies::new(outgoing, broken.clone());
+    // From before the hello on: what is loaded while the call is under way must be told, too.
+    let offers = shared.models.changes();
     replies.send(Body::Hello(shared.hello()));
     let batched = Arc::new(AtomicBool::new(false));
     let token = gateways.token.read()?;
@@ -245,7 +247,7 @@ async fn attach(shared: &Shared, address: SocketAddr) -> Result<()> {
     let call = WorkersClient::new(channel);
     let answer = tokio::time::timeout(ATTACH_TIMEOUT, { call }.attach(request)).await;
     let incoming = answer.map_err(|_| anyhow!("no answer within {ATTACH_TIMEOUT:?}"))??.into_inner();
-    Stream::new(shared, replies, batched, token).serve(incoming, broken).await
+    Stream::new(shared, replies, batched, token).serve(incoming, offers, broken).await
 }
 
 /// One attached gateway.
@@ -278,8 +280,13 @@ impl<'a> Stream<'a> {
     }
 
     /// Until the gateway ends the stream, or stops reading, or the worker closes.
-    async fn serve(mut self, mut incoming: Streaming<GatewayMessage>, broken: CancellationToken) -> Result<()> {
-        let result = self.exchange(&mut incoming, broken).await;
+    async fn serve(
+        mut self,
+        mut incoming: Streaming<GatewayMessage>,
+        offers: watch::Receiver<u64>,
+        broken: CancellationToken,
+    ) -> Result<()> {
+        let result = self.exchange(&mut incoming, offers, broken).await;
         let connection = self.connection;
         self.shared.tell_all(|| Command::Disconnected(connection)).await;
         if self.shared.closing.is_cancelled() {
@@ -290,9 +297,14 @@ impl<'a> Stream<'a> {
         result
     }
 
-    async fn exchange(&mut self, incoming: &mut Streaming<GatewayMessage>, broken: CancellationToken) -> Result<()> {
+    /// `offers`: changes when the hello is no longer what there is.
+    async fn exchange(
+        &mut self,
+        incoming: &mut Streaming<GatewayMessage>,
+        mut offers: watch::Receiver<u64>,
+        broken: CancellationToken,
+    ) -> Result<()> {
         let mut draining = self.shared.draining.clone();
-        let mut offers = self.shared.models.changes();
         let mut clock = tokio::time::interval(LOAD_EVERY);
         self.tell_draining(*draining.borrow_and_update());
         loop {

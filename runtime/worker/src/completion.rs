@@ -114,7 +114,9 @@ impl Completion {
         }
         let grammar = grammar(generate, vocabulary)?;
         if grammar.is_some() && (sampling.ignore_end || sampling.min_tokens > 0) {
-            return Err("the form that the answer must have says where it ends; leave out min_tokens and ignore_eos".into());
+            return Err(
+                "the form that the answer must have says where it ends; leave out min_tokens and ignore_eos".into()
+            );
         }
         let mut completion = Self {
             request: generate.request.clone(),

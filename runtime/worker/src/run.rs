@@ -128,13 +128,7 @@ struct Worker {
 
 impl Worker {
     /// Dials the gateways at once: they tell those who wait how far loading is.
-    fn start(
-        options: &Options,
-        scratch: &Path,
-        device: Device,
-        health: Arc<Health>,
-        metrics: Metrics,
-    ) -> Result<Self> {
+    fn start(options: &Options, scratch: &Path, device: Device, health: Arc<Health>, metrics: Metrics) -> Result<Self> {
         let (ended, scheduler_ended) = mpsc::channel(1);
         let (models, wanted) = Models::new();
         let models = Arc::new(models);

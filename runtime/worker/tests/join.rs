@@ -5,7 +5,7 @@
 mod served;
 
 use serde_json::{Value, json};
-use served::{MODEL, Served, is_used};
+use served::{MODEL, Served, is_used, until};
 use vicuna_tests::product::{Chat, post};
 
 #[test]
@@ -16,6 +16,20 @@ fn a_worker_joins_with_a_gateway_a_bundle_and_a_model_and_answers() {
     let answer = Chat::new(served.http(), MODEL).ask("Who are you?").unwrap();
     assert!(answer.completion_tokens > 0, "{answer:?}");
     assert!(is_used(&served.home("home").join(".cache/vicuna-worker")), "its files are in the user's cache");
+}
+
+#[test]
+fn a_worker_is_there_before_its_model_and_tells_what_becomes_of_that() {
+    let served = Served::start();
+    let later = served.model().with_file_name("later");
+    let _worker = served.worker_of("home", &later, &["--model-patience", "100"]);
+    let registry = &served.gateway.gateway.registry;
+    let told = || registry.loading(MODEL).unwrap_or_default();
+    until("what is missing is told", || told().contains("cannot be loaded") && told().contains("does not exist"));
+    assert!(registry.model(MODEL).is_some_and(|model| model.workers.is_empty()), "it takes no requests yet");
+    std::fs::rename(served.model(), &later).unwrap();
+    served.until_ready(1);
+    assert_eq!(told(), "");
 }
 
 /// What lm-eval's `local-completions` sends for a continuation, and how it reads the answer: several prompts of token ids,

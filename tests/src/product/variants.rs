@@ -31,7 +31,7 @@ pub enum Variant {
     Sampled,
     /// Two choices, each with noise of its own, and log probabilities.
     Two,
-    /// Ends at a text that the greedy answer has in its middle.
+    /// As sampled, up to a text that is in its middle.
     Stopped,
     /// Held to a JSON schema.
     Held,
@@ -68,8 +68,8 @@ pub struct ReplyChoice {
 }
 
 impl Variant {
-    /// `greedy`: the text of the undisturbed greedy answer, if there is one yet.
-    fn ask(self, model: &str, words: &str, greedy: &str) -> Asked {
+    /// `sampled`: the text of the undisturbed sampled answer, if there is one yet.
+    fn ask(self, model: &str, words: &str, sampled: &str) -> Asked {
         let path = if self == Self::Scored { COMPLETION } else { CHAT };
         let mut body = json!({
             "model": model, "max_tokens": LONG, "temperature": 0, "stream": true,
@@ -83,9 +83,9 @@ impl Variant {
         let more = match self {
             Self::Greedy => json!({}),
             Self::Scored => json!({ "logprobs": 1, "return_tokens_as_token_ids": true }),
-            Self::Sampled => json!({ "temperature": 0.9, "top_p": 0.95, "frequency_penalty": 0.2, "seed": 7, "logprobs": true }),
+            Self::Sampled => sampling(json!({})),
             Self::Two => json!({ "temperature": 1.0, "seed": 11, "n": 2, "logprobs": true, "top_logprobs": 2 }),
-            Self::Stopped => json!({ "stop": ["no such text", middle(greedy)] }),
+            Self::Stopped => sampling(json!({ "stop": ["no such text", middle(sampled)] })),
             Self::Held => json!({
                 "temperature": 1.0, "seed": 13, "logit_bias": {},
                 "response_format": { "type": "json_schema", "json_schema": { "name": "answer", "schema": schema() } },
@@ -96,6 +96,14 @@ impl Variant {
         }
         Asked { variant: self, words: words.to_owned(), path, body }
     }
+}
+
+/// Noise, penalties and log probabilities, with more options.
+fn sampling(mut more: Value) -> Value {
+    let options = [("temperature", 0.9), ("top_p", 0.95), ("frequency_penalty", 0.2)];
+    options.into_iter().for_each(|(name, value)| more[name] = json!(value));
+    (more["seed"], more["logprobs"]) = (json!(7), json!(true));
+    more
 }
 
 /// An end that a random model comes to, after a while.
@@ -178,9 +186,10 @@ impl Reply {
         let shown = |reply: &Self| format!("{} tokens, {:?}", reply.completion_tokens, reply.choices);
         let same = self.completion_tokens == reference.completion_tokens
             && self.choices.len() == reference.choices.len()
-            && self.choices.iter().all(|(index, choice)| {
-                reference.choices.get(index).is_some_and(|other| choice.is_as(other))
-            });
+            && self
+                .choices
+                .iter()
+                .all(|(index, choice)| reference.choices.get(index).is_some_and(|other| choice.is_as(other)));
         (!same).then(|| format!("{} is not {}", shown(self), shown(reference)))
     }
 }
@@ -216,13 +225,13 @@ impl References {
     pub fn ask(gateway: SocketAddr, model: &str, words: &[&str]) -> Result<Self> {
         let mut known = Vec::new();
         for words in words {
-            let mut greedy = String::new();
+            let mut sampled = String::new();
             for variant in VARIANTS {
-                let asked = variant.ask(model, words, &greedy);
+                let asked = variant.ask(model, words, &sampled);
                 let reply = asked.reply(gateway).with_context(|| format!("{variant:?}, undisturbed"))?;
-                check(variant, &reply, &greedy).with_context(|| format!("{variant:?} of {words:?}: {reply:?}"))?;
-                if variant == Variant::Greedy {
-                    greedy.clone_from(&reply.choices[&0].text);
+                check(variant, &reply, &sampled).with_context(|| format!("{variant:?} of {words:?}: {reply:?}"))?;
+                if variant == Variant::Sampled {
+                    sampled.clone_from(&reply.choices[&0].text);
                 }
                 known.push((asked, reply));
             }
@@ -245,7 +254,7 @@ impl References {
 }
 
 /// An undisturbed answer is what was asked for.
-fn check(variant: Variant, reply: &Reply, greedy: &str) -> Result<()> {
+fn check(variant: Variant, reply: &Reply, sampled: &str) -> Result<()> {
     let first = reply.choices.get(&0).context("no choice")?;
     match variant {
         Variant::Greedy | Variant::Sampled => ensure!(reply.completion_tokens == u64::from(LONG), "too short"),
@@ -256,8 +265,8 @@ fn check(variant: Variant, reply: &Reply, greedy: &str) -> Result<()> {
             ensure!(reply.choices.values().all(|choice| choice.tokens.len() == LONG as usize), "not all is scored");
         }
         Variant::Stopped => {
-            let end = greedy.find(&middle(greedy)).context("the stop string is not in the greedy answer")?;
-            ensure!(first.text == greedy[..end] && end > 0, "it is not the greedy answer up to the stop string");
+            let end = sampled.find(&middle(sampled)).context("the stop string is not in the sampled answer")?;
+            ensure!(first.text == sampled[..end] && end > 0, "it is not the sampled answer up to the stop string");
             ensure!(first.finish_reason.as_deref() == Some("stop"), "it was not stopped");
         }
         Variant::Held => {
@@ -291,7 +300,10 @@ mod tests {
     fn choices_are_told_apart_and_any_difference_is_seen() {
         let reference = reply(&[part(0, "a", -1.0), part(1, "b", -2.0), part(0, "c", -3.0)]);
         assert_eq!((reference.choices[&0].text.as_str(), reference.choices[&1].text.as_str()), ("ac", "b"));
-        assert_eq!(reply(&[part(0, "a", -1.0001), part(0, "c", -3.0), part(1, "b", -2.0)]).difference(&reference), None);
+        assert_eq!(
+            reply(&[part(0, "a", -1.0001), part(0, "c", -3.0), part(1, "b", -2.0)]).difference(&reference),
+            None
+        );
         for other in [
             reply(&[part(0, "a", -1.0), part(1, "b", -2.0), part(0, "d", -3.0)]),
             reply(&[part(0, "ac", -1.0), part(1, "b", -2.0)]),

@@ -34,9 +34,7 @@ fn by_id(token: &TokenLogprob) -> String {
 
 /// Of /v1/chat/completions.
 pub fn chat(tokens: &[TokenLogprob], names: Names) -> Value {
-    let entry = |token: &TokenLogprob| {
-        json!({ "token": names.in_chat(token), "logprob": number(token.logprob), "bytes": token.bytes })
-    };
+    let entry = |token: &TokenLogprob| json!({ "token": names.in_chat(token), "logprob": number(token.logprob), "bytes": token.bytes });
     let content: Vec<_> = tokens
         .iter()
         .map(|token| {

@@ -128,7 +128,11 @@ mod tests {
         quota.charge(5, start);
         quota.give_back(50, start);
         assert_eq!(quota.left(start).unwrap().remaining, 55);
-        assert_eq!(quota.reserve(1000, start), Err(Duration::from_secs(5)), "more than a minute's worth waits for all of it");
+        assert_eq!(
+            quota.reserve(1000, start),
+            Err(Duration::from_secs(5)),
+            "more than a minute's worth waits for all of it"
+        );
         assert_eq!(quota.reserve(1000, start + Duration::from_secs(5)), Ok(60));
         assert_eq!(Quota::new(None, start).reserve(1000, start), Ok(0));
     }

@@ -382,7 +382,8 @@ async fn set_up_on_request() -> Setup {
     let metrics = Metrics::new().unwrap();
     let tokens = metrics.tokens.clone();
     let (ended, mut unexpected) = mpsc::channel(1);
-    let loader = Loader::new(&options, &files.path().join("scratch"), tch::Device::Cpu, metrics, models.clone(), ended).unwrap();
+    let loader =
+        Loader::new(&options, &files.path().join("scratch"), tch::Device::Cpu, metrics, models.clone(), ended).unwrap();
     tokio::spawn(loader.run(wanted));
     tokio::spawn(async move {
         assert_eq!(unexpected.recv().await, None, "a scheduler ended unexpectedly");

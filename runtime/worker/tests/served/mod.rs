@@ -1,6 +1,10 @@
 //! A gateway in this process, and workers as processes of their own in front of a model on disk.
 
-#![allow(dead_code, clippy::unwrap_used, reason = "each test uses a part; one stops where what it relies on is not there")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test uses a part; one stops where what it relies on is not there"
+)]
 
 #[path = "../../../gateway/tests/support/trust.rs"]
 mod trust;
@@ -72,15 +76,28 @@ impl Served {
 
     /// One with nothing but the gateway's address, that file and a model, in an environment that holds nothing.
     pub fn worker(&self, home: &str) -> Worker {
+        self.worker_of(home, &self.model, &[])
+    }
+
+    /// One of the model at this path, with more arguments.
+    pub fn worker_of(&self, home: &str, model: &Path, more: &[&str]) -> Worker {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vicuna-worker"));
         let kept = ["PATH", "LD_LIBRARY_PATH"].map(|name| (name, std::env::var_os(name).unwrap_or_default()));
         command.env_clear().envs(kept).env("HOME", self.home(home)).env("RUST_LOG", "warn");
         // The default port may be another's on the machine of a test.
         command.env("VICUNA_METRICS", "127.0.0.1:0");
-        let uri = format!("file://{}", self.model.display());
-        command.args(["--gateway", &format!("https://{}", self.gateway.workers)]).arg("--token-file").arg(self.bundle());
-        command.args(["--model-name", MODEL, "--model-uri", &uri]);
+        let uri = format!("file://{}", model.display());
+        command
+            .args(["--gateway", &format!("https://{}", self.gateway.workers)])
+            .arg("--token-file")
+            .arg(self.bundle());
+        command.args(["--model-name", MODEL, "--model-uri", &uri]).args(more);
         Worker(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap())
+    }
+
+    /// Where the model is.
+    pub fn model(&self) -> &Path {
+        &self.model
     }
 
     pub fn home(&self, name: &str) -> PathBuf {

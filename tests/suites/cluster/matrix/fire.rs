@@ -10,7 +10,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use vicuna_tests::cluster::wait_for;
 use vicuna_tests::product::{
-    Asked, Chat, Forced, Objects, References, Reply, SYSTEM_NAMESPACE, Signal, VARIANTS, Variant, field, force, signal_pod,
+    Asked, Chat, Forced, Objects, References, Reply, SYSTEM_NAMESPACE, Signal, VARIANTS, Variant, field, force,
+    signal_pod,
 };
 
 use super::run::PATIENCE;

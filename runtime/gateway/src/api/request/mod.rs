@@ -202,7 +202,9 @@ impl Ask {
 fn candidates(fields: &Fields, n: u32, stream: bool, limits: &Limits) -> Result<u32, ApiError> {
     match fields.integer("best_of", n, 1..=limits.max_choices)? {
         count if count < n => Err(fields.wrong("best_of", "at least what n is")),
-        count if stream && count > n => Err(fields.wrong("best_of", "what n is, or left out, where the answer is streamed")),
+        count if stream && count > n => {
+            Err(fields.wrong("best_of", "what n is, or left out, where the answer is streamed"))
+        }
         count => Ok(count),
     }
 }

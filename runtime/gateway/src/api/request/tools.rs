@@ -131,7 +131,8 @@ fn allowed(choice: &Value, list: &[Value]) -> Result<Wanted, ApiError> {
     let tools = choice.pointer("/allowed_tools/tools").and_then(Value::as_array).filter(|tools| !tools.is_empty());
     let named = tools.and_then(|tools| tools.iter().map(|tool| position(list, name_of(tool))).collect());
     let indices: Option<Vec<usize>> = named;
-    let indices = indices.ok_or_else(|| wrong(&format!("{path}.tools"), "a list of some of the functions in `tools`"))?;
+    let indices =
+        indices.ok_or_else(|| wrong(&format!("{path}.tools"), "a list of some of the functions in `tools`"))?;
     Ok(Wanted::Of(required, indices))
 }
 
