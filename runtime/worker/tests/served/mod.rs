@@ -22,7 +22,8 @@ const WAIT: Duration = Duration::from_secs(120);
 
 pub struct Served {
     pub gateway: Running,
-    runtime: tokio::runtime::Runtime,
+    /// The gateway's tasks run here.
+    _runtime: tokio::runtime::Runtime,
     trust: trust::Trust,
     model: PathBuf,
     folder: tempfile::TempDir,
@@ -58,7 +59,7 @@ impl Served {
         ]);
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let gateway = runtime.block_on(gateway::start(&config)).unwrap();
-        Self { gateway, runtime, trust, model, folder }
+        Self { gateway, _runtime: runtime, trust, model, folder }
     }
 
     pub fn http(&self) -> SocketAddr {
@@ -118,10 +119,6 @@ impl Worker {
     pub fn kill(mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
-    }
-
-    pub fn has_ended(&mut self) -> bool {
-        self.0.try_wait().unwrap().is_some()
     }
 }
 
