@@ -175,6 +175,19 @@ struct State {
     first_token: Option<(Instant, usize)>,
     /// When there was a first token, of any worker.
     begun: Option<Instant>,
+    /// When the last one came.
+    heard: Option<Instant>,
+    /// When the worker before this one sent its last token, as long as this one has sent none.
+    silent_since: Option<Instant>,
+}
+
+/// What a message of a worker has brought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Appended {
+    /// Tokens that are new.
+    pub new: usize,
+    /// How long no token came because the worker before was lost; with the first token after that.
+    pub gap: Option<Duration>,
 }
 
 /// How far a worker is with an answer.
@@ -251,6 +264,8 @@ impl Choice {
             work: Work::None,
             first_token: None,
             begun: None,
+            heard: None,
+            silent_since: None,
         };
         let (state, left) = (Mutex::new(state), AtomicBool::new(false));
         Self { job, index, state, left, phase_changed: Notify::new(), news }
@@ -275,6 +290,7 @@ impl Choice {
         }
         if !state.transcript.tokens.is_empty() {
             state.resumes += 1;
+            state.silent_since = state.heard;
         }
         if !state.has_begun() {
             state.transcript.variant = Some(server.variant.clone());
@@ -288,17 +304,16 @@ impl Choice {
         Some(Generate { choice: self.index, generated, ..self.job.generate.clone() })
     }
 
-    /// Takes what worker `from` generated and tells how many tokens were new. A worker that it is no
-    /// longer with is not listened to.
-    pub fn append(&self, from: u64, delta: Delta) -> Result<usize, Broken> {
+    /// Takes what worker `from` generated. A worker that it is no longer with is not listened to.
+    pub fn append(&self, from: u64, delta: Delta) -> Result<Appended, Broken> {
         let mut state = self.state.lock();
         if !state.is_with(from) {
-            return Ok(0);
+            return Ok(Appended::default());
         }
         let (have, position) = (state.transcript.tokens.len(), delta.position as usize);
         let end = position + delta.tokens.len();
         if end < have || (end == have && !delta.tokens.is_empty()) {
-            return Ok(0);
+            return Ok(Appended::default());
         }
         let request = || self.job.id().to_owned();
         if position != have {
@@ -307,17 +322,17 @@ impl Choice {
         if self.job.generate.logprobs.is_some() && delta.logprobs.len() != delta.tokens.len() {
             let error = ApiError::worker_failed("the worker sent no log probabilities");
             self.enter(&mut state, Phase::Ended(Outcome::Failed(error)));
-            return Ok(0);
+            return Ok(Appended::default());
         }
         let new = delta.tokens.len();
-        state.extend(delta);
+        let gap = state.extend(delta);
         let bounded = state.is_bounded();
         drop(state);
         if !self.job.generate.whole || have / TOKENS_A_LOOK != end / TOKENS_A_LOOK {
             self.news.notify_one();
         }
         match bounded {
-            true => Ok(new),
+            true => Ok(Appended { new, gap }),
             false => Err(Broken::Endless { request: request() }),
         }
     }
@@ -516,9 +531,13 @@ impl State {
         self.phase == Phase::Running && server.is_some_and(|server| server.id == worker)
     }
 
-    fn extend(&mut self, delta: Delta) {
+    /// Tells for how long no token came, if this is the first after a worker was lost.
+    fn extend(&mut self, delta: Delta) -> Option<Duration> {
         let now = Instant::now();
+        let mut gap = None;
         if !delta.tokens.is_empty() {
+            gap = self.silent_since.take().map(|since| now.duration_since(since));
+            self.heard = Some(now);
             self.work = Work::Generating;
             self.fruitless = 0;
             self.begun.get_or_insert(now);
@@ -529,6 +548,7 @@ impl State {
         self.transcript.prompt_tokens = self.transcript.prompt_tokens.max(delta.prompt_tokens);
         self.first_token.get_or_insert((now, self.transcript.tokens.len()));
         self.moved = now;
+        gap
     }
 
     /// Tokens per second of this worker, where there are enough to tell.
@@ -592,12 +612,12 @@ pub(crate) mod tests {
     #[test]
     fn duplicates_are_dropped_and_gaps_are_noticed() {
         let choice = running();
-        assert_eq!(choice.append(1, delta(0, &[1, 2], "ab")), Ok(2));
-        assert_eq!(choice.append(1, delta(0, &[1, 2], "ab")), Ok(0));
-        assert_eq!(choice.append(1, delta(1, &[2], "b")), Ok(0));
+        assert_eq!(choice.append(1, delta(0, &[1, 2], "ab")).map(|appended| appended.new), Ok(2));
+        assert_eq!(choice.append(1, delta(0, &[1, 2], "ab")).map(|appended| appended.new), Ok(0));
+        assert_eq!(choice.append(1, delta(1, &[2], "b")).map(|appended| appended.new), Ok(0));
         assert!(matches!(choice.append(1, delta(3, &[4], "d")), Err(Broken::Gap { expected: 2, .. })));
         assert!(matches!(choice.append(1, delta(1, &[2, 3], "bc")), Err(Broken::Gap { .. })));
-        assert_eq!(choice.append(1, delta(2, &[3], "c")), Ok(1));
+        assert_eq!(choice.append(1, delta(2, &[3], "c")).map(|appended| appended.new), Ok(1));
         let text = |bytes| choice.news(Seen { bytes, tokens: 0 }).text;
         assert_eq!((text(0), text(2)), ("abc".to_owned(), "c".to_owned()));
     }
@@ -629,10 +649,10 @@ pub(crate) mod tests {
         assert!(choice.requeue());
         assert_eq!(choice.variant(), Some(server(1).variant));
         assert_eq!(choice.begin(server(2)).unwrap().generated, [1]);
-        assert_eq!(choice.append(1, delta(1, &[9], "x")), Ok(0));
+        assert_eq!(choice.append(1, delta(1, &[9], "x")).map(|appended| appended.new), Ok(0));
         choice.finish(1, Done::default());
         choice.lose(1, Loss::Gone);
-        assert_eq!(choice.append(2, delta(1, &[2], "b")), Ok(1));
+        assert_eq!(choice.append(2, delta(1, &[2], "b")).map(|appended| appended.new), Ok(1));
         let news = choice.news(Seen::default());
         assert_eq!((news.text.as_str(), news.resumes, news.phase), ("ab", 1, Phase::Running));
     }
@@ -671,10 +691,10 @@ pub(crate) mod tests {
         choice.begin(server(1));
         let scored = |token| TokenLogprob { token, ..TokenLogprob::default() };
         let with = Delta { logprobs: vec![scored(1), scored(2)], ..delta(0, &[1, 2], "ab") };
-        assert_eq!(choice.append(1, with), Ok(2));
+        assert_eq!(choice.append(1, with).map(|appended| appended.new), Ok(2));
         let news = choice.news(Seen { bytes: 1, tokens: 1 });
         assert_eq!((news.text.as_str(), news.logprobs), ("b", vec![scored(2)]));
-        assert_eq!(choice.append(1, delta(2, &[3], "c")), Ok(0));
+        assert_eq!(choice.append(1, delta(2, &[3], "c")).map(|appended| appended.new), Ok(0));
         assert!(matches!(choice.progress().phase, Phase::Ended(Outcome::Failed(_))));
     }
 
@@ -720,5 +740,19 @@ pub(crate) mod tests {
         choice.append(1, delta(0, &[1], "a")).unwrap();
         assert_eq!(choice.progress().fruitless, 0);
         assert_eq!([lose(Loss::Gone), lose(Loss::Gone)], [0, 1]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_gap_is_told_once_from_the_last_token_of_the_lost_worker() {
+        let choice = running();
+        assert_eq!(choice.append(1, delta(0, &[1], "a")).unwrap().gap, None);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        choice.works(1, Work::Generating);
+        tokio::time::advance(Duration::from_secs(3)).await;
+        choice.lose(1, Loss::Gone);
+        choice.requeue();
+        choice.begin(server(2));
+        let gap = |position| choice.append(2, delta(position, &[2], "b")).unwrap().gap;
+        assert_eq!((gap(1), gap(2)), (Some(Duration::from_secs(5)), None));
     }
 }

@@ -59,6 +59,9 @@ pub struct Config {
     /// MiB of votes in this replica's file; more are refused.
     #[arg(long, env = "VICUNA_ARENA_VOTES_MIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub arena_votes_mib: u64,
+    /// Votes a minute of one voter: an API key, or an address where no keys are asked for.
+    #[arg(long, env = "VICUNA_ARENA_VOTES_PER_MINUTE", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub arena_votes_per_minute: u32,
     #[command(flatten)]
     pub limits: Limits,
 }
@@ -76,12 +79,15 @@ pub struct Limits {
     /// clients that come back take up to 64 besides.
     #[arg(long, env = "VICUNA_MAX_REQUEST_MEMORY_MIB", default_value_t = 192, value_parser = count)]
     pub max_request_memory_mib: usize,
-    /// Choices (`n`) of one prompt.
-    #[arg(long, env = "VICUNA_MAX_CHOICES", default_value_t = 8)]
+    /// Choices (`n`, `best_of`) of one prompt. Those of all prompts of a request must fit into --max-queue.
+    #[arg(long, env = "VICUNA_MAX_CHOICES", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_choices: u32,
-    /// Prompts in one request to /v1/completions, and inputs in one to /v1/embeddings.
-    #[arg(long, env = "VICUNA_MAX_PROMPTS", default_value_t = 64)]
+    /// Prompts in one request to /v1/completions, or to FastChat's token check.
+    #[arg(long, env = "VICUNA_MAX_PROMPTS", default_value_t = 64, value_parser = count)]
     pub max_prompts: usize,
+    /// Inputs in one request to /v1/embeddings.
+    #[arg(long, env = "VICUNA_MAX_INPUTS", default_value_t = 2048, value_parser = count)]
+    pub max_inputs: usize,
     /// Requests that are not ended, over all models.
     #[arg(long, env = "VICUNA_MAX_IN_FLIGHT", default_value_t = 4096)]
     pub max_in_flight: usize,

@@ -2,9 +2,9 @@
 
 use crate::api::live::MAX_READERS;
 use crate::api::{self, error::ApiError, takeover::Takeovers};
-use crate::arena::{Arena, ticket::Seal, votes::Votes};
+use crate::arena::{Arena, ticket::Seal, voters::Voters, votes::Votes};
 use crate::config::{Config, Limits};
-use crate::keys::{Client, Keys};
+use crate::keys::{Client, Keys, Reserved};
 use crate::loads::Loads;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -83,12 +83,12 @@ impl Gateway {
         ApiError::model_not_found(name, &visible.collect::<Vec<_>>())
     }
 
-    /// Whether one more request is within the bounds of this gateway and of the client's key.
-    pub fn admit(&self, client: &Client) -> Result<(), ApiError> {
+    /// Whether one more request, which may use so many tokens, is within the bounds of this gateway and of the client's key.
+    pub fn admit(&self, client: &Client, tokens: u32) -> Result<Reserved, ApiError> {
         if self.loads.unfinished() >= self.limits.max_in_flight {
             return Err(ApiError::too_many_requests());
         }
-        client.admit().inspect_err(|_| self.metrics.over_quota.inc())
+        client.admit(tokens).inspect_err(|_| self.metrics.over_quota.inc())
     }
 }
 
@@ -158,7 +158,8 @@ fn arena(config: &Config) -> Result<Arena> {
         Some(folder) => Votes::in_folder(folder, &config.name, config.arena_votes_mib << 20)?,
         None => Votes::in_memory(),
     };
-    Ok(Arena { seal: Seal::new(&config.tls_key), votes })
+    let voters = Voters::new(config.arena_votes_per_minute);
+    Ok(Arena { seal: Seal::new(&config.tls_key), votes, voters })
 }
 
 impl Running {

@@ -35,6 +35,7 @@ impl Loads {
             model: model.to_owned(),
             arrived: Instant::now(),
             started: false,
+            cold: false,
             first_token: false,
             code: CLIENT_WENT_AWAY,
         }
@@ -58,16 +59,37 @@ pub struct Ticket {
     model: String,
     arrived: Instant,
     started: bool,
+    /// No worker had the model when it came.
+    cold: bool,
     first_token: bool,
     code: u16,
 }
 
 impl Ticket {
+    /// It has to wait for the model itself.
+    pub fn is_cold(&mut self) {
+        self.cold = true;
+    }
+
     /// A worker has one of its choices.
     pub fn started(&mut self) {
-        if !std::mem::replace(&mut self.started, true) {
+        if self.leaves_queue() {
+            let (metrics, seconds) = (&self.loads.metrics, self.arrived.elapsed().as_secs_f64());
+            let model = [self.model.as_str()];
+            metrics.queue_seconds.with_label_values(&model).observe(seconds);
+            if self.cold {
+                metrics.cold_start_seconds.with_label_values(&model).observe(seconds);
+            }
+        }
+    }
+
+    /// Whether that is new.
+    fn leaves_queue(&mut self) -> bool {
+        let new = !std::mem::replace(&mut self.started, true);
+        if new {
             self.change(|demand| demand.queued -= 1);
         }
+        new
     }
 
     pub fn first_token(&mut self, at: Instant) {
@@ -95,7 +117,7 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.started();
+        self.leaves_queue();
         self.change(|demand| demand.unfinished -= 1);
         let metrics = &self.loads.metrics;
         metrics.in_flight.with_label_values(&[&self.model]).dec();

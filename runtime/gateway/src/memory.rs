@@ -21,6 +21,8 @@ pub struct Memory {
 #[derive(Debug)]
 pub struct Held {
     memory: Arc<Memory>,
+    /// Bytes of the body as it came.
+    length: usize,
     body: usize,
     bytes: usize,
 }
@@ -35,7 +37,7 @@ impl Memory {
         let bytes = of_body(body);
         let fits = |used: usize| used.checked_add(bytes).filter(|used| *used <= self.limit);
         self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok()?;
-        Some(Held { memory: self.clone(), body: bytes, bytes })
+        Some(Held { memory: self.clone(), length: body, body: bytes, bytes })
     }
 
     pub fn used(&self) -> usize {
@@ -46,8 +48,21 @@ impl Memory {
 impl Held {
     /// The body is so long.
     pub fn has_body(&mut self, bytes: usize) {
+        self.length = bytes;
         self.body = of_body(bytes);
         self.set(self.body);
+    }
+
+    /// So many choices of each prompt take it to a worker; tells whether there is room for that.
+    pub fn has_choices(&mut self, count: usize) -> bool {
+        let more = self.length * count.saturating_sub(1);
+        let fits = |used: usize| used.checked_add(more).filter(|used| *used <= self.memory.limit);
+        let room = more == 0 || self.memory.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok();
+        if room {
+            self.body += more;
+            self.bytes += more;
+        }
+        room
     }
 
     /// So much there is of its answers. What runs goes on over the bound, too, and holds up new requests.
@@ -92,6 +107,19 @@ mod tests {
         drop(first);
         assert_eq!(memory.used(), of_body(1000));
         drop(second);
+        assert_eq!(memory.used(), 0);
+    }
+
+    #[test]
+    fn every_choice_takes_its_prompt_along() {
+        let memory = Memory::new(of_body(1000) + 5000);
+        let mut held = memory.hold(1000).unwrap();
+        assert!(!held.has_choices(7), "six more are too many");
+        assert!(held.has_choices(6));
+        held.has_answers(500);
+        assert_eq!(memory.used(), of_body(1000) + 5500);
+        assert!(held.has_choices(1), "it is in already");
+        drop(held);
         assert_eq!(memory.used(), 0);
     }
 }

@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use support::{MODEL, Stream, TestGateway, Worker, gateway, in_time, scored, text};
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
-use vicuna_protocol::inference::{Embedding, Embeddings, Failure, PromptScores, TokenCount, TokenLogprob, failure};
+use vicuna_protocol::inference::{
+    Delta, EmbedInput, Embedding, Embeddings, Failure, PromptScores, TokenCount, TokenLogprob, failure,
+};
 
 async fn able_worker(gateway: &TestGateway) -> Worker {
     let able = |hello: &mut vicuna_protocol::inference::WorkerHello| {
@@ -256,6 +258,94 @@ async fn a_call_that_must_be_made_is_held_to_its_schema() {
     assert_eq!((&choice["finish_reason"], &choice["message"]["content"]), (&json!("tool_calls"), &Value::Null));
     assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], "weather");
     assert!(choice["message"]["tool_calls"][0]["id"].as_str().unwrap().starts_with("call_"));
+}
+
+#[tokio::test]
+async fn the_likeliest_of_more_candidates_are_the_answer() {
+    let gateway = gateway(&[]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let body = json!({ "model": MODEL, "prompt": "Once", "n": 2, "best_of": 3 });
+    let answer = ask(&gateway, "/v1/completions", body);
+    for logprob in [-2.0, -1.0, -3.0] {
+        let generate = worker.generate().await;
+        assert_eq!(generate.logprobs, Some(0), "they are compared by it");
+        let delta = Delta {
+            request: generate.request.clone(),
+            choice: generate.choice,
+            tokens: vec![7],
+            text: format!("{logprob}"),
+            logprobs: vec![TokenLogprob { logprob, ..scored(0) }],
+            ..Delta::default()
+        };
+        worker.send(FromWorker::Delta(delta)).await;
+        worker.done(&generate, 1).await;
+    }
+    let (status, body) = in_time(answer).await.unwrap();
+    assert_eq!(status, 200, "{body}");
+    let told: Vec<_> =
+        body["choices"].as_array().unwrap().iter().map(|choice| (&choice["index"], &choice["text"])).collect();
+    assert_eq!(told, [(&json!(0), &json!("-1")), (&json!(1), &json!("-2"))]);
+    assert_eq!(body["choices"][0]["logprobs"], Value::Null, "nobody asked for them");
+    assert_eq!(body["usage"]["completion_tokens"], 3);
+}
+
+#[tokio::test]
+async fn calls_in_the_old_way_are_answered_in_the_old_way() {
+    let gateway = gateway(&[]).await;
+    let mut worker = able_worker(&gateway).await;
+    let functions = json!([{ "name": "weather", "parameters": { "type": "object" } }]);
+    let said = r#"<tool_call>{"name": "weather", "arguments": {"in": "Rome"}}</tool_call>"#;
+    let answer = gateway.ask(json!({ "functions": functions }));
+    let generate = worker.generate().await;
+    worker.say(&generate, 0, said).await;
+    worker.done(&generate, 1).await;
+    let choice = &in_time(answer).await.unwrap().1["choices"][0];
+    assert_eq!(choice["finish_reason"], "function_call");
+    assert_eq!(choice["message"]["function_call"], json!({ "name": "weather", "arguments": r#"{"in": "Rome"}"# }));
+    assert_eq!(choice["message"].get("tool_calls"), None);
+
+    let stream = gateway.stream(json!({ "functions": functions }));
+    let generate = worker.generate().await;
+    let (begun, rest) = said.split_at(said.find("Rome").unwrap());
+    worker.say(&generate, 0, begun).await;
+    worker.say(&generate, 1, rest).await;
+    worker.done(&generate, 2).await;
+    let mut stream = stream.await.unwrap();
+    stream.read_to_end().await;
+    let events = stream.events();
+    let calls = events.iter().map(|event| &event["choices"][0]["delta"]["function_call"]);
+    let (mut name, mut arguments) = (String::new(), String::new());
+    for call in calls {
+        name += call["name"].as_str().unwrap_or_default();
+        arguments += call["arguments"].as_str().unwrap_or_default();
+    }
+    assert_eq!((name.as_str(), arguments.as_str()), ("weather", r#"{"in": "Rome"}"#));
+    assert!(stream.raw.contains(r#""finish_reason":"function_call""#), "{}", stream.raw);
+}
+
+#[tokio::test]
+async fn many_embeddings_are_computed_in_parts_and_come_in_order() {
+    let gateway = gateway(&[]).await;
+    let mut worker = able_worker(&gateway).await;
+    let texts: Vec<_> = (0..600).map(|number| number.to_string()).collect();
+    let answer = ask(&gateway, "/v1/embeddings", json!({ "model": MODEL, "input": texts }));
+    let mut parts = Vec::new();
+    for _ in 0..3 {
+        let FromGateway::Embed(embed) = worker.next().await.unwrap() else { panic!("expected a question") };
+        parts.push(embed);
+    }
+    assert!(parts.iter().all(|part| part.inputs.len() <= 256));
+    // The last one first: they are put together by their place.
+    for part in parts.into_iter().rev() {
+        let vector = |input: &EmbedInput| Embedding { values: vec![input.text.parse().unwrap(), 1.0] };
+        let vectors = part.inputs.iter().map(vector).collect();
+        worker.send(FromWorker::Embeddings(Embeddings { request: part.request, vectors, prompt_tokens: 10 })).await;
+    }
+    let (status, body) = in_time(answer).await.unwrap();
+    assert_eq!((status, &body["usage"]["prompt_tokens"]), (200, &json!(30)));
+    let data = body["data"].as_array().unwrap();
+    assert_eq!(data.len(), 600);
+    assert!(data.iter().enumerate().all(|(index, entry)| entry["embedding"][0].as_f64() == Some(index as f64)));
 }
 
 #[tokio::test]

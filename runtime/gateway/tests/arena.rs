@@ -160,3 +160,22 @@ async fn votes_are_of_a_key_count_once_and_are_exported_to_those_who_may_use_the
     let refused = reqwest::get(gateway.url("/api/v1/arena/votes")).await.unwrap();
     assert_eq!(refused.status(), 401);
 }
+
+#[tokio::test]
+async fn one_voter_has_so_many_votes_a_minute_and_votes_are_counted() {
+    let gateway = gateway(&["--arena-votes-per-minute", "2"]).await;
+    let _workers = [worker(&gateway, ONE, "w-0").await, worker(&gateway, OTHER, "w-1").await];
+    for (winner, expected) in [("a", 200), ("tie", 200), ("b", 429)] {
+        let path = format!("{BATTLES}/{}/vote", begin(&gateway).await);
+        let response = gateway.post(&path, json!({ "winner": winner })).await;
+        let waits = response.headers().contains_key("retry-after");
+        let (status, body) = json_of(response).await;
+        assert_eq!((status, waits), (expected, expected == 429), "{body}");
+    }
+    let metrics = gateway.metrics().await;
+    for line in
+        ["arena_battles_total 3", "arena_votes_total{outcome=\"tie\"} 1", "arena_votes_total{outcome=\"too_many\"} 1"]
+    {
+        assert!(metrics.contains(line), "{metrics}");
+    }
+}

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use support::{MODEL, TestGateway, Worker, gateway, scored};
 use tokio::process::Command;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
+use vicuna_protocol::inference::generate::Format;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
 use vicuna_protocol::inference::{Embedding, Embeddings, Generate, PromptScores};
 
@@ -64,6 +65,10 @@ async fn answer(worker: &Worker, generate: &Generate) {
         worker.say(generate, 0, begun).await;
         worker.say(generate, 1, rest).await;
         return worker.done(generate, 2).await;
+    }
+    if matches!(generate.format, Some(Format::JsonSchema(_))) {
+        worker.say(generate, 0, r#"{"in": "Rome"}"#).await;
+        return worker.done(generate, 1).await;
     }
     match generate.logprobs {
         Some(_) => worker.speak_scored(generate, have..WORDS).await,

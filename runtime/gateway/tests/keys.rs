@@ -94,6 +94,30 @@ async fn used_up_quotas_are_429_with_the_time_to_wait() {
 }
 
 #[tokio::test]
+async fn what_a_running_request_may_use_is_set_aside_until_it_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = keys_file(&folder, json!([{ "name": "team", "sha256": TEAM, "tokensPerMinute": 100 }]));
+    let gateway = gateway(&["--api-keys-file", &file]).await;
+    let mut worker = gateway.worker("w-1").await;
+    let url = gateway.url("/v1/chat/completions");
+    let ask = |max_tokens: u32| {
+        let (url, body) = (url.clone(), chat(json!({ "max_tokens": max_tokens })));
+        tokio::spawn(async move { post(&url, Some("sk-team"), body).await })
+    };
+    let first = ask(80);
+    let generate = worker.generate().await;
+    let (status, body, _) = in_time(ask(50)).await.unwrap();
+    assert_eq!((status, &body["error"]["code"]), (429, &json!("rate_limit_exceeded")), "only 20 are not spoken for");
+    worker.speak(&generate, 0..1).await;
+    worker.done(&generate, 1).await;
+    assert_eq!(in_time(first).await.unwrap().0, 200);
+    let second = ask(50);
+    let generate = worker.generate().await;
+    worker.done(&generate, 0).await;
+    assert_eq!(in_time(second).await.unwrap().0, 200, "most was given back");
+}
+
+#[tokio::test]
 async fn urgent_requests_go_first_and_make_room_in_a_full_queue() {
     let folder = tempfile::tempdir().unwrap();
     let file = keys_file(

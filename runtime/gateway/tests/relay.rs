@@ -6,9 +6,9 @@ mod support;
 
 use serde_json::json;
 use support::{MODEL, TestGateway, Worker, batch, ended, gateway, gateway_of, in_time, spoken, text};
-use vicuna_protocol::inference::TranscriptOf;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
 use vicuna_protocol::inference::worker_message::Body as FromWorker;
+use vicuna_protocol::inference::{TokenRenewed, TranscriptOf, WorkerHello};
 
 /// The gateway that the worker reaches, and the other one.
 async fn two_gateways() -> (TestGateway, TestGateway, Worker) {
@@ -131,4 +131,36 @@ async fn a_pod_is_not_passed_on() {
     let _external = near.external_worker("w-1").await;
     far.wait_for_worker("w-1").await;
     assert_eq!(far.running.gateway.registry.model(MODEL).unwrap().workers, ["w-1"]);
+}
+
+#[tokio::test]
+async fn a_worker_is_passed_on_with_its_renewed_token() {
+    let far = gateway(&[]).await;
+    let near = support::trust_like(&far.trust);
+    near.accept(&[&near, &far.trust]);
+    let peers = format!("127.0.0.1:{}", far.running.workers.port());
+    let near = gateway_of(near, &["--peers", &peers]).await;
+    // The other gateway does not know who signed its first token.
+    let worker = near.external_worker("w-1").await;
+    for token in ["no token".to_owned(), far.trust.external_token("other").read().unwrap()] {
+        worker.send(FromWorker::TokenRenewed(TokenRenewed { token })).await;
+    }
+    let token = far.trust.external_token("team").read().unwrap();
+    worker.send(FromWorker::TokenRenewed(TokenRenewed { token })).await;
+    far.wait_for_worker("w-1").await;
+}
+
+#[tokio::test]
+async fn a_token_that_ran_out_or_is_for_somebody_else_is_refused_in_clear_words() {
+    let gateway = gateway(&[]).await;
+    let cases = [
+        (gateway.trust.expired_token("team", 3600), "has run out"),
+        (gateway.trust.token("vicuna-coordinator", "team", "pod"), "--audience vicuna-gateway"),
+    ];
+    for (token, expected) in cases {
+        let hello = WorkerHello { worker: "w".into(), slots: 1, ..WorkerHello::default() };
+        let refused = gateway.attach(token, hello).await.err().unwrap();
+        assert_eq!(refused.code(), tonic::Code::Unauthenticated);
+        assert!(refused.message().contains(expected), "{refused}");
+    }
 }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Status, Streaming};
 use vicuna_data::template::Encoder;
-use vicuna_protocol::auth::TokenFile;
+use vicuna_protocol::auth::{TokenFile, bearer};
 use vicuna_protocol::batches::Batches;
 use vicuna_protocol::inference::failure::Code;
 use vicuna_protocol::inference::gateway_message::Body as FromGateway;
@@ -29,7 +29,7 @@ use vicuna_protocol::inference::worker_message::Body;
 use vicuna_protocol::inference::workers_client::WorkersClient;
 use vicuna_protocol::inference::{
     Cancel, CountTokens, Draining, Embed, EmbedInput, GatewayMessage, GatewayWelcome, Generate, Load, ModelOffers,
-    TokenCount, Transcript, WorkerHello,
+    TokenCount, TokenRenewed, Transcript, WorkerHello,
 };
 use vicuna_protocol::redial::Pauses;
 
@@ -49,8 +49,28 @@ pub struct Gateways {
     /// `https://host:port`; TLS unless it is `http`.
     pub url: String,
     pub server_name: String,
-    pub ca: PathBuf,
+    /// None: what the token file holds besides the token, or what is mounted into pods.
+    pub ca: Option<PathBuf>,
     pub token: TokenFile,
+}
+
+/// Where the operator's trust is mounted in pods.
+const MOUNTED_CA: &str = "/etc/vicuna/trust/ca.crt";
+
+impl Gateways {
+    /// The file with the CA's certificate; looked for at every call, since the files may be written anew.
+    fn ca(&self) -> Result<PathBuf> {
+        match &self.ca {
+            Some(ca) => Ok(ca.clone()),
+            None if self.token.holds_certificates() => Ok(self.token.path().to_owned()),
+            None if Path::new(MOUNTED_CA).exists() => Ok(MOUNTED_CA.into()),
+            None => bail!(
+                "there is no certificate to know the gateway by: put the CA's into {} beside the token, or name its file with \
+                 --ca",
+                self.token.path().display()
+            ),
+        }
+    }
 }
 
 /// What every connection shares.
@@ -185,8 +205,12 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr, unwanted: Cance
         let started = Instant::now();
         match attach(&shared, address).await {
             Ok(()) => tracing::info!(%address, "the gateway's stream ended"),
-            Err(error) if is_attached_already(&error) => {
+            Err(error) if has_code(&error, tonic::Code::AlreadyExists) => {
                 tracing::debug!(%address, "the gateway has this worker by another address");
+            }
+            Err(error) if has_code(&error, tonic::Code::Unauthenticated) => {
+                let file = shared.gateways.token.path().display();
+                tracing::error!(%address, %file, error = explain(&error), "no stream to the gateway for want of a good token");
             }
             Err(error) => tracing::warn!(%address, error = explain(&error), "no stream to the gateway"),
         }
@@ -197,8 +221,8 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr, unwanted: Cance
     }
 }
 
-fn is_attached_already(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Status>().is_some_and(|status| status.code() == tonic::Code::AlreadyExists)
+fn has_code(error: &anyhow::Error, code: tonic::Code) -> bool {
+    error.downcast_ref::<Status>().is_some_and(|status| status.code() == code)
 }
 
 /// One stream, from hello to its end.
@@ -208,18 +232,22 @@ async fn attach(shared: &Shared, address: SocketAddr) -> Result<()> {
     let url = format!("{scheme}://{address}");
     let channel = match scheme.as_str() {
         "http" => tonic::transport::Endpoint::from_shared(url)?.connect_lazy(),
-        _ => vicuna_protocol::tls::channel(&url, &gateways.ca, &gateways.server_name)?,
+        _ => vicuna_protocol::tls::channel(&url, &gateways.ca()?, &gateways.server_name)?,
     };
     let (outgoing, messages) = mpsc::channel(OUTGOING);
     let broken = CancellationToken::new();
     let replies = Replies::new(outgoing, broken.clone());
+    // From before the hello on: what is loaded while the call is under way must be told, too.
+    let offers = shared.models.changes();
     replies.send(Body::Hello(shared.hello()));
     let batched = Arc::new(AtomicBool::new(false));
-    let request = gateways.token.sign(Request::new(Batches::new(messages, batched.clone())))?;
+    let token = gateways.token.read()?;
+    let mut request = Request::new(Batches::new(messages, batched.clone()));
+    request.metadata_mut().insert("authorization", bearer(&token)?);
     let call = WorkersClient::new(channel);
     let answer = tokio::time::timeout(ATTACH_TIMEOUT, { call }.attach(request)).await;
     let incoming = answer.map_err(|_| anyhow!("no answer within {ATTACH_TIMEOUT:?}"))??.into_inner();
-    Stream::new(shared, replies, batched).serve(incoming, broken).await
+    Stream::new(shared, replies, batched, token).serve(incoming, offers, broken).await
 }
 
 /// One attached gateway.
@@ -230,6 +258,8 @@ struct Stream<'a> {
     welcomed: bool,
     /// Whether the gateway takes batches.
     batched: Arc<AtomicBool>,
+    /// As the gateway knows it.
+    token: String,
     meter: Meter,
 }
 
@@ -242,16 +272,21 @@ impl Drop for Stream<'_> {
 }
 
 impl<'a> Stream<'a> {
-    fn new(shared: &'a Shared, replies: Replies, batched: Arc<AtomicBool>) -> Self {
+    fn new(shared: &'a Shared, replies: Replies, batched: Arc<AtomicBool>, token: String) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let connection = NEXT.fetch_add(1, Ordering::Relaxed);
         let meter = Meter { tokens: shared.tokens.get(), since: Instant::now() };
-        Self { shared, connection, replies, welcomed: false, batched, meter }
+        Self { shared, connection, replies, welcomed: false, batched, token, meter }
     }
 
     /// Until the gateway ends the stream, or stops reading, or the worker closes.
-    async fn serve(mut self, mut incoming: Streaming<GatewayMessage>, broken: CancellationToken) -> Result<()> {
-        let result = self.exchange(&mut incoming, broken).await;
+    async fn serve(
+        mut self,
+        mut incoming: Streaming<GatewayMessage>,
+        offers: watch::Receiver<u64>,
+        broken: CancellationToken,
+    ) -> Result<()> {
+        let result = self.exchange(&mut incoming, offers, broken).await;
         let connection = self.connection;
         self.shared.tell_all(|| Command::Disconnected(connection)).await;
         if self.shared.closing.is_cancelled() {
@@ -262,9 +297,14 @@ impl<'a> Stream<'a> {
         result
     }
 
-    async fn exchange(&mut self, incoming: &mut Streaming<GatewayMessage>, broken: CancellationToken) -> Result<()> {
+    /// `offers`: changes when the hello is no longer what there is.
+    async fn exchange(
+        &mut self,
+        incoming: &mut Streaming<GatewayMessage>,
+        mut offers: watch::Receiver<u64>,
+        broken: CancellationToken,
+    ) -> Result<()> {
         let mut draining = self.shared.draining.clone();
-        let mut offers = self.shared.models.changes();
         let mut clock = tokio::time::interval(LOAD_EVERY);
         self.tell_draining(*draining.borrow_and_update());
         loop {
@@ -273,7 +313,10 @@ impl<'a> Stream<'a> {
                     Some(message) => self.handle(message).await,
                     None => return Ok(()),
                 },
-                _ = clock.tick() => self.send_load(),
+                _ = clock.tick() => {
+                    self.send_load();
+                    self.tell_renewed();
+                }
                 Ok(()) = offers.changed() => {
                     let models = self.shared.models.offers();
                     self.replies.send(Body::Offers(ModelOffers { models }));
@@ -388,6 +431,17 @@ impl<'a> Stream<'a> {
     fn tell_draining(&self, deadline_ms: Option<u64>) {
         if let Some(deadline_ms) = deadline_ms {
             self.replies.send(Body::Draining(Draining { deadline_ms }));
+        }
+    }
+
+    /// Whoever passes this worker on to other gateways does so with its token.
+    fn tell_renewed(&mut self) {
+        // One that cannot be read is complained of at the next call.
+        if let Ok(token) = self.shared.gateways.token.read()
+            && token != self.token
+        {
+            self.replies.send(Body::TokenRenewed(TokenRenewed { token: token.clone() }));
+            self.token = token;
         }
     }
 

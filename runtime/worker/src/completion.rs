@@ -49,6 +49,7 @@ pub struct Completion {
     grammar: Option<Grammar>,
     prompt_tokens: usize,
     cached_tokens: Option<usize>,
+    min_tokens: usize,
     max_tokens: usize,
     tokens: Vec<u32>,
     history: History,
@@ -111,6 +112,12 @@ impl Completion {
         if sampler.looks_at_the_prompt() {
             history.prompt.extend(prompt);
         }
+        let grammar = grammar(generate, vocabulary)?;
+        if grammar.is_some() && (sampling.ignore_end || sampling.min_tokens > 0) {
+            return Err(
+                "the form that the answer must have says where it ends; leave out min_tokens and ignore_eos".into()
+            );
+        }
         let mut completion = Self {
             request: generate.request.clone(),
             choice: generate.choice,
@@ -119,9 +126,10 @@ impl Completion {
             bytes: vocabulary.bytes.clone(),
             detokenizer: Detokenizer::new(vocabulary.bytes.clone()),
             stops: StopStrings::new(&sampling.stop),
-            grammar: grammar(generate, vocabulary)?,
+            grammar,
             prompt_tokens: prompt.len(),
             cached_tokens: None,
+            min_tokens: sampling.min_tokens as usize,
             max_tokens: wanted.min(room),
             tokens: Vec::new(),
             history,
@@ -204,6 +212,13 @@ impl Completion {
         if let Some(grammar) = &mut self.grammar {
             grammar.restrict(logits, &self.end_tokens)?;
         }
+        if self.tokens.len() < self.min_tokens {
+            for id in &*self.end_tokens {
+                if let Some(logit) = logits.get_mut(*id as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
         let position = self.tokens.len() as u32;
         let token = self
             .sampler
@@ -272,7 +287,11 @@ impl Completion {
         self.tokens.push(id);
         *self.history.counts.entry(id).or_default() += 1;
         let text = self.detokenizer.push(id);
-        let text = match self.stops.push(&text) {
+        let shown = match self.tokens.len() < self.min_tokens {
+            true => ControlFlow::Continue(text),
+            false => self.stops.push(&text),
+        };
+        let text = match shown {
             ControlFlow::Break(text) => {
                 self.finished = Some(Finish::StopString);
                 text
@@ -302,12 +321,13 @@ impl Completion {
     }
 }
 
-/// The vocabulary's and the request's own.
+/// The vocabulary's, unless they are to be ignored, and the request's own.
 fn end_tokens(vocabulary: &Vocabulary, sampling: &Sampling) -> Arc<[u32]> {
-    if sampling.stop_tokens.is_empty() {
-        return vocabulary.end_tokens.clone();
+    match (sampling.ignore_end, sampling.stop_tokens.is_empty()) {
+        (true, _) => sampling.stop_tokens.as_slice().into(),
+        (false, true) => vocabulary.end_tokens.clone(),
+        (false, false) => vocabulary.end_tokens.iter().chain(&sampling.stop_tokens).copied().collect(),
     }
-    vocabulary.end_tokens.iter().chain(&sampling.stop_tokens).copied().collect()
 }
 
 fn grammar(generate: &Generate, vocabulary: &Vocabulary) -> Result<Option<Grammar>, String> {
@@ -488,6 +508,52 @@ mod tests {
         let mut completion = completion(stop, vec![]).unwrap();
         assert!(accept(&mut completion, ids("b")[0]).is_none());
         assert_eq!(reason(completion.done()), "stop");
+    }
+
+    #[test]
+    fn an_ignored_end_token_is_a_token_like_any() {
+        let mut ignoring = completion(Sampling { ignore_end: true, ..Sampling::default() }, vec![]).unwrap();
+        accept(&mut ignoring, 2);
+        assert!(ignoring.done().is_none());
+        assert_eq!(ignoring.tokens(), [2]);
+        let own = Sampling { ignore_end: true, stop_tokens: vec![7], ..Sampling::default() };
+        let mut stopped = completion(own, vec![]).unwrap();
+        accept(&mut stopped, 7);
+        assert_eq!(reason(stopped.done()), "stop", "what the request names itself still counts");
+    }
+
+    #[test]
+    fn nothing_ends_it_before_it_has_so_many_tokens() {
+        let end_is_likeliest = || {
+            let mut logits = vec![0.0; vocabulary().size];
+            (logits[2], logits[ids("a")[0] as usize]) = (9.0, 5.0);
+            logits
+        };
+        let sampling = Sampling { min_tokens: 2, stop: vec!["a".into()], ..Sampling::default() };
+        for generated in [vec![], ids("a")] {
+            let mut completion = completion(sampling.clone(), generated).unwrap();
+            while completion.tokens().len() < 2 {
+                let chosen = completion.choose(&mut end_is_likeliest()).unwrap();
+                assert_eq!(chosen.token, ids("a")[0]);
+                completion.accept(chosen).unwrap();
+            }
+            assert_eq!(completion.choose(&mut end_is_likeliest()).unwrap().token, 2);
+        }
+        let mut stopped = completion(sampling, [ids("a"), ids("a")].concat()).unwrap();
+        assert_eq!(reason(stopped.done()), "stop", "a stop string counts from then on");
+    }
+
+    #[test]
+    fn what_has_a_form_ends_where_that_says() {
+        for sampling in
+            [Sampling { min_tokens: 1, ..Sampling::default() }, Sampling { ignore_end: true, ..Sampling::default() }]
+        {
+            let refused = with(|generate| {
+                generate.sampling = Some(sampling);
+                generate.format = Some(Format::JsonObject(true));
+            });
+            assert!(refused.unwrap_err().contains("min_tokens and ignore_eos"));
+        }
     }
 
     fn with(change: impl FnOnce(&mut Generate)) -> Result<Completion, String> {

@@ -23,6 +23,7 @@ mod prompt;
 mod run;
 mod sampling;
 mod scheduler;
+mod scratch;
 mod stop;
 mod transcripts;
 

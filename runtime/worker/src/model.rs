@@ -5,6 +5,7 @@ use crate::completion::Vocabulary;
 use crate::detokenize::TokenBytes;
 use crate::grammar::Grammars;
 use crate::health::{Health, explain};
+use crate::models::Models;
 use crate::options::Options;
 use anyhow::{Context, Result, anyhow};
 use rand::Rng;
@@ -61,6 +62,11 @@ impl Source {
         self.folder.with_extension(format!("adapter-{index}"))
     }
 
+    /// Public names, its own and its adapters'.
+    fn names(&self) -> impl Iterator<Item = &str> {
+        [self.name.as_str()].into_iter().chain(self.adapters.iter().map(|(name, _)| name.as_str()))
+    }
+
     fn folders(&self) -> impl Iterator<Item = PathBuf> {
         let adapters = (0..self.adapters.len()).map(|index| self.adapter_folder(index));
         [self.folder.clone(), self.base_folder()].into_iter().chain(adapters)
@@ -77,29 +83,38 @@ pub struct Files {
     pub adapters: Vec<(String, PathBuf)>,
 }
 
-/// Fetches and loads all models, trying again for `model_patience` while one cannot be had. The error
-/// is then the last reason.
-pub async fn obtain(options: &Options, device: Device, health: &Health) -> Result<Vec<Served>> {
-    let mut served = Vec::new();
-    for (index, (name, uri)) in options.models().into_iter().enumerate() {
+/// What is loaded from the start on. `scratch`: the folder for models' files.
+pub fn sources(options: &Options, scratch: &Path) -> Vec<Source> {
+    let source = |(index, (name, uri))| {
         let folder = if index == 0 { "model".to_owned() } else { format!("model-{index}") };
         let adapters = if index == 0 { options.adapters.clone() } else { Vec::new() };
-        let source = Source { name, uri, folder: options.scratch.join(folder), adapters };
-        served.push(obtain_one(&source, options, device, health).await?);
-    }
-    Ok(served)
+        Source { name, uri, folder: scratch.join(folder), adapters }
+    };
+    options.models().into_iter().enumerate().map(source).collect()
 }
 
-async fn obtain_one(source: &Source, options: &Options, device: Device, health: &Health) -> Result<Served> {
+/// Who hears what becomes of a model that is loaded at the start: probes, and the gateways' clients.
+#[derive(Clone, Copy)]
+pub struct Audience<'a> {
+    pub health: &'a Health,
+    pub models: &'a Models,
+}
+
+/// Fetches and loads a model, trying again for `model_patience` while it cannot be had. The error
+/// is then the last reason.
+pub async fn obtain(source: &Source, options: &Options, device: Device, audience: Audience<'_>) -> Result<Served> {
     let started = Instant::now();
     let mut pause = FIRST_RETRY;
     loop {
-        let tell = |progress| health.loading(progress);
+        let tell = |progress: String| {
+            source.names().for_each(|name| audience.models.tell(name, format!("loading: {progress}")));
+            audience.health.loading(progress);
+        };
         let error = match attempt(source, options, device, &tell).await {
             Ok(served) => return Ok(served),
             Err(error) => error,
         };
-        report(source, health, &error);
+        report(source, audience, &error);
         if started.elapsed() + pause > options.model_patience {
             return Err(error);
         }
@@ -108,14 +123,15 @@ async fn obtain_one(source: &Source, options: &Options, device: Device, health: 
     }
 }
 
-fn report(source: &Source, health: &Health, error: &anyhow::Error) {
+fn report(source: &Source, audience: Audience<'_>, error: &anyhow::Error) {
     let reason = explain(error);
     tracing::warn!(uri = source.uri, reason, "the model is unavailable");
     println!(
         "{}",
         serde_json::json!({ "event": "modelUnavailable", "model": source.name, "uri": source.uri, "reason": reason })
     );
-    health.model_unavailable(&reason);
+    source.names().for_each(|name| audience.models.tell(name, format!("cannot be loaded: {reason}")));
+    audience.health.model_unavailable(&reason);
 }
 
 /// Who hears how far loading is.
@@ -164,7 +180,7 @@ impl<'a> Fetching<'a> {
         if let Some(path) = self.cached(name, uri).await? {
             return Ok(path);
         }
-        let told = |done, all| (self.tell)(format!("fetched {done} of {all} bytes of {name}"));
+        let told = |done, all| (self.tell)(format!("fetched {} of {name}", percent(done, all)));
         Ok(vicuna_checkpoint::fetch(uri, folder, told).await?)
     }
 
@@ -177,9 +193,9 @@ impl<'a> Fetching<'a> {
         let told = |progress| {
             tell(match progress {
                 Progress::Waits => format!("waits for another worker of this node that fetches {name}"),
-                Progress::Fetched(done, all) => format!("fetched {done} of {all} bytes of {name}"),
+                Progress::Fetched(done, all) => format!("fetched {} of {name}", percent(done, all)),
                 Progress::Compared(done, all) => {
-                    format!("compared {done} of {all} bytes of {name} in the node's cache")
+                    format!("compared {} of {name} in the node's cache", percent(done, all))
                 }
             });
         };
@@ -196,6 +212,11 @@ impl<'a> Fetching<'a> {
     fn discard(self) {
         self.entries.into_iter().for_each(Entry::discard);
     }
+}
+
+/// In whole hundredths: what is told changes no more often.
+fn percent(done: u64, all: u64) -> String {
+    format!("{} %", done.saturating_mul(100).checked_div(all).unwrap_or(100))
 }
 
 /// The base model of what was fetched, if that is an adapter.

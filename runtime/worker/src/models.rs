@@ -71,8 +71,8 @@ impl Models {
         }
     }
 
-    /// Names that can be loaded; `false` if one is there already.
-    pub fn offer_on_request(&self, name: &str) -> bool {
+    /// A name that can be loaded, or is going to be; `false` if it is there already.
+    pub fn announce(&self, name: &str) -> bool {
         let mut state = self.state.write();
         let new = state.offers.iter().all(|offer| offer.name != name);
         if new {

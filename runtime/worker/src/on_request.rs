@@ -9,9 +9,9 @@ use crate::models::Models;
 use crate::options::Options;
 use crate::run::{Thread, start_scheduler};
 use crate::scheduler::Handle;
-use anyhow::{Context, Result, anyhow};
-use parking_lot::Mutex;
+use anyhow::{Result, anyhow};
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::Device;
@@ -22,8 +22,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const TURN: Duration = Duration::from_secs(10);
 /// After one could not be loaded.
 const PAUSE: Duration = Duration::from_secs(15);
-/// Between two words about how far loading is.
-const TELL_EVERY: Duration = Duration::from_secs(1);
 
 pub struct Loader {
     pub options: Options,
@@ -49,9 +47,10 @@ struct Loaded {
 }
 
 impl Loader {
-    /// Offers the models that the options name.
+    /// Offers the models that the options name. `scratch`: the folder for models' files.
     pub fn new(
         options: &Options,
+        scratch: &Path,
         device: Device,
         metrics: Metrics,
         models: Arc<Models>,
@@ -59,10 +58,10 @@ impl Loader {
     ) -> Result<Self> {
         let mut sources = HashMap::new();
         for (index, (name, uri)) in options.on_request.iter().enumerate() {
-            if !models.offer_on_request(name) {
+            if !models.announce(name) {
                 return Err(anyhow!("two models have the name {name:?}: rename one of them"));
             }
-            let folder = options.scratch.join(format!("on-request-{index}"));
+            let folder = scratch.join(format!("on-request-{index}"));
             sources.insert(name.clone(), Source { name: name.clone(), uri: uri.clone(), folder, adapters: Vec::new() });
         }
         let options = options.clone();
@@ -85,18 +84,12 @@ impl Loader {
     }
 
     async fn load(&mut self, name: &str) -> Result<()> {
-        let source = self.sources.get(name).cloned().with_context(|| format!("{name:?} is not offered on request"))?;
+        // What is loaded at the start is under way already.
+        let Some(source) = self.sources.get(name).cloned() else { return Ok(()) };
         self.models.tell(name, "loading: looking at its size".to_owned());
         let bytes = self.bytes(&source.uri).await?;
         self.make_room(name, bytes).await?;
-        let told: Mutex<Option<Instant>> = Mutex::default();
-        let tell = |progress: String| {
-            let now = Instant::now();
-            if told.lock().is_none_or(|last| now.duration_since(last) >= TELL_EVERY) {
-                *told.lock() = Some(now);
-                self.models.tell(name, format!("loading: {progress}"));
-            }
-        };
+        let tell = |progress: String| self.models.tell(name, format!("loading: {progress}"));
         let served = attempt(&source, &self.options, self.device, &tell).await?;
         let slots = self.options.slots as usize;
         let (scheduler, thread) =

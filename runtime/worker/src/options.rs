@@ -59,10 +59,11 @@ pub struct Options {
     /// Name in the gateways' certificate.
     #[arg(long, env = "VICUNA_GATEWAY_SERVER_NAME", default_value = "vicuna-gateway")]
     pub gateway_server_name: String,
-    /// Certificate of the CA that signed the gateways' certificates.
-    #[arg(long, env = "VICUNA_CA", default_value = "/etc/vicuna/trust/ca.crt")]
-    pub ca: PathBuf,
-    /// Bearer token; read again for every call.
+    /// Certificate of the CA that signed the gateways' certificates; if absent the one in the token file, or what is
+    /// mounted into pods, /etc/vicuna/trust/ca.crt.
+    #[arg(long, env = "VICUNA_CA")]
+    pub ca: Option<PathBuf>,
+    /// Bearer token, for the audience vicuna-gateway; may hold the CA's certificate besides. Read again for every call.
     #[arg(long, env = "VICUNA_TOKEN_FILE", default_value = "/var/run/secrets/vicuna/token")]
     pub token_file: PathBuf,
     /// Sequences that run at the same time.
@@ -74,9 +75,9 @@ pub struct Options {
     /// The pool that the operator made it for; shown beside the node.
     #[arg(long, env = "VICUNA_POOL", default_value = "")]
     pub pool: String,
-    /// Folder for the model's files.
-    #[arg(long, env = "VICUNA_SCRATCH", default_value = "/scratch")]
-    pub scratch: PathBuf,
+    /// Folder for the models' files, of this worker alone; /scratch, or vicuna-worker in the user's cache, if absent.
+    #[arg(long, env = "VICUNA_SCRATCH")]
+    pub scratch: Option<PathBuf>,
     /// Folder in which workers of this node share what they have fetched from buckets; each keeps its own in the
     /// scratch folder if absent.
     #[arg(long = "cache", env = "VICUNA_WEIGHTS_CACHE")]
@@ -143,6 +144,11 @@ impl Options {
         let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let drawn = || format!("{}-{:06x}", named_host(&host()), rand::random_range(0..1 << 24));
         self.worker_name.clone().unwrap_or_else(drawn)
+    }
+
+    /// Public names of all that is loaded from the start on.
+    pub fn names(&self) -> Vec<String> {
+        self.models().into_iter().chain(self.adapters.iter().cloned()).map(|(name, _)| name).collect()
     }
 
     /// Name and URI of every model, adapters apart.

@@ -4,12 +4,14 @@ use crate::attach::{self, Gateways, Shared};
 use crate::health::{Health, explain};
 use crate::http;
 use crate::metrics::Metrics;
-use crate::model::{Served, obtain};
+use crate::model::{Audience, obtain, sources};
 use crate::models::Models;
 use crate::on_request::Loader;
 use crate::options::Options;
 use crate::scheduler::{Command, Handle, Scheduler};
+use crate::scratch::Scratch;
 use anyhow::{Context, Result, anyhow};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -60,11 +62,13 @@ fn serve(options: Options, health: Arc<Health>) -> Result<()> {
         let mut stop = Stop::listen()?;
         let metrics = Metrics::new()?;
         serve_http(&options, health.clone(), metrics.clone()).await?;
-        let served = tokio::select! {
-            served = obtain(&options, device, &health) => served?,
-            () = stop.wait() => return Ok(()),
-        };
-        Worker::start(&options, device, served, health, metrics)?.until(stop, options.drain_timeout).await
+        let scratch = Scratch::open(options.scratch.as_deref())?;
+        let worker = Worker::start(&options, &scratch.folder, device, health, metrics)?;
+        tokio::select! {
+            loaded = worker.load(&options, &scratch.folder) => loaded?,
+            () = stop.wait() => return worker.leave().await,
+        }
+        worker.until(stop, options.drain_timeout).await
     });
     // Loading may still hold a thread; it has nothing to finish.
     runtime.shutdown_background();
@@ -109,9 +113,12 @@ const HAND_BACK: Duration = Duration::from_secs(2);
 
 /// A worker with its models.
 struct Worker {
+    device: Device,
     models: Arc<Models>,
+    metrics: Metrics,
     _loader: AbortOnDropHandle<()>,
     /// Told when a scheduler's thread ends, by panic too.
+    ended: mpsc::Sender<()>,
     scheduler_ended: mpsc::Receiver<()>,
     attachments: tokio::task::JoinHandle<()>,
     health: Arc<Health>,
@@ -120,27 +127,19 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(
-        options: &Options,
-        device: Device,
-        served: Vec<Served>,
-        health: Arc<Health>,
-        metrics: Metrics,
-    ) -> Result<Self> {
+    /// Dials the gateways at once: they tell those who wait how far loading is.
+    fn start(options: &Options, scratch: &Path, device: Device, health: Arc<Health>, metrics: Metrics) -> Result<Self> {
         let (ended, scheduler_ended) = mpsc::channel(1);
         let (models, wanted) = Models::new();
         let models = Arc::new(models);
-        let mut lanes = u32::from(!options.on_request.is_empty());
-        for Served { engine, models: offered } in served {
-            let name = offered.first().map_or("", |first| &first.offer.name);
-            let slots = options.slots as usize;
-            let (scheduler, _) = start_scheduler(name, engine, slots, metrics.clone(), ended.clone())?;
-            let twice = |name| anyhow!("two models have the name {name:?}: rename one of them");
-            models.enter(offered, scheduler).map_err(twice)?;
-            lanes += 1;
+        for name in options.names() {
+            if !models.announce(&name) {
+                return Err(named_twice(&name));
+            }
         }
-        let loader = Loader::new(options, device, metrics.clone(), models.clone(), ended)?;
-        let loader = AbortOnDropHandle::new(tokio::spawn(loader.run(wanted)));
+        let loader = Loader::new(options, scratch, device, metrics.clone(), models.clone(), ended.clone())?;
+        let _loader = AbortOnDropHandle::new(tokio::spawn(loader.run(wanted)));
+        let lanes = options.models().len() as u32 + u32::from(!options.on_request.is_empty());
         let (draining, drain_deadline) = watch::channel(None);
         let closing = CancellationToken::new();
         let shared = Shared {
@@ -156,13 +155,32 @@ impl Worker {
             },
             models: models.clone(),
             health: health.clone(),
-            tokens: metrics.tokens,
+            tokens: metrics.tokens.clone(),
             draining: drain_deadline,
             closing: closing.clone(),
         };
-        health.serving();
         let attachments = tokio::spawn(attach::run(Arc::new(shared)));
-        Ok(Self { models, _loader: loader, scheduler_ended, attachments, health, draining, closing })
+        Ok(Self { device, models, metrics, _loader, ended, scheduler_ended, attachments, health, draining, closing })
+    }
+
+    /// Loads one model after another; each serves as soon as it is there.
+    async fn load(&self, options: &Options, scratch: &Path) -> Result<()> {
+        let audience = Audience { health: &self.health, models: &self.models };
+        for source in sources(options, scratch) {
+            let served = obtain(&source, options, self.device, audience).await?;
+            let slots = options.slots as usize;
+            let (scheduler, _) =
+                start_scheduler(&source.name, served.engine, slots, self.metrics.clone(), self.ended.clone())?;
+            self.models.enter(served.models, scheduler).map_err(|name| named_twice(&name))?;
+        }
+        self.health.serving();
+        Ok(())
+    }
+
+    /// Goes before there was anything to drain.
+    async fn leave(self) -> Result<()> {
+        self.closing.cancel();
+        self.attachments.await.context("the attachments did not end well")
     }
 
     /// Serves until `stop`, then drains.
@@ -269,6 +287,10 @@ impl Drop for Announce {
             let _ = self.ended.try_send(());
         }
     }
+}
+
+fn named_twice(name: &str) -> anyhow::Error {
+    anyhow!("two models have the name {name:?}: rename one of them")
 }
 
 fn gateways(options: &Options) -> Gateways {

@@ -1,5 +1,6 @@
 //! A client of the gateway: curl, reading server-sent events as they come.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
@@ -30,14 +31,33 @@ pub enum StreamEvent {
     Failed(String),
 }
 
+/// Sends a body and gives the whole answer, be it a refusal.
+pub fn post(gateway: SocketAddr, path: &str, body: &Value) -> Result<Value> {
+    let output = Command::new("curl")
+        .args(["--silent", "--show-error", "--max-time", "60", "--data", &body.to_string()])
+        .arg(format!("http://{gateway}{path}"))
+        .output()
+        .context("cannot start curl")?;
+    serde_json::from_slice(&output.stdout).context("the gateway did not answer in JSON")
+}
+
+/// What came in one line.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Chunk {
+    Data(Value),
+    Comment(String),
+    Done,
+}
+
 /// An answer while it comes.
 #[derive(Debug)]
 pub struct Stream {
     child: Child,
     lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
-    pending: Vec<StreamEvent>,
-    /// The event under way: it counts when the empty line behind it has come.
-    event: (Option<String>, Vec<StreamEvent>),
+    /// Of the last chunk, what is not given out yet.
+    pending: VecDeque<StreamEvent>,
+    /// The event under way, its id and what it says: it counts when the empty line behind it has come.
+    event: (Option<String>, Option<Chunk>),
     last_id: Option<String>,
     started: Instant,
 }
@@ -76,25 +96,7 @@ impl Chat {
             "stream": true,
             "stream_options": {"include_usage": true},
         });
-        let mut child = Command::new("curl")
-            .args(["--silent", "--show-error", "--no-buffer", "--max-time", "300"])
-            .args(["--header", "content-type: application/json", "--data", &body.to_string()])
-            .args(last_id.iter().flat_map(|id| ["--header".to_owned(), format!("last-event-id: {id}")]))
-            .arg(format!("http://{}/v1/chat/completions", self.gateway))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("cannot start curl")?;
-        let output = child.stdout.take().context("curl has no output")?;
-        Ok(Stream {
-            child,
-            lines: BufReader::new(output).lines(),
-            pending: Vec::new(),
-            event: (None, Vec::new()),
-            last_id: last_id.map(str::to_owned),
-            started: Instant::now(),
-        })
+        Stream::open(self.gateway, "/v1/chat/completions", &body, last_id)
     }
 
     /// Streams to the end.
@@ -115,30 +117,61 @@ impl Chat {
 }
 
 impl Stream {
-    /// The next event; nothing when the connection is over.
-    pub fn next_event(&mut self) -> Result<Option<StreamEvent>> {
-        loop {
-            if !self.pending.is_empty() {
-                return Ok(Some(self.pending.remove(0)));
-            }
-            let Some(line) = self.lines.next() else { return Ok(None) };
-            self.take(&line?)?;
-        }
+    /// Sends a body that asks for a stream, or to go on with one after the event of that id.
+    pub fn open(gateway: SocketAddr, path: &str, body: &Value, last_id: Option<&str>) -> Result<Self> {
+        let mut child = Command::new("curl")
+            .args(["--silent", "--show-error", "--no-buffer", "--max-time", "300"])
+            .args(["--header", "content-type: application/json", "--data", &body.to_string()])
+            .args(last_id.iter().flat_map(|id| ["--header".to_owned(), format!("last-event-id: {id}")]))
+            .arg(format!("http://{gateway}{path}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start curl")?;
+        let output = child.stdout.take().context("curl has no output")?;
+        Ok(Self {
+            child,
+            lines: BufReader::new(output).lines(),
+            pending: VecDeque::new(),
+            event: (None, None),
+            last_id: last_id.map(str::to_owned),
+            started: Instant::now(),
+        })
     }
 
-    fn take(&mut self, line: &str) -> Result<()> {
-        if line.is_empty() {
-            let (id, events) = std::mem::take(&mut self.event);
-            self.last_id = id.or(self.last_id.take());
-            self.pending = events;
-        } else if let Some(id) = line.strip_prefix("id: ") {
-            self.event.0 = Some(id.to_owned());
-        } else if line.starts_with("data: ") {
-            self.event.1 = events(line)?;
-        } else {
-            self.pending = events(line)?;
+    /// The next event; nothing when the connection is over.
+    pub fn next_event(&mut self) -> Result<Option<StreamEvent>> {
+        while self.pending.is_empty() {
+            match self.next_chunk()? {
+                None => return Ok(None),
+                Some(Chunk::Done) => self.pending.push_back(StreamEvent::Done),
+                Some(Chunk::Comment(comment)) => self.pending.push_back(StreamEvent::Comment(comment)),
+                Some(Chunk::Data(chunk)) => self.pending.extend(chunk_events(&chunk)),
+            }
         }
-        Ok(())
+        Ok(self.pending.pop_front())
+    }
+
+    /// The next chunk as it is; nothing when the connection is over.
+    pub fn next_chunk(&mut self) -> Result<Option<Chunk>> {
+        while let Some(line) = self.lines.next() {
+            let line = line?;
+            if line.is_empty() {
+                let (id, chunk) = std::mem::take(&mut self.event);
+                self.last_id = id.or(self.last_id.take());
+                if chunk.is_some() {
+                    return Ok(chunk);
+                }
+            } else if let Some(id) = line.strip_prefix("id: ") {
+                self.event.0 = Some(id.to_owned());
+            } else if line.starts_with("data: ") {
+                self.event.1 = chunk(&line)?;
+            } else if let Some(chunk) = chunk(&line)? {
+                return Ok(Some(chunk));
+            }
+        }
+        Ok(None)
     }
 
     /// The id of the last event that [`Stream::next_event`] has given or is about to give.
@@ -195,18 +228,18 @@ impl Drop for Stream {
     }
 }
 
-fn events(line: &str) -> Result<Vec<StreamEvent>> {
+/// What a line says, if anything. An error before a stream has begun is a body of its own.
+fn chunk(line: &str) -> Result<Option<Chunk>> {
     if let Some(comment) = line.strip_prefix(':') {
-        return Ok(vec![StreamEvent::Comment(comment.trim().to_owned())]);
+        return Ok(Some(Chunk::Comment(comment.trim().to_owned())));
     }
     let Some(data) = line.strip_prefix("data: ").or_else(|| line.starts_with('{').then_some(line)) else {
-        return Ok(Vec::new());
+        return Ok(None);
     };
     if data == "[DONE]" {
-        return Ok(vec![StreamEvent::Done]);
+        return Ok(Some(Chunk::Done));
     }
-    let chunk: Value = serde_json::from_str(data).with_context(|| format!("not an event: {data}"))?;
-    Ok(chunk_events(&chunk))
+    serde_json::from_str(data).map(|data| Some(Chunk::Data(data))).with_context(|| format!("not an event: {data}"))
 }
 
 fn chunk_events(chunk: &Value) -> Vec<StreamEvent> {
@@ -236,13 +269,13 @@ mod tests {
     #[test]
     fn a_chunk_with_the_last_text_and_the_reason_gives_both() {
         let line = r#"data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}"#;
-        let expected = vec![StreamEvent::Text("Hi".into()), StreamEvent::Finished("stop".into())];
-        assert_eq!(events(line).expect("an event"), expected);
+        let Some(Chunk::Data(chunk)) = chunk(line).unwrap() else { panic!("no chunk") };
+        assert_eq!(chunk_events(&chunk), [StreamEvent::Text("Hi".into()), StreamEvent::Finished("stop".into())]);
     }
 
     #[test]
     fn comments_and_ids_carry_no_text() {
-        assert_eq!(events(": waiting").expect("a comment"), vec![StreamEvent::Comment("waiting".into())]);
-        assert!(events("id: 7:3").expect("nothing").is_empty());
+        assert_eq!(chunk(": waiting").unwrap(), Some(Chunk::Comment("waiting".into())));
+        assert_eq!(chunk("retry: 7").unwrap(), None);
     }
 }

@@ -11,7 +11,7 @@ use super::stream;
 use crate::choice::{Choice, Job, News, Outcome, Phase, Seen};
 use crate::drive::Drivers;
 use crate::gateway::Gateway;
-use crate::keys::Client;
+use crate::keys::{Client, Reserved};
 use crate::loads::Ticket;
 use crate::memory::Held;
 use crate::routing::{Route, hash, prefix_affinity::PREFIX_BYTES};
@@ -45,6 +45,7 @@ pub struct Admitted {
     pub shape: Shape,
     pub ask: Ask,
     pub caller: Caller,
+    pub reserved: Reserved,
     pub ticket: Ticket,
     pub choices: Vec<Arc<Choice>>,
     pub seats: Vec<Seat>,
@@ -68,6 +69,8 @@ pub struct Request {
     seats: Vec<Seat>,
     /// Tokens that the client's key has been charged with for it.
     charged: u32,
+    /// Tokens that it may use; given back after what it used is charged.
+    _reserved: Reserved,
     /// To be run by whoever waits for news.
     pub drivers: Drivers,
 }
@@ -97,11 +100,14 @@ pub async fn answer(
     }
 }
 
-fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: Caller) -> Result<Request, ApiError> {
+fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, mut caller: Caller) -> Result<Request, ApiError> {
     let offer = gateway.offer_for(&caller.client, &ask.model)?;
     ask.check(offer.as_deref())?;
     check_count(&ask, gateway.limits.max_queue)?;
-    gateway.admit(&caller.client)?;
+    if !caller.held.has_choices(ask.candidates as usize) {
+        return Err(ApiError::too_many_requests());
+    }
+    let reserved = gateway.admit(&caller.client, ask.tokens())?;
     let mut ticket = gateway.loads.take(&ask.model);
     let id = resume::owned_id(endpoint, &caller);
     let shape = Shape { endpoint, id, created: now_seconds(), model: ask.model.clone(), alias: caller.alias };
@@ -109,25 +115,28 @@ fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, caller: Caller) -
     let mut choices = Vec::new();
     for (index, prompt) in ask.prompts.iter().enumerate() {
         let job = Arc::new(job(gateway, &shape, &ask, prompt, index, &caller));
-        choices.extend((0..ask.n).map(|index| Arc::new(Choice::new(job.clone(), index, news.clone()))));
+        choices.extend((0..ask.candidates).map(|index| Arc::new(Choice::new(job.clone(), index, news.clone()))));
     }
     let seats = gateway.registry.admit(choices.clone(), gateway.limits.max_queue).map_err(|_| {
         let error = ApiError::queue_full(&shape.model);
         ticket.ended(error.status.as_u16());
         error
     })?;
-    Ok(Request::new(gateway, Admitted { shape, ask, caller, ticket, choices, seats, news }))
+    if choices.iter().any(|choice| choice.is_queued()) && !gateway.registry.has_worker(&shape.model) {
+        ticket.is_cold();
+    }
+    Ok(Request::new(gateway, Admitted { shape, ask, caller, reserved, ticket, choices, seats, news }))
 }
 
 /// What would not fit into an empty queue never will.
 fn check_count(ask: &Ask, max_queue: usize) -> Result<(), ApiError> {
-    let wanted = ask.prompts.len() * ask.n as usize;
+    let wanted = ask.prompts.len() * ask.candidates as usize;
     if wanted <= max_queue {
         return Ok(());
     }
     let message = format!(
-        "The request asks for {wanted} answers, `n` of each prompt; at most {max_queue} may wait here at a time. \
-         Ask for fewer, or in several requests."
+        "The request asks for {wanted} answers, `n` or `best_of` of each prompt; at most {max_queue} may wait here at a \
+         time. Ask for fewer, or in several requests."
     );
     Err(ApiError::bad_field("n", message))
 }
@@ -145,7 +154,7 @@ fn job(gateway: &Gateway, shape: &Shape, ask: &Ask, prompt: &Prompt, index: usiz
         request: job_id(&shape.id, index),
         model: shape.model.clone(),
         sampling: Some(ask.sampling.clone()),
-        logprobs: ask.logprobs,
+        logprobs: ask.logprobs.or((ask.candidates > ask.n).then_some(0)),
         format: ask.format.clone(),
         tools_json: ask.tools.as_ref().map(|tools| tools.json.clone()).unwrap_or_default(),
         tool_use: ask.tools.as_ref().map(|tools| tools.wanted.clone()),
@@ -199,7 +208,7 @@ pub fn now_seconds() -> u64 {
 
 impl Request {
     pub fn new(gateway: &Arc<Gateway>, admitted: Admitted) -> Self {
-        let Admitted { shape, ask, caller, ticket, choices, seats, news } = admitted;
+        let Admitted { shape, ask, caller, reserved, ticket, choices, seats, news } = admitted;
         let Caller { client, held, deadline, .. } = caller;
         let mut drivers = Drivers::default();
         choices.iter().for_each(|choice| drivers.add(&gateway.registry, choice, &gateway.limits));
@@ -216,6 +225,7 @@ impl Request {
             held,
             seats,
             charged: 0,
+            _reserved: reserved,
             drivers,
         };
         // What there is of it already was charged where it came from.
@@ -354,13 +364,31 @@ async fn respond(mut request: Request) -> Result<Response, ApiError> {
 fn whole(request: &mut Request) -> Response {
     let mut seen = vec![Seen::default(); request.choices.len()];
     let answers = request.look(&mut seen);
-    let wholes = answers.iter().enumerate().map(|(index, news)| whole_choice(request, index, news)).collect();
+    let best = likeliest(&answers, request.ask.n as usize, request.ask.candidates as usize);
+    let wholes = best.into_iter().map(|index| whole_choice(request, index, &answers[index])).collect();
     let fingerprint = answers.iter().find_map(|news| news.fingerprint.clone());
     let body = request.shape.whole(wholes, request.usage(&answers), fingerprint.as_deref());
     let mut response = Json(body).into_response();
     name(&mut response, &request.shape, &answers);
     request.settle(200);
     response
+}
+
+/// Indices of the `n` answers of each prompt that are the answer; where there are more candidates, the likeliest by token.
+fn likeliest(answers: &[News], n: usize, candidates: usize) -> Vec<usize> {
+    let mut all: Vec<_> = (0..answers.len()).collect();
+    if candidates > n {
+        for prompt in all.chunks_mut(candidates) {
+            prompt.sort_by(|a, b| mean_logprob(&answers[*b]).total_cmp(&mean_logprob(&answers[*a])));
+        }
+    }
+    all.chunks(candidates).flat_map(|prompt| &prompt[..n.min(prompt.len())]).copied().collect()
+}
+
+/// Of an answer's tokens; one without any is the least likely.
+fn mean_logprob(news: &News) -> f64 {
+    let sum: f64 = news.logprobs.iter().map(|token| f64::from(token.logprob)).sum();
+    if news.logprobs.is_empty() { f64::NEG_INFINITY } else { sum / news.logprobs.len() as f64 }
 }
 
 fn whole_choice(request: &Request, index: usize, news: &News) -> Whole {
@@ -378,8 +406,8 @@ fn whole_choice(request: &Request, index: usize, news: &News) -> Whole {
             text.push_str(&news.text);
             tokens.extend(news.logprobs.iter().cloned());
         }
-        let logprobs = ask.logprobs.map(|_| logprobs::completion(&tokens, prompt, 0));
-        return Whole { text, calls: Vec::new(), logprobs, finish_reason: reason };
+        let logprobs = ask.logprobs.map(|_| logprobs::completion(&tokens, prompt, 0, ask.token_names));
+        return Whole { text, calls: Vec::new(), legacy: false, logprobs, finish_reason: reason };
     }
     let reading = read(ask, news, &news.text, true);
     let called = !reading.calls.is_empty();
@@ -387,8 +415,9 @@ fn whole_choice(request: &Request, index: usize, news: &News) -> Whole {
     Whole {
         text: reading.content,
         calls: ids.map(|(number, call)| (request.shape.call_id(index, number), call)).collect(),
-        logprobs: ask.logprobs.map(|_| logprobs::chat(&news.logprobs)),
-        finish_reason: reason.map(|reason| finish_reason(&reason, called).to_owned()),
+        legacy: ask.is_legacy(),
+        logprobs: ask.logprobs.map(|_| logprobs::chat(&news.logprobs, ask.token_names)),
+        finish_reason: reason.map(|reason| finish_reason(&reason, called, ask).to_owned()),
     }
 }
 
@@ -404,8 +433,12 @@ pub fn read(ask: &Ask, news: &News, said: &str, ended: bool) -> Reading {
     reading
 }
 
-pub fn finish_reason(reason: &str, called: bool) -> &str {
-    if called && reason == "stop" { "tool_calls" } else { reason }
+pub fn finish_reason<'a>(reason: &'a str, called: bool, ask: &Ask) -> &'a str {
+    match called && reason == "stop" {
+        true if ask.is_legacy() => "function_call",
+        true => "tool_calls",
+        false => reason,
+    }
 }
 
 /// The prompt as part of an answer: its text, and its tokens' log probabilities where they are there.

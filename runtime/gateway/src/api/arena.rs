@@ -14,6 +14,7 @@ use crate::arena::{Battle, Side};
 use crate::config::Limits;
 use crate::gateway::Gateway;
 use crate::keys::Client;
+use crate::serve::Peer;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
@@ -22,6 +23,7 @@ use axum::{Json, Router};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 /// What a client may set of a request in the arena: nothing whose answer would tell the two apart.
@@ -44,6 +46,7 @@ async fn begin(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Resul
     let ready = models.filter(|model| !model.workers.is_empty() && client.may_use(&model.name));
     let ready: Vec<_> = ready.map(|model| model.name).collect();
     let battle = Battle::draw(&ready, client.name(), now_seconds()).ok_or_else(|| ApiError::no_pair(ready.len()))?;
+    gateway.metrics.arena_battles.inc();
     let ticket = gateway.arena.seal.seal(&battle);
     let ticket = ticket.ok_or_else(|| ApiError::votes_not_stored("this gateway cannot read its key"))?;
     Ok(Json(json!({ "battle": ticket, "stored_in": gateway.arena.votes.stored_in() })))
@@ -88,18 +91,33 @@ async fn vote(
     Path(ticket): Path<String>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0.to_string());
     let (Caller { client, held: _held, .. }, body) = receive(&gateway, request).await?;
     let battle = battle(&gateway, &client, &ticket)?;
     let vote = read_vote(&Fields::parse(&body)?, battle)?;
+    let voter = if client.name().is_empty() { peer.unwrap_or_default() } else { format!("key {}", client.name()) };
+    let told = |outcome: &str| gateway.metrics.arena_votes.with_label_values(&[outcome]).inc();
+    gateway.arena.voters.take(&voter, Instant::now()).map_err(|wait| {
+        told("too_many");
+        ApiError::too_many_votes(gateway.arena.voters.per_minute(), wait)
+    })?;
+    let winner = vote.winner.name();
     let names = json!({
         "model_a": vote.model_a, "model_b": vote.model_b, "stored_in": gateway.arena.votes.stored_in(),
     });
     let store = gateway.clone();
     let stored = tokio::task::spawn_blocking(move || store.arena.votes.add(&vote)).await;
     match stored {
-        Ok(Ok(())) => Ok(Json(names)),
-        Ok(Err(VoteError::Twice)) => Err(ApiError::voted_already()),
+        Ok(Ok(())) => {
+            told(winner);
+            Ok(Json(names))
+        }
+        Ok(Err(VoteError::Twice)) => {
+            told("twice");
+            Err(ApiError::voted_already())
+        }
         Ok(Err(error)) => {
+            told("not_stored");
             tracing::error!(%error, "a vote is not stored");
             Err(ApiError::votes_not_stored("the gateway's log says why"))
         }
@@ -108,13 +126,8 @@ async fn vote(
 }
 
 fn read_vote(fields: &Fields, battle: Battle) -> Result<Vote, ApiError> {
-    let winner = match fields.string("winner")? {
-        "a" => Winner::A,
-        "b" => Winner::B,
-        "tie" => Winner::Tie,
-        "both-bad" => Winner::BothBad,
-        _ => return Err(wrong("winner", "a, b, tie or both-bad")),
-    };
+    let winner = Winner::named(fields.string("winner")?);
+    let winner = winner.ok_or_else(|| wrong("winner", "a, b, tie or both-bad"))?;
     Ok(Vote {
         winner,
         turn: fields.integer("turns", 1, 1..=MAX_TURNS)?,

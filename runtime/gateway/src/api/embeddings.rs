@@ -1,25 +1,27 @@
 //! /v1/embeddings.
 
-use super::answer::Caller;
+use super::answer::{Caller, job_id};
 use super::error::ApiError;
 use super::request::embeddings::EmbeddingsAsk;
 use crate::gateway::Gateway;
+use crate::workers::Registry;
 use crate::workers::inquiry::{Answer, Task};
 use axum::Json;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use futures::stream::{self, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio::time::Instant;
 use vicuna_protocol::inference::gateway_message::Body;
-use vicuna_protocol::inference::{Embed, Embeddings, ModelOffer};
+use vicuna_protocol::inference::{Embed, EmbedInput, Embeddings, ModelOffer};
 
 pub async fn embeddings(gateway: &Gateway, ask: EmbeddingsAsk, caller: &Caller) -> Result<Json<Value>, ApiError> {
     let model = gateway.model_for(&caller.client, &ask.model)?;
     if let Some(offer) = &model.offer {
         ask.check(offer)?;
     }
-    gateway.admit(&caller.client)?;
+    let _reserved = gateway.admit(&caller.client, ask.tokens())?;
     let mut ticket = gateway.loads.take(&model.name);
     let base64 = ask.base64;
     let answer = embed(gateway, ask, &model.name, caller).await;
@@ -29,38 +31,60 @@ pub async fn embeddings(gateway: &Gateway, ask: EmbeddingsAsk, caller: &Caller) 
     Ok(Json(shape(&model.name, &answer, base64)))
 }
 
+/// Inputs that a worker computes at once: the vectors of all that a request may have would be too long for one message.
+const INPUTS_AT_ONCE: usize = 256;
+/// Parts of one request that are computed at the same time, by several workers where there are some.
+const PARTS_AT_ONCE: usize = 4;
+
 /// Of a model that has had no worker yet, what it can do is known once one has come.
 async fn embed(gateway: &Gateway, ask: EmbeddingsAsk, model: &str, caller: &Caller) -> Result<Embeddings, ApiError> {
     let request = format!("embd-{}", uuid::Uuid::now_v7().simple());
-    let count = ask.inputs.len();
-    let body = Body::Embed(Embed { request: request.clone(), model: model.to_owned(), inputs: ask.inputs.clone() });
-    let task = Task {
-        model: model.to_owned(),
-        key: caller.client.name().to_owned(),
-        priority: caller.client.priority(),
-        request,
-        body,
-        check: Arc::new(move |offer: &ModelOffer| ask.check(offer)),
-    };
     let deadline = caller.deadline.at_most(Instant::now() + gateway.limits.queue_timeout);
-    let answer = gateway.registry.compute(&task, gateway.limits.max_queue, deadline).await;
-    let answer = answer.map_err(|error| match caller.deadline.has_passed(Instant::now()) {
+    let ask = Arc::new(ask);
+    let task = |(number, inputs): (usize, &[EmbedInput])| {
+        let (request, ask) = (job_id(&request, number), ask.clone());
+        let embed = Embed { request: request.clone(), model: model.to_owned(), inputs: inputs.to_vec() };
+        Task {
+            model: model.to_owned(),
+            key: caller.client.name().to_owned(),
+            priority: caller.client.priority(),
+            request,
+            body: Body::Embed(embed),
+            check: Arc::new(move |offer: &ModelOffer| ask.check(offer)),
+        }
+    };
+    let tasks: Vec<_> = ask.inputs.chunks(INPUTS_AT_ONCE).enumerate().map(task).collect();
+    let parts = stream::iter(tasks).map(|task| part(&gateway.registry, task, gateway.limits.max_queue, deadline));
+    let parts: Result<Vec<_>, ApiError> = parts.buffered(PARTS_AT_ONCE).try_collect().await;
+    let parts = parts.map_err(|error| match caller.deadline.has_passed(Instant::now()) {
         true => caller.deadline.error(model, false, 0),
         false => error,
     })?;
-    vectors(answer, count)
+    vectors(parts, ask.inputs.len())
 }
 
-/// The answer, if it is one to what was asked.
-fn vectors(answer: Answer, count: usize) -> Result<Embeddings, ApiError> {
-    let even = |answer: &Embeddings| {
-        let mut lengths = answer.vectors.iter().map(|vector| vector.values.len());
-        let first = lengths.next();
-        first.is_some_and(|first| first > 0 && lengths.all(|length| length == first))
-    };
-    match answer {
-        Answer::Embeddings(answer) if answer.vectors.len() == count && even(&answer) => Ok(answer),
-        _ => Err(ApiError::worker_failed("the worker sent other vectors than it was asked for")),
+async fn part(
+    registry: &Arc<Registry>,
+    task: Task,
+    max_queue: usize,
+    deadline: Instant,
+) -> Result<Embeddings, ApiError> {
+    match registry.compute(&task, max_queue, deadline).await? {
+        Answer::Embeddings(answer) => Ok(answer),
+        _ => Err(ApiError::worker_failed("the worker sent something else than vectors")),
+    }
+}
+
+/// The parts put together, if they are an answer to what was asked.
+fn vectors(parts: Vec<Embeddings>, count: usize) -> Result<Embeddings, ApiError> {
+    let prompt_tokens = parts.iter().map(|part| part.prompt_tokens).sum();
+    let vectors: Vec<_> = parts.into_iter().flat_map(|part| part.vectors).collect();
+    let mut lengths = vectors.iter().map(|vector| vector.values.len());
+    let first = lengths.next();
+    let even = first.is_some_and(|first| first > 0 && lengths.all(|length| length == first));
+    match even && vectors.len() == count {
+        true => Ok(Embeddings { vectors, prompt_tokens, ..Embeddings::default() }),
+        false => Err(ApiError::worker_failed("the worker sent other vectors than it was asked for")),
     }
 }
 

@@ -191,6 +191,13 @@ impl ApiError {
         Self::new(StatusCode::CONFLICT, "voted_already", "This pair has its vote; begin with another one.")
     }
 
+    /// `wait`: until one more is taken.
+    pub fn too_many_votes(per_minute: u32, wait: Duration) -> Self {
+        let message = format!("At most {per_minute} votes a minute are taken of one voter; try again a little later.");
+        let seconds = wait.as_secs_f64().ceil().clamp(1.0, 86_400.0) as u32;
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_votes", message).retry(seconds)
+    }
+
     pub fn votes_not_stored(reason: &str) -> Self {
         let message = format!("The vote is not stored: {reason}.");
         Self::new(StatusCode::INSUFFICIENT_STORAGE, "votes_not_stored", message)

@@ -9,7 +9,7 @@ pub mod error;
 mod fields;
 mod limits;
 pub mod live;
-mod logprobs;
+pub mod logprobs;
 mod page;
 mod position;
 pub mod request;

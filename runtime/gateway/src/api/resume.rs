@@ -57,7 +57,8 @@ pub async fn resume(
     if !owns(&caller.client, &position.request) || !fits {
         return Err(unknown());
     }
-    gateway.admit(&caller.client)?;
+    // What is left of it is not known yet.
+    let reserved = gateway.admit(&caller.client, 0)?;
     if let Some(mut request) = gateway.takeovers.take(&position.request).await {
         if request.shape.model != model || request.choices.len() != wanted {
             return Err(unknown());
@@ -83,7 +84,7 @@ pub async fn resume(
     let restored = |(job, index, transcript)| Arc::new(Choice::restored(job, index, news.clone(), transcript));
     let choices: Vec<_> = stream.into_iter().map(restored).collect();
     let seats = gateway.registry.restore(choices.clone());
-    Ok(Request::new(gateway, Admitted { shape, ask, caller, ticket, choices, seats, news }))
+    Ok(Request::new(gateway, Admitted { shape, ask, caller, reserved, ticket, choices, seats, news }))
 }
 
 /// What workers remember of a request, choice by choice; empty if that is not enough to go on.

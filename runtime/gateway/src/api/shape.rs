@@ -100,6 +100,8 @@ impl Usage {
 pub struct Whole {
     pub text: String,
     pub calls: Vec<(String, Call)>,
+    /// The calls are told as the one `function_call` of OpenAI's old way.
+    pub legacy: bool,
     pub logprobs: Option<Value>,
     pub finish_reason: Option<String>,
 }
@@ -110,6 +112,8 @@ pub struct Part<'a> {
     pub opens: bool,
     pub text: Option<&'a str>,
     pub calls: Vec<Value>,
+    /// As in [`Whole`].
+    pub legacy: bool,
     pub logprobs: Option<Value>,
     pub finish_reason: Option<&'a str>,
 }
@@ -143,6 +147,8 @@ struct Delta<'a> {
     content: Option<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function_call: Option<Value>,
 }
 
 impl Shape {
@@ -179,8 +185,12 @@ impl Shape {
             return json!({ "index": index, "text": whole.text, "logprobs": logprobs, "finish_reason": reason });
         }
         let mut message = json!({ "role": "assistant", "content": whole.text, "refusal": null });
-        if !whole.calls.is_empty() {
-            message["tool_calls"] = whole.calls.iter().map(|(id, call)| call_json(id, call)).collect();
+        let mut calls: Vec<_> = whole.calls.iter().map(|(id, call)| call_json(id, call)).collect();
+        if !calls.is_empty() {
+            match whole.legacy {
+                true => message["function_call"] = calls.swap_remove(0)["function"].take(),
+                false => message["tool_calls"] = calls.into(),
+            }
             if whole.text.is_empty() {
                 message["content"] = Value::Null;
             }
@@ -194,7 +204,10 @@ impl Shape {
             Endpoint::Chat => {
                 let role = part.opens.then_some("assistant");
                 let content = part.text.or(part.opens.then_some(""));
-                (Some(Delta { role, content, tool_calls: part.calls }), None)
+                let mut tool_calls = part.calls;
+                let old = tool_calls.pop_if(|_| part.legacy);
+                let function_call = old.map(|mut call| call["function"].take());
+                (Some(Delta { role, content, tool_calls, function_call }), None)
             }
             Endpoint::Completion => (None, Some(part.text.unwrap_or_default())),
         };

@@ -229,12 +229,13 @@ impl Writer {
         let (has_tools, only_prompt) = (ask.tools.is_some(), ask.only_prompt);
         let called = self.told[index].calls > 0;
         let end = reason.filter(|_| !self.told[index].at.closed);
-        let mut end = end.map(|reason| if only_prompt { "length" } else { finish_reason(reason, called) });
+        let mut end = end.map(|reason| if only_prompt { "length" } else { finish_reason(reason, called, ask) });
         if let Some(part) = part {
             // The end settles what is a call: it is told in the same event, so that no position lies between.
             let finish_reason = if has_tools { end.take() } else { None };
             self.told[index].at.closed |= finish_reason.is_some();
-            self.push(index, news, Part { finish_reason, ..part.as_part() }, events);
+            let legacy = self.request.ask.is_legacy();
+            self.push(index, news, Part { finish_reason, legacy, ..part.as_part() }, events);
         }
         if let Some(reason) = end {
             self.told[index].at.closed = true;
@@ -260,7 +261,8 @@ impl Writer {
         } else if echo {
             let (text, tokens) = echoed(&self.request.choices[index]);
             let wanted = self.request.ask.logprobs;
-            let logprobs = wanted.map(|_| logprobs::completion(&tokens, tokens.len(), 0));
+            let names = self.request.ask.token_names;
+            let logprobs = wanted.map(|_| logprobs::completion(&tokens, tokens.len(), 0, names));
             self.told[index].letters = text.chars().count();
             self.push(index, news, Part { text: Some(&text), logprobs, ..Part::default() }, events);
         }
@@ -277,8 +279,8 @@ impl Writer {
         told.at.seen = self.seen[index];
         let logprobs =
             (ask.logprobs.is_some() && !news.logprobs.is_empty()).then(|| match self.request.shape.endpoint {
-                Endpoint::Chat => logprobs::chat(&news.logprobs),
-                Endpoint::Completion => logprobs::completion(&news.logprobs, 0, told.letters),
+                Endpoint::Chat => logprobs::chat(&news.logprobs, ask.token_names),
+                Endpoint::Completion => logprobs::completion(&news.logprobs, 0, told.letters, ask.token_names),
             });
         told.letters += news.text.chars().count();
         if ask.tools.is_none() {

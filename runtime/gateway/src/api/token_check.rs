@@ -22,7 +22,7 @@ struct Item {
 
 pub async fn token_check(gateway: &Gateway, body: &[u8], caller: &Caller) -> Result<Json<Value>, ApiError> {
     let items = items(&Fields::parse(body)?, &gateway.limits)?;
-    gateway.admit(&caller.client)?;
+    let _reserved = gateway.admit(&caller.client, 0)?;
     let mut checked = Vec::with_capacity(items.len());
     for item in items {
         checked.push(check(gateway, item, caller).await?);

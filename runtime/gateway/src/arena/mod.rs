@@ -1,15 +1,17 @@
 //! Two models that answer without their names, and what people think of them.
 //!
 //! A gateway remembers nothing of a pair: the client carries it, sealed ([`ticket`]), so that any replica can go
-//! on with it. What is kept are votes ([`votes`]).
+//! on with it. What is kept are votes ([`votes`]), of each voter so many a minute ([`voters`]).
 
 pub mod ticket;
+pub mod voters;
 pub mod votes;
 
 use crate::api::error::ApiError;
 use rand::seq::IndexedRandom;
 use serde::{Deserialize, Serialize};
 use ticket::Seal;
+use voters::Voters;
 use votes::Votes;
 
 /// A pair is good for so long.
@@ -18,6 +20,7 @@ const MAX_AGE_SECONDS: u64 = 24 * 3600;
 pub struct Arena {
     pub seal: Seal,
     pub votes: Votes,
+    pub voters: Voters,
 }
 
 /// Which of the two.

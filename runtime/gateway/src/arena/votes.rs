@@ -52,6 +52,22 @@ pub enum Winner {
     BothBad,
 }
 
+impl Winner {
+    /// As a request and a metric have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+            Self::Tie => "tie",
+            Self::BothBad => "both-bad",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::A, Self::B, Self::Tie, Self::BothBad].into_iter().find(|winner| winner.name() == name)
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum VoteError {
     #[error("the pair has its vote")]

@@ -2,7 +2,8 @@
 //!
 //! They come in a mounted Secret, which holds only their digests, and are read again when it changes.
 //! A key itself is never kept, logged or compared: its digest is looked up, so that the time which a
-//! refusal takes says nothing about the keys that there are. Quotas hold at each gateway for itself.
+//! refusal takes says nothing about the keys that there are. Quotas hold at each gateway for itself: a client
+//! with one connection is with one gateway, and would have a part of its quota only if it were divided among them.
 
 pub mod quota;
 
@@ -95,13 +96,29 @@ impl Key {
         })
     }
 
-    /// Takes one request from the quotas; tokens are charged when they are known.
-    fn admit(&self) -> Result<(), ApiError> {
+    /// Takes one request from the quotas and sets tokens aside for it, as many as it may use; they are charged when they
+    /// are known.
+    fn admit(self: &Arc<Self>, tokens: u32) -> Result<Reserved, ApiError> {
         let now = Instant::now();
-        let requests = |wait| ApiError::over_quota("requests", self.entry.requests_per_minute, wait);
-        let tokens = |wait| ApiError::over_quota("tokens", self.entry.tokens_per_minute, wait);
-        self.tokens.look(now).map_err(tokens)?;
-        self.requests.take(now).map_err(requests)
+        let over_requests = |wait| ApiError::over_quota("requests", self.entry.requests_per_minute, wait);
+        let over_tokens = |wait| ApiError::over_quota("tokens", self.entry.tokens_per_minute, wait);
+        let tokens = self.tokens.reserve(tokens, now).map_err(over_tokens)?;
+        let reserved = Reserved(Some((self.clone(), tokens)));
+        self.requests.take(now).map_err(over_requests)?;
+        Ok(reserved)
+    }
+}
+
+/// Tokens that are set aside for a request, given back when this is dropped: by then it is charged for what it used.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Reserved(Option<(Arc<Key>, u32)>);
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if let Some((key, tokens)) = self.0.take() {
+            key.tokens.give_back(tokens, Instant::now());
+        }
     }
 }
 
@@ -123,9 +140,9 @@ impl Client {
         self.0.as_ref().is_none_or(|key| key.may_use(model))
     }
 
-    /// Takes one request from the key's quotas.
-    pub fn admit(&self) -> Result<(), ApiError> {
-        self.0.as_ref().map_or(Ok(()), |key| key.admit())
+    /// Takes one request, which may use so many tokens, from the key's quotas.
+    pub fn admit(&self, tokens: u32) -> Result<Reserved, ApiError> {
+        self.0.as_ref().map_or_else(|| Ok(Reserved::default()), |key| key.admit(tokens))
     }
 
     /// How the key's quotas of requests and of tokens stand.
@@ -264,12 +281,12 @@ mod tests {
         limited["requestsPerMinute"] = json!(1);
         let (folder, keys) = keys(&[limited.clone(), entry("two", "sk-2")]);
         let keys = keys.unwrap();
-        keys.client(Some("Bearer sk-1")).unwrap().admit().unwrap();
+        keys.client(Some("Bearer sk-1")).unwrap().admit(0).map(drop).unwrap();
         let path = folder.path().join("keys.json");
         std::fs::write(&path, json!({ "keys": [limited] }).to_string()).unwrap();
         assert_eq!(keys.reload().unwrap(), Some(1));
         assert!(keys.client(Some("Bearer sk-2")).is_err());
-        let error = keys.client(Some("bearer sk-1")).unwrap().admit().unwrap_err();
+        let error = keys.client(Some("bearer sk-1")).unwrap().admit(0).unwrap_err();
         assert_eq!(error.status, 429);
         assert!(error.retry_after.unwrap() <= 60);
         std::fs::write(&path, "{").unwrap();
@@ -292,6 +309,6 @@ mod tests {
     fn without_a_file_everybody_may_ask() {
         let keys = Keys::load(None).unwrap();
         let client = keys.client(None).unwrap();
-        assert!(client.may_use("any/model") && client.admit().is_ok());
+        assert!(client.may_use("any/model") && client.admit(0).is_ok());
     }
 }

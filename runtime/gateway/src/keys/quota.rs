@@ -39,9 +39,19 @@ impl Quota {
         self.at_least(1.0, 1.0, now)
     }
 
-    /// Whether anything is left; otherwise after what time there will be.
-    pub fn look(&self, now: Instant) -> Result<(), Duration> {
-        self.at_least(1.0, 0.0, now)
+    /// Sets aside what may be used, at most a minute's worth, and tells how much that is; or says after what time
+    /// there will be enough. Of nothing there must be something, too.
+    pub fn reserve(&self, wanted: u32, now: Instant) -> Result<u32, Duration> {
+        let amount = self.per_minute.map_or(0.0, |per_minute| f64::from(wanted).min(per_minute));
+        self.at_least(amount.max(1.0), amount, now).map(|()| amount as u32)
+    }
+
+    /// What was set aside is not any more.
+    pub fn give_back(&self, reserved: u32, now: Instant) {
+        if let Some(per_minute) = self.per_minute {
+            let mut bucket = self.filled(per_minute, now);
+            bucket.left = (bucket.left + f64::from(reserved)).min(per_minute);
+        }
     }
 
     /// Takes what has been used, which may be more than is left.
@@ -104,9 +114,27 @@ mod tests {
         let start = Instant::now();
         let quota = Quota::new(Some(60), start);
         quota.charge(89, start);
-        assert_eq!(quota.look(start), Err(Duration::from_secs(30)));
-        assert_eq!(quota.look(start + Duration::from_secs(30)), Ok(()));
-        assert_eq!(quota.look(start + Duration::from_secs(30)), Ok(()), "looking takes nothing");
+        assert_eq!(quota.reserve(0, start), Err(Duration::from_secs(30)));
+        assert_eq!(quota.reserve(0, start + Duration::from_secs(30)), Ok(0));
+        assert_eq!(quota.reserve(0, start + Duration::from_secs(30)), Ok(0), "nothing was set aside");
+    }
+
+    #[test]
+    fn what_is_set_aside_is_nobody_else_s_until_it_is_given_back() {
+        let start = Instant::now();
+        let quota = Quota::new(Some(60), start);
+        assert_eq!(quota.reserve(50, start), Ok(50));
+        assert_eq!(quota.reserve(20, start), Err(Duration::from_secs(10)));
+        quota.charge(5, start);
+        quota.give_back(50, start);
+        assert_eq!(quota.left(start).unwrap().remaining, 55);
+        assert_eq!(
+            quota.reserve(1000, start),
+            Err(Duration::from_secs(5)),
+            "more than a minute's worth waits for all of it"
+        );
+        assert_eq!(quota.reserve(1000, start + Duration::from_secs(5)), Ok(60));
+        assert_eq!(Quota::new(None, start).reserve(1000, start), Ok(0));
     }
 
     #[test]

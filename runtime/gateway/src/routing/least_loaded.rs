@@ -6,6 +6,10 @@ use super::{Candidate, Policy, Route};
 pub struct LeastLoaded;
 
 impl Policy for LeastLoaded {
+    fn name(&self) -> &'static str {
+        "least-loaded"
+    }
+
     fn pick(&self, _: &Route, candidates: &[Candidate]) -> Option<u64> {
         let room = candidates.iter().filter(|candidate| candidate.has_room());
         room.min_by(|a, b| by_load(a, b)).map(|candidate| candidate.worker)

@@ -55,6 +55,13 @@ pub struct Route {
 pub trait Policy: Send + Sync {
     /// The worker to use, or none: then the request waits in the gateway's queue.
     fn pick(&self, route: &Route, candidates: &[Candidate]) -> Option<u64>;
+
+    /// The worker that the request would go to if nobody were busy; none where the policy goes by load alone.
+    fn favourite(&self, _route: &Route, _candidates: &[Candidate]) -> Option<u64> {
+        None
+    }
+
+    fn name(&self) -> &'static str;
 }
 
 /// The policies by their names.
@@ -155,6 +162,20 @@ pub(crate) mod tests {
                 prop_assert_eq!(policy.pick(&route, &candidates), policy.pick(&route, &turned));
             }
         }
+    }
+
+    #[test]
+    fn of_idle_workers_the_favourite_is_picked_where_there_is_one() {
+        let idle: Vec<_> = (0..4).map(|worker| candidate(worker, 0, 8)).collect();
+        let route = Route { prefix: 42, session: Some(7), draw: 1 };
+        for name in PolicyName::value_variants() {
+            let policy = name.policy();
+            let favourite = policy.favourite(&route, &idle);
+            assert_eq!(favourite.is_some(), matches!(name, PolicyName::PrefixAffinity | PolicyName::Session));
+            assert!(favourite.is_none() || favourite == policy.pick(&route, &idle), "{name:?}");
+            assert_eq!(name.to_possible_value().unwrap().get_name(), policy.name());
+        }
+        assert_eq!(PolicyName::Session.policy().favourite(&Route { session: None, ..route }, &idle), None);
     }
 
     #[test]

@@ -8,6 +8,10 @@ use super::{Candidate, Policy, Route};
 pub struct PowerOfTwo;
 
 impl Policy for PowerOfTwo {
+    fn name(&self) -> &'static str {
+        "power-of-two"
+    }
+
     fn pick(&self, route: &Route, candidates: &[Candidate]) -> Option<u64> {
         let room: Vec<_> = candidates.iter().filter(|candidate| candidate.has_room()).collect();
         let count = room.len() as u64;

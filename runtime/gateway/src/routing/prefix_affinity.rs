@@ -12,6 +12,14 @@ impl Policy for PrefixAffinity {
     fn pick(&self, route: &Route, candidates: &[Candidate]) -> Option<u64> {
         rendezvous::pick(route.prefix, candidates)
     }
+
+    fn favourite(&self, route: &Route, candidates: &[Candidate]) -> Option<u64> {
+        rendezvous::first(route.prefix, candidates)
+    }
+
+    fn name(&self) -> &'static str {
+        "prefix-affinity"
+    }
 }
 
 #[cfg(test)]

@@ -13,10 +13,20 @@ const FREE: f64 = 0.5;
 pub fn pick(key: u64, candidates: &[Candidate]) -> Option<u64> {
     let bound = bound(candidates).max(FREE);
     let mut room: Vec<_> = candidates.iter().filter(|candidate| candidate.has_room()).collect();
-    room.sort_unstable_by_key(|candidate| (std::cmp::Reverse(mix(key ^ candidate.name_hash)), candidate.worker));
+    room.sort_unstable_by_key(|candidate| rank(key, candidate));
     let first = room.iter().find(|candidate| share(candidate) <= bound || candidate.used == 0);
     let picked = first.or_else(|| room.iter().min_by(|a, b| by_load(a, b)));
     picked.map(|candidate| candidate.worker)
+}
+
+/// Lower ones come first in the key's order.
+fn rank(key: u64, candidate: &Candidate) -> (std::cmp::Reverse<u64>, u64) {
+    (std::cmp::Reverse(mix(key ^ candidate.name_hash)), candidate.worker)
+}
+
+/// The first in the key's order, however busy.
+pub fn first(key: u64, candidates: &[Candidate]) -> Option<u64> {
+    candidates.iter().min_by_key(|candidate| rank(key, candidate)).map(|candidate| candidate.worker)
 }
 
 /// What a worker's share of its slots may be once it has the request.

@@ -13,6 +13,14 @@ impl Policy for Session {
             None => LeastLoaded.pick(route, candidates),
         }
     }
+
+    fn favourite(&self, route: &Route, candidates: &[Candidate]) -> Option<u64> {
+        rendezvous::first(route.session?, candidates)
+    }
+
+    fn name(&self) -> &'static str {
+        "session"
+    }
 }
 
 #[cfg(test)]

@@ -5,12 +5,15 @@ mod stall;
 pub mod watched;
 
 use axum::Router;
+use hyper::body::Incoming;
+use hyper::service::Service;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use stall::Stalling;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -87,10 +90,33 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> Option<(TcpS
     }
 }
 
+/// Who sent a request, as far as the network says: of those behind a proxy it is the proxy.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub IpAddr);
+
+/// Tells each request of a connection who sent it.
+#[derive(Clone)]
+struct Addressed {
+    router: TowerToHyperService<Router>,
+    peer: Peer,
+}
+
+impl Service<hyper::Request<Incoming>> for Addressed {
+    type Response = <TowerToHyperService<Router> as Service<hyper::Request<Incoming>>>::Response;
+    type Error = <TowerToHyperService<Router> as Service<hyper::Request<Incoming>>>::Error;
+    type Future = <TowerToHyperService<Router> as Service<hyper::Request<Incoming>>>::Future;
+
+    fn call(&self, mut request: hyper::Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(self.peer);
+        self.router.call(request)
+    }
+}
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 async fn connection(stream: TcpStream, router: Router, terms: &Terms, watcher: Watcher) -> Result<(), BoxError> {
     stream.set_nodelay(true)?;
+    let router = Addressed { router: TowerToHyperService::new(router), peer: Peer(stream.peer_addr()?.ip()) };
     match &terms.tls {
         None => {
             let http2 = timeout(terms.header_timeout, begins_http2(&stream)).await??;
@@ -121,13 +147,13 @@ async fn begins_http2(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
-async fn exchange<S>(stream: S, http2: bool, router: Router, terms: &Terms, watcher: Watcher) -> Result<(), BoxError>
+async fn exchange<S>(stream: S, http2: bool, router: Addressed, terms: &Terms, watcher: Watcher) -> Result<(), BoxError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let stream = TokioIo::new(Stalling::new(stream, terms.write_timeout));
     let builder = builder(http2, terms);
-    let exchange = builder.serve_connection(stream, TowerToHyperService::new(router));
+    let exchange = builder.serve_connection(stream, router);
     watcher.watch(exchange.into_owned()).await
 }
 

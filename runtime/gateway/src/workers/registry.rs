@@ -322,6 +322,11 @@ impl Registry {
         }
     }
 
+    /// Whether some worker has the model, busy or not.
+    pub fn has_worker(&self, name: &str) -> bool {
+        self.state.lock().connections.values().any(|connection| connection.offer(name).is_some())
+    }
+
     /// What a model's newest worker offers, if it has had one; none of a model that is not known.
     pub fn offer(&self, name: &str) -> Option<Option<Arc<ModelOffer>>> {
         self.state.lock().models.get(name).map(|memory| memory.offer.clone())
@@ -381,7 +386,9 @@ impl Registry {
             Waiting::Answer(choice) => self.serve_choice(state, choice),
             Waiting::Question(question) => serve_question(state, question),
         });
-        self.metrics.queued.with_label_values(&[model]).set(queue.len() as i64);
+        for gauge in [&self.metrics.queued, &self.metrics.waiting] {
+            gauge.with_label_values(&[model]).set(queue.len() as i64);
+        }
         if !queue.is_empty() {
             state.queues.insert(model.to_owned(), queue);
             ask_to_load(state, model);
@@ -406,7 +413,14 @@ impl Registry {
         if candidates.len() > 1 {
             candidates.retain(|candidate| Some(candidate.worker) != avoid);
         }
-        let picked = self.policy.pick(&choice.job.route, &candidates)?;
+        let route = &choice.job.route;
+        let picked = self.policy.pick(route, &candidates)?;
+        let worker = match self.policy.favourite(route, &candidates) {
+            Some(favourite) if favourite == picked => "favourite",
+            Some(_) => "other",
+            None => "any",
+        };
+        self.metrics.routed.with_label_values(&[self.policy.name(), worker]).inc();
         state.connections.get(&picked).cloned()
     }
 

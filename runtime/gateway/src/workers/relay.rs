@@ -60,7 +60,8 @@ struct Shared {
     peers: Peers,
     worker: Arc<Connection>,
     hello: WorkerHello,
-    token: AsciiMetadataValue,
+    /// The worker's, as it was renewed last.
+    token: Mutex<AsciiMetadataValue>,
     state: Mutex<State>,
 }
 
@@ -88,9 +89,14 @@ struct Route {
 impl Relay {
     pub fn start(peers: Peers, worker: Arc<Connection>, hello: WorkerHello, token: AsciiMetadataValue) -> Self {
         let state = Mutex::new(State { offers: hello.models.clone(), ..State::default() });
-        let shared = Arc::new(Shared { peers, worker, hello, token, state });
+        let shared = Arc::new(Shared { peers, worker, hello, token: Mutex::new(token), state });
         let follows = AbortOnDropHandle::new(tokio::spawn(follow(shared.clone())));
         Self { shared, _follows: follows }
+    }
+
+    /// The next calls to the others carry this token.
+    pub fn renew(&self, token: AsciiMetadataValue) {
+        *self.shared.token.lock() = token;
     }
 
     /// Hands a worker's message to the gateway that it is for; tells whether it was for another one. What is for all
@@ -138,7 +144,12 @@ fn about(body: &Body) -> Option<(&str, u32, bool)> {
         Body::Embeddings(answer) => Some((&answer.request, 0, true)),
         Body::TokenCount(answer) => Some((&answer.request, 0, true)),
         Body::Transcript(answer) => Some((&answer.request, 0, true)),
-        Body::Hello(_) | Body::Load(_) | Body::Draining(_) | Body::Offers(_) | Body::Batch(_) => None,
+        Body::Hello(_)
+        | Body::Load(_)
+        | Body::Draining(_)
+        | Body::Offers(_)
+        | Body::Batch(_)
+        | Body::TokenRenewed(_) => None,
     }
 }
 
@@ -173,7 +184,7 @@ async fn stay_attached(shared: Arc<Shared>, address: SocketAddr) {
             Err(status) if status.code() == tonic::Code::Unauthenticated => {
                 tracing::error!(
                     worker, %address, %status,
-                    "the other gateway refuses the worker's token; start the worker anew with one that has not expired"
+                    "the other gateway refuses the worker's token; write a new one into the worker's --token-file"
                 );
             }
             Err(status) => tracing::warn!(worker, %address, %status, "cannot pass the worker on"),
@@ -193,7 +204,7 @@ async fn attach(shared: &Arc<Shared>, address: SocketAddr) -> Result<(), Status>
     messages.try_send(WorkerMessage { body: Some(Body::Hello(hello)) }).map_err(|error| unusable(&error))?;
     let batched = Arc::new(AtomicBool::new(false));
     let mut call = Request::new(Batches::new(outbound, batched.clone()));
-    call.metadata_mut().insert("authorization", shared.token.clone());
+    call.metadata_mut().insert("authorization", shared.token.lock().clone());
     let name = shared.peers.name.parse().map_err(|_| Status::internal("this gateway's name cannot be sent"))?;
     call.metadata_mut().insert(MARK, name);
     let mut inbound = WorkersClient::new(channel).attach(call).await?.into_inner();

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::{Request, Response, Status, Streaming};
-use vicuna_protocol::auth::Caller;
+use vicuna_protocol::auth::{Caller, bearer};
 use vicuna_protocol::inference::{
     Delta, Failure, GatewayMessage, GatewayWelcome, ModelOffer, Progress, WorkerHello, WorkerMessage, failure,
     gateway_message, worker_message::Body, workers_server::Workers,
@@ -127,9 +127,23 @@ impl WorkerService {
     }
 
     fn take(&self, connection: &Connection, body: Body, relay: Option<&Relay>) -> Result<(), Status> {
-        match relay {
-            Some(relay) if relay.passes_on(&body) => Ok(()),
-            _ => self.handle(connection, body),
+        match (relay, body) {
+            (Some(relay), Body::TokenRenewed(renewed)) => self.renew(connection, relay, &renewed.token),
+            (Some(relay), body) if relay.passes_on(&body) => {}
+            (_, body) => self.handle(connection, body)?,
+        }
+        Ok(())
+    }
+
+    /// A token that is no better than the old one changes nothing: the worker stays as it is.
+    fn renew(&self, connection: &Connection, relay: &Relay, token: &str) {
+        let worker = &*connection.worker;
+        match self.trust.verify_token(token).and_then(|caller| Ok((caller, bearer(token)?))) {
+            Ok((caller, bearer)) if caller.namespace == connection.namespace => relay.renew(bearer),
+            Ok((caller, _)) => {
+                tracing::warn!(worker, caller.namespace, "a renewed token is of another namespace; the old one stays");
+            }
+            Err(status) => tracing::warn!(worker, %status, "a renewed token is not acceptable; the old one stays"),
         }
     }
 
@@ -168,6 +182,8 @@ impl WorkerService {
             Body::Transcript(answer) => {
                 connection.answer(&answer.request, Answer::Transcript(answer.choices));
             }
+            // It is checked when the worker calls again.
+            Body::TokenRenewed(_) => {}
             Body::Draining(draining) => {
                 tracing::info!(worker = &*connection.worker, draining.deadline_ms, "worker drains");
                 self.registry.drain(connection);
@@ -187,11 +203,14 @@ impl WorkerService {
         let Some(choice) = connection.choice(&delta.request, delta.choice) else {
             return Ok(());
         };
-        let new = choice
+        let appended = choice
             .append(connection.id, delta)
             .map_err(|broken| Status::data_loss(format!("{broken}; attach again")))?;
-        let tokens = self.metrics.tokens.with_label_values(&[choice.job.model()]);
-        tokens.inc_by(new as u64);
+        let model = [choice.job.model()];
+        self.metrics.tokens.with_label_values(&model).inc_by(appended.new as u64);
+        if let Some(gap) = appended.gap {
+            self.metrics.resume_gap_seconds.with_label_values(&model).observe(gap.as_secs_f64());
+        }
         Ok(())
     }
 

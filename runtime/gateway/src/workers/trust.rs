@@ -16,14 +16,23 @@ impl Trust {
         Self(folder.join("jwks.json"))
     }
 
+    /// Who calls.
     pub fn verify(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
+        Ok(self.verifier()?.verify_call(metadata)?)
+    }
+
+    /// Whose token this is.
+    pub fn verify_token(&self, token: &str) -> Result<Caller, Status> {
+        Ok(self.verifier()?.verify(token)?)
+    }
+
+    fn verifier(&self) -> Result<TokenVerifier, Status> {
         let unusable = |error: &dyn std::fmt::Display| {
             let path = self.0.display();
             tracing::warn!(%path, %error, "cannot read the published keys");
             Status::unavailable("the gateway has no keys to verify tokens with yet; try again")
         };
         let keys = std::fs::read_to_string(&self.0).map_err(|error| unusable(&error))?;
-        let verifier = TokenVerifier::new(&keys, GATEWAY_AUDIENCE).map_err(|error| unusable(&error))?;
-        Ok(verifier.verify_call(metadata)?)
+        TokenVerifier::new(&keys, GATEWAY_AUDIENCE).map_err(|error| unusable(&error))
     }
 }

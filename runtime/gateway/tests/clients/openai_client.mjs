@@ -20,6 +20,7 @@ assert.deepEqual((await client.models.list()).data.map(({ id }) => id), [model])
 
 const answer = await chat({
   temperature: 0.5, top_p: 0.9, seed: 1, n: 2, stop: ["never"], logit_bias: { 7: -1 }, logprobs: true, top_logprobs: 1,
+  frequency_penalty: 0.1, presence_penalty: -0.1, max_completion_tokens: 9, metadata: { a: "b" }, store: true,
 });
 assert.deepEqual(answer.choices.map(({ message }) => message.content), [SAID, SAID]);
 assert.equal(answer.choices[0].logprobs.content[0].top_logprobs[0].token, "other");
@@ -44,7 +45,14 @@ assert.deepEqual(both.choices[0].message.tool_calls.map((call) => call.function.
 const one = await chat({ messages: twice, tools, parallel_tool_calls: false });
 assert.equal(one.choices[0].message.tool_calls.length, 1);
 
+const schema = { type: "object", properties: { in: { type: "string" } }, required: ["in"], additionalProperties: false };
+const response_format = { type: "json_schema", json_schema: { name: "place", schema, strict: true } };
+const parsed = await client.chat.completions.parse({ model, messages, response_format });
+assert.deepEqual(parsed.choices[0].message.parsed, { in: "Rome" });
+
 assert.equal(await text(await client.completions.create({ model, prompt: "Once", stream: true })), SAID);
+const echoed = await client.completions.create({ model, prompt: "Once", echo: true, logprobs: 1, stop: "never" });
+assert.equal(echoed.choices[0].text, "Once" + SAID);
 const vectors = await client.embeddings.create({ model, input: ["a", "b"] });
 assert.deepEqual(vectors.data.map(({ embedding }) => [...embedding]), [[1, 0], [1, 0]]);
 

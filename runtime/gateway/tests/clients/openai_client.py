@@ -1,10 +1,12 @@
 """Drives a gateway with OpenAI's own client. The worker behind it says "w0 w1 w2 w3 " to everything, except
 where tools or a schema ask for more; it is lost once, in the middle of the request that says "move"."""
 
+import asyncio
 import sys
 import time
 
 import openai
+import pydantic
 
 base_url, model = sys.argv[1:3]
 client = openai.OpenAI(base_url=base_url, api_key="sk-team", max_retries=0)
@@ -75,7 +77,47 @@ assert len(chat("twice", tools=TOOLS, parallel_tool_calls=False).choices[0].mess
 refused(openai.BadRequestError, "tool_choice", tools=TOOLS, tool_choice={"type": "function", "function": {"name": "none"}})
 
 schema = {"name": "s", "schema": {"type": "object"}, "strict": True}
-chat(response_format={"type": "json_schema", "json_schema": schema})
+assert chat(response_format={"type": "json_schema", "json_schema": schema}).choices[0].message.content == '{"in": "Rome"}'
+
+
+class Place(pydantic.BaseModel):
+    place: str = pydantic.Field(alias="in")
+
+
+# The client turns a class into a strict schema, and the answer into an object of the class.
+asked = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
+assert client.chat.completions.parse(**asked, response_format=Place).choices[0].message.parsed.place == "Rome"
+
+# One of the tools only; functions as they were called before there were tools.
+only = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+assert chat(tools=TOOLS, tool_choice=only).choices[0].finish_reason == "tool_calls"
+old = chat(functions=[TOOLS[0]["function"]], function_call={"name": "weather"}).choices[0]
+assert (old.finish_reason, old.message.function_call.arguments) == ("function_call", '{"in": "Rome"}')
+history = [{"role": "user", "content": "Hi"}, old.message, {"role": "function", "name": "weather", "content": "sunny"}]
+assert client.chat.completions.create(model=model, messages=history).choices[0].message.content == SAID
+
+# What only describes a request, or is for its routing, changes nothing.
+described = chat(
+    stop="never", metadata={"a": "b"}, store=True, service_tier="auto", prompt_cache_key="k", safety_identifier="s",
+    reasoning_effort="low", verbosity="low", extra_body={"min_tokens": 1, "ignore_eos": True},
+)
+assert described.choices[0].message.content == SAID
+
+
+async def beside():
+    """Several at once, by the client for asyncio."""
+    other = openai.AsyncOpenAI(base_url=base_url, api_key="sk-team", max_retries=0)
+
+    async def streamed():
+        said = ""
+        async for chunk in await other.chat.completions.create(**asked, stream=True):
+            said += chunk.choices[0].delta.content or "" if chunk.choices else ""
+        return said
+
+    assert await asyncio.gather(*(streamed() for _ in range(8))) == [SAID] * 8
+
+
+asyncio.run(beside())
 
 # A deadline of its own.
 assert chat(extra_headers={"X-Request-Timeout": "30"}).choices[0].message.content == SAID
@@ -84,11 +126,15 @@ refused(openai.BadRequestError, "X-Request-Timeout", extra_headers={"X-Request-T
 completion = client.completions.create(model=model, prompt=["Once", "Twice"], echo=True, logprobs=1)
 assert [choice.text for choice in completion.choices] == ["Once" + SAID, "Twice" + SAID]
 assert completion.choices[0].logprobs.token_logprobs[0] is None
+best = client.completions.create(model=model, prompt="Once", best_of=3)
+assert [choice.text for choice in best.choices] == [SAID] and best.usage.completion_tokens == 12
 streamed = client.completions.create(model=model, prompt="Once", stream=True)
 assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == SAID
 
 vectors = client.embeddings.create(model=model, input=["a", "b"])
 assert [entry.embedding for entry in vectors.data] == [[1.0, 0.0], [1.0, 0.0]]
+vectors = client.embeddings.create(model=model, input="a", encoding_format="float", dimensions=2)
+assert vectors.data[0].embedding == [1.0, 0.0]
 
 refused(openai.BadRequestError, "temperature", temperature=3)
 refused(openai.BadRequestError, "top_logprobs", logprobs=True, top_logprobs=50)

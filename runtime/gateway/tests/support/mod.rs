@@ -48,6 +48,11 @@ pub fn trust() -> Trust {
     Trust::new()
 }
 
+/// Another with the same certificates, whose tokens are signed with a key of its own.
+pub fn trust_like(trust: &Trust) -> Arc<Trust> {
+    Arc::new(trust.with_own_key())
+}
+
 pub async fn gateway_reporting(trust: Trust, flags: &[&str]) -> TestGateway {
     gateway_of(Arc::new(trust), flags).await
 }

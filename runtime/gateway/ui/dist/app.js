@@ -367,7 +367,10 @@ function comment(course, text, now) {
   }
   if (text.startsWith("connection")) return text;
   if (course.tokens > 0) return "";
-  if (text.startsWith("waiting")) enter(course, /load(ed|ing)/.test(text) ? "loading" : "held", now);
+  if (text.startsWith("waiting")) {
+    enter(course, /load(ed|ing)/.test(text) ? "loading" : "held", now);
+    last(course).detail = /\d+ %/.exec(text)?.[0] ?? "";
+  }
   const read3 = /^reading the prompt, (.*) tokens/.exec(text);
   if (read3 || text.startsWith("generating")) enter(course, "prefill", now);
   if (read3?.[1]) last(course).detail = read3[1];
@@ -669,15 +672,31 @@ var ArenaPage = class {
 };
 
 // src/parameters.ts
+var NUMBERS = [
+  "temperature",
+  "top_p",
+  "min_p",
+  "top_k",
+  "frequency_penalty",
+  "presence_penalty",
+  "repetition_penalty",
+  "max_tokens",
+  "seed"
+];
 var FIELDS = [
   { name: "temperature", label: "Temperature", min: "0", max: "2", step: "any", placeholder: "1" },
   { name: "top_p", label: "Top p", min: "0.01", max: "1", step: "any", placeholder: "1" },
   { name: "min_p", label: "Min p", min: "0", max: "1", step: "any", placeholder: "0" },
+  { name: "top_k", label: "Top k", min: "0", step: "1", placeholder: "0, all" },
+  { name: "frequency_penalty", label: "Frequency penalty", min: "-2", max: "2", step: "any", placeholder: "0" },
+  { name: "presence_penalty", label: "Presence penalty", min: "-2", max: "2", step: "any", placeholder: "0" },
+  { name: "repetition_penalty", label: "Repetition penalty", min: "0.01", max: "10", step: "any", placeholder: "1" },
   { name: "max_tokens", label: "Longest answer, tokens", min: "1", step: "1", placeholder: "as the model allows" },
   { name: "seed", label: "Seed", min: "0", step: "1", placeholder: "random" }
 ];
 var Parameters = class {
   system = h("textarea", { rows: 2, name: "system", placeholder: "how the model should behave" });
+  stop = h("input", { name: "stop", placeholder: "nothing", maxlength: 200 });
   inputs = /* @__PURE__ */ new Map();
   summary = h("summary", {}, "Parameters");
   element;
@@ -688,7 +707,8 @@ var Parameters = class {
       this.inputs.set(name, input);
       return h("label", {}, label, input);
     });
-    const grid = h("div", { class: "fields" }, h("label", { class: "wide" }, "System prompt", this.system), ...fields);
+    const system = h("label", { class: "wide" }, "System prompt", this.system);
+    const grid = h("div", { class: "fields" }, system, ...fields, h("label", {}, "Ends before this text", this.stop));
     this.element = h("details", { class: "parameters" }, this.summary, grid);
     grid.addEventListener("change", () => {
       this.count();
@@ -698,6 +718,7 @@ var Parameters = class {
   }
   set(settings) {
     this.system.value = settings.system ?? "";
+    this.stop.value = settings.stop ?? "";
     for (const [name, input] of this.inputs) input.value = settings[name]?.toString() ?? "";
     this.count();
   }
@@ -706,6 +727,7 @@ var Parameters = class {
     const settings = {};
     const system = this.system.value.trim();
     if (system) settings.system = system;
+    if (this.stop.value) settings.stop = this.stop.value;
     for (const [name, input] of this.inputs) {
       if (input.value !== "" && input.checkValidity()) settings[name] = Number(input.value);
     }
@@ -733,7 +755,7 @@ function curl(origin, ask) {
     ""
   ].join("\n");
 }
-var EXTRA = /* @__PURE__ */ new Set(["min_p"]);
+var EXTRA = /* @__PURE__ */ new Set(["min_p", "top_k", "repetition_penalty"]);
 function python(origin, ask) {
   const entries = Object.entries(ask).filter(([, value]) => value !== void 0);
   const named = entries.filter(([name]) => !EXTRA.has(name)).map(([name, value]) => `    ${name}=${literal(value, 1)},`);
@@ -1155,7 +1177,7 @@ var ChatPage = class {
 
 // src/compare/link.ts
 var MAX_MODELS = 4;
-var NUMBERS = ["temperature", "top_p", "min_p", "max_tokens", "seed"];
+var TEXTS = ["system", "stop"];
 function toFragment({ models, prompt, settings }) {
   const parts = new URLSearchParams();
   for (const model of models) parts.append("model", model);
@@ -1163,7 +1185,10 @@ function toFragment({ models, prompt, settings }) {
     const value = settings[name];
     if (value !== void 0) parts.set(name, String(value));
   }
-  if (settings.system) parts.set("system", settings.system);
+  for (const name of TEXTS) {
+    const value = settings[name];
+    if (value) parts.set(name, value);
+  }
   parts.set("prompt", prompt);
   return `#${parts}`;
 }
@@ -1176,8 +1201,10 @@ function fromFragment(fragment) {
     const text = parts.get(name);
     if (text !== null && text !== "" && Number.isFinite(Number(text))) settings[name] = Number(text);
   }
-  const system = parts.get("system");
-  if (system) settings.system = system;
+  for (const name of TEXTS) {
+    const text = parts.get(name);
+    if (text) settings[name] = text;
+  }
   return { models, prompt: parts.get("prompt") ?? "", settings };
 }
 

@@ -61,7 +61,10 @@ function comment(course: Course, text: string, now: number): string {
   }
   if (text.startsWith("connection")) return text;
   if (course.tokens > 0) return "";
-  if (text.startsWith("waiting")) enter(course, /load(ed|ing)/.test(text) ? "loading" : "held", now);
+  if (text.startsWith("waiting")) {
+    enter(course, /load(ed|ing)/.test(text) ? "loading" : "held", now);
+    last(course).detail = /\d+ %/.exec(text)?.[0] ?? "";
+  }
   const read = /^reading the prompt, (.*) tokens/.exec(text);
   if (read || text.startsWith("generating")) enter(course, "prefill", now);
   if (read?.[1]) last(course).detail = read[1];

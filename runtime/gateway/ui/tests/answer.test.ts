@@ -8,6 +8,10 @@ test("a line tells what an answer has gone through, and what it is at", () => {
   const course = begin(0, true);
   take(course, { kind: "comment", comment: "waiting for a worker; none has loaded the model" }, 1000);
   assert.deepEqual(words(course, 3500), ["held 1.0 s", "loading the model 2.5 s"]);
+  take(course, { kind: "comment", comment: "waiting for a worker; loading: fetched 43 % of a/b" }, 3600);
+  assert.deepEqual(words(course, 4000), ["held 1.0 s", "loading the model 43 % 3.0 s"]);
+  take(course, { kind: "comment", comment: "waiting for a worker; loading: the model a/b is being loaded" }, 3900);
+  assert.deepEqual(words(course, 4000), ["held 1.0 s", "loading the model 3.0 s"]);
   take(course, { kind: "opened" }, 4000);
   take(course, { kind: "comment", comment: "reading the prompt, 512 of 2048 tokens" }, 5000);
   assert.deepEqual(words(course, 6000), ["held 1.0 s", "loading the model 3.0 s", "reading the prompt 512 of 2048 2.0 s"]);
@@ -40,7 +44,7 @@ test("an event's id tells how many tokens there are", () => {
 });
 
 test("a comparison survives its link", () => {
-  const comparison = { models: ["a/b", "c/d:e"], prompt: "What & why?\n#1 100% ü", settings: { temperature: 0, max_tokens: 9, system: "s" } };
+  const comparison = { models: ["a/b", "c/d:e"], prompt: "What & why?\n#1 100% ü", settings: { temperature: 0, top_k: 5, frequency_penalty: -0.5, max_tokens: 9, system: "s", stop: " END" } };
   assert.deepEqual(fromFragment(toFragment(comparison)), comparison);
   assert.equal(fromFragment(""), null);
   assert.deepEqual(fromFragment("#model=m&temperature=hot")?.settings, {});

@@ -76,7 +76,7 @@ test("a file that is not sound is refused with a sentence", () => {
   for (const [text, expected] of refused) assert.throws(() => read(text, () => "id", 0), expected, text);
 });
 
-const ask = { model: "team/m", messages: [{ role: "user" as const, content: `it's "so" $HOME \\n\nüber` }], temperature: 0.5, min_p: 0.1 };
+const ask = { model: "team/m", messages: [{ role: "user" as const, content: `it's "so" $HOME \\n\nüber` }], temperature: 0.5, stop: "\n", frequency_penalty: 0.1, min_p: 0.1, top_k: 4 };
 
 test("a shell takes the copied command as it was meant", async () => {
   const { execFileSync } = await import("node:child_process");
@@ -98,6 +98,6 @@ test("Python takes the copied program as it was meant", async () => {
     "exec(sys.stdin.read())",
   ].join("\n");
   const printed = execFileSync("python3", ["-c", stub], { input: python("http://gateway:8080", ask) }).toString();
-  const { min_p, ...named } = ask;
-  assert.deepEqual(JSON.parse(printed.split("\n")[0] ?? ""), { ...named, extra_body: { min_p }, stream: true });
+  const { min_p, top_k, ...named } = ask;
+  assert.deepEqual(JSON.parse(printed.split("\n")[0] ?? ""), { ...named, extra_body: { min_p, top_k }, stream: true });
 });

@@ -117,7 +117,7 @@ fn shared(url: &str, folder: &std::path::Path) -> (Shared, watch::Sender<Option<
     let health = Arc::new(Health::new(folder.join("none")));
     health.serving();
     let gateways =
-        Gateways { url: url.to_owned(), server_name: String::new(), ca: PathBuf::new(), token: TokenFile::new(&token) };
+        Gateways { url: url.to_owned(), server_name: String::new(), ca: None, token: TokenFile::new(&token) };
     let (models, _) = Models::new();
     models.enter(served.models, handle).unwrap();
     let hello = WorkerHello { worker: "w".into(), slots: 2, ..WorkerHello::default() };
@@ -363,13 +363,10 @@ async fn set_up_on_request() -> Setup {
         vicuna_model::save(&path, &model.config, &model.tensors, &model.tokenizer, template).unwrap();
         format!("default/{seed}=file://{}", path.display())
     };
-    let scratch = files.path().join("scratch").display().to_string();
     let arguments = [
         "worker",
         "--gateway",
         "http://g:1",
-        "--scratch",
-        &scratch,
         "--kv-memory-mib",
         "1",
         "--on-request-memory-mib",
@@ -385,7 +382,8 @@ async fn set_up_on_request() -> Setup {
     let metrics = Metrics::new().unwrap();
     let tokens = metrics.tokens.clone();
     let (ended, mut unexpected) = mpsc::channel(1);
-    let loader = Loader::new(&options, tch::Device::Cpu, metrics, models.clone(), ended).unwrap();
+    let loader =
+        Loader::new(&options, &files.path().join("scratch"), tch::Device::Cpu, metrics, models.clone(), ended).unwrap();
     tokio::spawn(loader.run(wanted));
     tokio::spawn(async move {
         assert_eq!(unexpected.recv().await, None, "a scheduler ended unexpectedly");
@@ -401,7 +399,7 @@ async fn set_up_on_request() -> Setup {
     let (draining, deadline) = watch::channel(None);
     let health = Arc::new(Health::new(files.path().join("none")));
     health.serving();
-    let gateways = Gateways { url, server_name: String::new(), ca: PathBuf::new(), token: TokenFile::new(&token) };
+    let gateways = Gateways { url, server_name: String::new(), ca: None, token: TokenFile::new(&token) };
     let hello = WorkerHello { worker: "w".into(), slots: 2, ..WorkerHello::default() };
     let closing = CancellationToken::new();
     let shared = Shared {

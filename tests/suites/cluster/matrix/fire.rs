@@ -1,5 +1,6 @@
 //! Servings under fire: many streams at once while what serves them comes and goes.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -8,7 +9,10 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde::Serialize;
 use serde_json::{Value, json};
 use vicuna_tests::cluster::wait_for;
-use vicuna_tests::product::{Answer, Chat, Objects, SYSTEM_NAMESPACE, Signal, field, signal_pod};
+use vicuna_tests::product::{
+    Asked, Chat, Forced, Objects, References, Reply, SYSTEM_NAMESPACE, Signal, VARIANTS, Variant, field, force,
+    signal_pod,
+};
 
 use super::run::PATIENCE;
 use crate::bad_input::set;
@@ -41,9 +45,14 @@ pub struct Burnt {
     pub longest_gap_seconds: f64,
     /// The same without a fault, with as many clients.
     pub longest_gap_in_peace_seconds: f64,
-    /// Streams that failed, or whose text or number of tokens was not the undisturbed one's.
+    /// What a teacher says of the greedy ones.
+    pub forced: Forced,
+    /// Streams that failed, or were not the undisturbed one's token for token, or that a teacher finds fault with.
     pub wrong: Vec<String>,
 }
+
+/// Greedy answers that were delivered, each once, by what was asked.
+type Delivered = HashMap<(String, Vec<String>), Reply>;
 
 const CLIENTS: usize = 64;
 const WORKERS: u64 = 3;
@@ -51,8 +60,6 @@ const NAME: &str = "fire";
 const PEACE: Duration = Duration::from_secs(20);
 const OUTAGE: Duration = Duration::from_secs(15);
 const NOTICE: Duration = Duration::from_secs(10);
-/// The tiny tokenizer's ids of `<|endoftext|>` and `<|im_end|>`: without them an answer has its full length.
-const ENDS: [u32; 2] = [0, 2];
 const PROMPTS: [&str; 8] = [
     "Tell me about yourself.",
     "Who made you?",
@@ -68,7 +75,7 @@ impl Burnt {
     pub fn markdown(&self) -> String {
         let faults: Vec<String> = self.faults.iter().map(|(fault, times)| format!("{fault} {times}×")).collect();
         format!(
-            "\n**{}**: {} clients for {:.0} s; {}. {} streams with {} tokens, {} moves between workers, {} between gateways; {} wrong or failed; longest gap {:.1} s (in peace {:.1} s).\n",
+            "\n**{}**: {} clients for {:.0} s; {}. {} streams with {} tokens, {} moves between workers, {} between gateways; {} wrong or failed; of {} greedy answers a teacher found {} tokens the likeliest and {} tied; longest gap {:.1} s (in peace {:.1} s).\n",
             self.name.replace('_', " "),
             self.clients,
             self.seconds,
@@ -78,6 +85,9 @@ impl Burnt {
             self.resumes,
             self.returns,
             self.wrong.len(),
+            self.forced.answers,
+            self.forced.likeliest,
+            self.forced.ties,
             self.longest_gap_seconds,
             self.longest_gap_in_peace_seconds,
         )
@@ -117,24 +127,39 @@ fn burn(fixture: &Fixture, name: &str, gateways: &[SocketAddr], faults: &[Fault]
     let _ = fixture.delete("vicunaserving", NAME);
     fixture.apply(&object()?)?;
     ready(fixture, gateways)?;
-    let chat = chat(gateways[0]);
-    let references: Vec<Answer> = PROMPTS.iter().map(|words| chat.ask(words)).collect::<Result<_>>()?;
-    let peace = besiege(gateways, &references, PEACE, |deadline| {
+    let references = References::ask(gateways[0], &model(), &PROMPTS)?;
+    let (peace, _) = besiege(gateways, &references, PEACE, |deadline| {
         std::thread::sleep(deadline.saturating_duration_since(Instant::now()));
         Ok(Vec::new())
     })?;
-    let besieged = besiege(gateways, &references, fire_seconds(), |deadline| fire(fixture, faults, deadline))?;
+    let (besieged, delivered) =
+        besiege(gateways, &references, fire_seconds(), |deadline| fire(fixture, faults, deadline))?;
+    let (forced, mistaken) = teach(gateways[0], &delivered);
     fixture.delete("vicunaserving", NAME)?;
     let burnt = Burnt {
         name: name.to_owned(),
         longest_gap_in_peace_seconds: peace.longest_gap_seconds,
-        wrong: [peace.wrong, besieged.wrong.clone()].concat(),
+        forced,
+        wrong: [peace.wrong, besieged.wrong.clone(), mistaken].concat(),
         ..besieged
     };
     println!("  {}", burnt.markdown().trim());
     ensure!(burnt.wrong.is_empty(), "{} streams were wrong: {:#?}", burnt.wrong.len(), &burnt.wrong);
     ensure!(burnt.resumes + burnt.returns as u64 > 0, "nothing was disturbed: {burnt:?}");
+    ensure!(burnt.forced.answers > 0, "no greedy answer was there to check: {burnt:?}");
     Ok(burnt)
+}
+
+/// Each greedy answer is what the model would have said; the rest is why not.
+fn teach(gateway: SocketAddr, delivered: &Delivered) -> (Forced, Vec<String>) {
+    let (mut forced, mut mistaken) = (Forced::default(), Vec::new());
+    for ((words, _), reply) in delivered {
+        match force(gateway, &model(), words, reply) {
+            Ok(one) => forced.add(one),
+            Err(error) => mistaken.push(format!("the teacher on {words:?}: {error:#}")),
+        }
+    }
+    (forced, mistaken)
 }
 
 fn fire_seconds() -> Duration {
@@ -160,13 +185,13 @@ fn fire(fixture: &Fixture, faults: &[Fault], deadline: Instant) -> Result<Vec<(S
 /// Clients ask on and on until the deadline, and end what they have begun, while `work` is done.
 fn besiege(
     gateways: &[SocketAddr],
-    references: &[Answer],
+    references: &References,
     length: Duration,
     work: impl FnOnce(Instant) -> Result<Vec<(String, usize)>>,
-) -> Result<Burnt> {
+) -> Result<(Burnt, Delivered)> {
     let started = Instant::now();
     let deadline = started + length;
-    let seen = Mutex::new(Burnt { clients: CLIENTS, ..Burnt::default() });
+    let seen = Mutex::new((Burnt { clients: CLIENTS, ..Burnt::default() }, Delivered::default()));
     let done = Mutex::new(false);
     let asks_on = || Instant::now() < deadline || !done.lock().is_ok_and(|done| *done);
     let faults = std::thread::scope(|scope| {
@@ -177,8 +202,8 @@ fn besiege(
                     if !asks_on() {
                         break;
                     }
-                    let answer = ask(gateways, number);
-                    note(seen, number, &answer, &references[number % PROMPTS.len()]);
+                    let (asked, reference) = references.get(number);
+                    note(seen, asked, reference, ask(gateways, asked, number));
                 }
             });
         }
@@ -188,24 +213,27 @@ fn besiege(
         }
         faults
     })?;
-    let seen = seen.into_inner().map_err(|_| anyhow!("a client died"))?;
-    Ok(Burnt { seconds: started.elapsed().as_secs_f64(), faults, ..seen })
+    let (seen, delivered) = seen.into_inner().map_err(|_| anyhow!("a client died"))?;
+    Ok((Burnt { seconds: started.elapsed().as_secs_f64(), faults, ..seen }, delivered))
 }
 
-fn note(seen: &Mutex<Burnt>, number: usize, answer: &Result<(Answer, usize)>, reference: &Answer) {
+fn note(seen: &Mutex<(Burnt, Delivered)>, asked: &Asked, reference: &Reply, answer: Result<(Reply, usize)>) {
     let Ok(mut seen) = seen.lock() else { return };
-    let seen = &mut *seen;
+    let (seen, delivered) = &mut *seen;
     seen.streams += 1;
     match answer {
-        Err(error) => seen.wrong.push(format!("stream {number}: {error:#}")),
-        Ok((answer, returns)) => {
-            seen.tokens += answer.completion_tokens;
-            seen.resumes += answer.resumes;
+        Err(error) => seen.wrong.push(format!("{:?} of {:?}: {error:#}", asked.variant, asked.words)),
+        Ok((reply, returns)) => {
+            seen.tokens += reply.completion_tokens;
+            seen.resumes += reply.resumes;
             seen.returns += returns;
-            seen.longest_gap_seconds = seen.longest_gap_seconds.max(answer.longest_gap.as_secs_f64());
-            let same = |a: &Answer| (a.text.clone(), a.completion_tokens, a.finish_reason.clone());
-            if same(answer) != same(reference) {
-                seen.wrong.push(format!("stream {number}: {:?} is not {:?}", same(answer), same(reference)));
+            seen.longest_gap_seconds = seen.longest_gap_seconds.max(reply.longest_gap.as_secs_f64());
+            if let Some(difference) = reply.difference(reference) {
+                seen.wrong.push(format!("{:?} of {:?}: {difference}", asked.variant, asked.words));
+            }
+            if asked.variant == Variant::Scored {
+                let names = reply.choices.values().flat_map(|choice| &choice.tokens).map(|(name, _)| name.clone());
+                delivered.insert((asked.words.clone(), names.collect()), reply);
             }
         }
     }
@@ -213,31 +241,33 @@ fn note(seen: &Mutex<Burnt>, number: usize, answer: &Result<(Answer, usize)>, re
 
 /// One stream to its end, as a client with a list of gateways reads it: where a connection breaks it goes on at the
 /// next gateway after the last event that it has. Gives how often that was.
-fn ask(gateways: &[SocketAddr], number: usize) -> Result<(Answer, usize)> {
+fn ask(gateways: &[SocketAddr], asked: &Asked, number: usize) -> Result<(Reply, usize)> {
     const ATTEMPTS: usize = 60;
-    let words = PROMPTS[number % PROMPTS.len()];
-    let (mut answer, mut returns, mut last_id) = (Answer::default(), 0, None);
+    let (mut reply, mut returns, mut last_id) = (Reply::default(), 0, None);
     let mut last = Instant::now();
     for attempt in 0..ATTEMPTS {
-        let gateway = gateways[(number / PROMPTS.len() + attempt) % gateways.len()];
-        let mut stream = chat(gateway).stream_after(words, last_id.as_deref())?;
-        let heard = answer.text.len();
-        while let Some(event) = stream.next_event()? {
-            if answer.take(event, &mut last) {
-                return Ok((answer, returns));
+        let gateway = gateways[(number / VARIANTS.len() + attempt) % gateways.len()];
+        let mut stream = asked.stream(gateway, last_id.as_deref())?;
+        let heard = reply.letters();
+        let broken = loop {
+            let Some(chunk) = stream.next_chunk()? else { break anyhow!("the stream broke off") };
+            match reply.take(chunk, &mut last) {
+                Ok(true) => return Ok((reply, returns)),
+                Ok(false) => {}
+                Err(error) => break error,
             }
-        }
-        ensure!(gateways.len() > 1, "the stream broke off: {answer:?}");
+        };
+        ensure!(gateways.len() > 1, "{broken}: {reply:?}");
         last_id = stream.last_id().map(str::to_owned);
         // What broke off in mid-stream is gone on with; what had said nothing yet is asked for anew.
-        returns += usize::from(answer.text.len() > heard);
+        returns += usize::from(reply.letters() > heard);
         std::thread::sleep(Duration::from_millis(250));
     }
-    Err(anyhow!("no gateway went on with the stream in {ATTEMPTS} attempts: {answer:?}"))
+    Err(anyhow!("no gateway went on with the stream in {ATTEMPTS} attempts: {reply:?}"))
 }
 
-fn chat(gateway: SocketAddr) -> Chat {
-    Chat { max_tokens: 300, banned: ENDS.to_vec(), ..Chat::new(gateway, &format!("{NAMESPACE}/{NAME}")) }
+fn model() -> String {
+    format!("{NAMESPACE}/{NAME}")
 }
 
 fn object() -> Result<Value> {
@@ -254,7 +284,7 @@ fn object() -> Result<Value> {
 
 fn ready(fixture: &Fixture, gateways: &[SocketAddr]) -> Result<()> {
     all_ready(fixture)?;
-    let model = format!("{NAMESPACE}/{NAME}");
+    let model = model();
     wait_for("the model at the gateways", PATIENCE, || {
         let mut all = true;
         for gateway in gateways {

@@ -2,6 +2,7 @@
 
 use super::super::error::ApiError;
 use super::super::fields::{Fields, tokens, wrong};
+use super::BYTES_A_TOKEN;
 use crate::config::Limits;
 use serde_json::Value;
 use vicuna_protocol::inference::{EmbedInput, ModelOffer};
@@ -29,10 +30,16 @@ impl EmbeddingsAsk {
         };
         Ok(Self {
             model: fields.string("model")?.to_owned(),
-            inputs: inputs(fields.required("input")?, limits.max_prompts)?,
+            inputs: inputs(fields.required("input")?, limits.max_inputs)?,
             base64,
             dimensions,
         })
+    }
+
+    /// What it may use of its key's quota, about.
+    pub fn tokens(&self) -> u32 {
+        let of = |input: &EmbedInput| input.tokens.len() + input.text.len() / BYTES_A_TOKEN;
+        self.inputs.iter().map(of).sum::<usize>() as u32
     }
 
     /// Whether a model can do what is asked.

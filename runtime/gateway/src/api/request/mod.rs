@@ -14,6 +14,7 @@ mod unsupported;
 
 use super::error::ApiError;
 use super::fields::{Fields, tokens, wrong};
+use super::logprobs::Names;
 use crate::config::Limits;
 use serde_json::Value;
 use tools::Tools;
@@ -32,11 +33,15 @@ pub struct Ask {
     pub sampling: Sampling,
     /// Choices wanted of each prompt.
     pub n: u32,
+    /// Generated of each prompt, of which the `n` likeliest are the answer (`best_of`).
+    pub candidates: u32,
     pub stream: bool,
     /// A last chunk with the usage.
     pub include_usage: bool,
     /// Log probabilities of tokens, and of so many alternatives.
     pub logprobs: Option<u32>,
+    /// What tokens are called beside their log probabilities.
+    pub token_names: Names,
     /// The prompt is part of the answer.
     pub echo: bool,
     /// Nothing but the prompt is wanted (`max_tokens` 0).
@@ -57,6 +62,19 @@ pub enum Prompt {
     Text(String),
     /// /v1/completions: token ids
     Tokens(Vec<u32>),
+}
+
+/// Of text, about.
+const BYTES_A_TOKEN: usize = 4;
+
+impl Prompt {
+    fn tokens(&self) -> usize {
+        match self {
+            Self::Chat(messages) => messages.iter().map(|message| message.content.len()).sum::<usize>() / BYTES_A_TOKEN,
+            Self::Text(text) => text.len() / BYTES_A_TOKEN,
+            Self::Tokens(tokens) => tokens.len(),
+        }
+    }
 }
 
 impl Ask {
@@ -98,21 +116,23 @@ impl Ask {
 
     fn new(fields: &Fields, prompts: Vec<Prompt>, sampling: Sampling, limits: &Limits) -> Result<Self, ApiError> {
         unsupported::refuse(fields)?;
-        let n = fields.integer("n", 1, 1..=limits.max_choices)?;
-        if fields.integer("best_of", n, 1..=limits.max_choices)? != n {
-            return Err(fields.wrong("best_of", "what n is, or left out"));
-        }
+        let (n, stream) = (fields.integer("n", 1, 1..=limits.max_choices)?, fields.boolean("stream")?);
         Ok(Self {
             model: fields.string("model")?.to_owned(),
             prompts,
             sampling,
             n,
-            stream: fields.boolean("stream")?,
+            candidates: candidates(fields, n, stream, limits)?,
+            stream,
             include_usage: match fields.object("stream_options")? {
                 Some(options) => options.boolean("include_usage")?,
                 None => false,
             },
             logprobs: None,
+            token_names: match fields.boolean("return_tokens_as_token_ids")? {
+                true => Names::Ids,
+                false => Names::Text,
+            },
             echo: false,
             only_prompt: false,
             format: None,
@@ -120,6 +140,18 @@ impl Ask {
             speaks_of_tools: false,
             session: session(fields)?,
         })
+    }
+
+    /// What it may use of its key's quota, about: what it allows its answers, and its prompts.
+    pub fn tokens(&self) -> u32 {
+        let answers = self.prompts.len() as u64 * u64::from(self.candidates) * u64::from(self.sampling.max_tokens);
+        let prompts: usize = self.prompts.iter().map(Prompt::tokens).sum();
+        u32::try_from(answers.saturating_add(prompts as u64)).unwrap_or(u32::MAX)
+    }
+
+    /// Calls are told in OpenAI's old way.
+    pub fn is_legacy(&self) -> bool {
+        self.tools.as_ref().is_some_and(|tools| tools.legacy)
     }
 
     /// Whether a model can do what is asked. Of one that has never had a worker nobody knows: what is
@@ -163,6 +195,17 @@ impl Ask {
             .about("prompt")),
             _ => Ok(()),
         }
+    }
+}
+
+/// Of what is streamed nobody knows yet which one will be the best.
+fn candidates(fields: &Fields, n: u32, stream: bool, limits: &Limits) -> Result<u32, ApiError> {
+    match fields.integer("best_of", n, 1..=limits.max_choices)? {
+        count if count < n => Err(fields.wrong("best_of", "at least what n is")),
+        count if stream && count > n => {
+            Err(fields.wrong("best_of", "what n is, or left out, where the answer is streamed"))
+        }
+        count => Ok(count),
     }
 }
 

@@ -17,8 +17,14 @@ pub fn sampling(fields: &Fields, limit: &str, default_tokens: u32, least: u32) -
         None => default_tokens,
         Some(_) => fields.integer(limit, 0, least..=MAX_TOKENS)?,
     };
+    let min_tokens = fields.integer("min_tokens", 0, 0..=MAX_TOKENS)?;
+    if max_tokens > 0 && min_tokens > max_tokens {
+        return Err(fields.wrong("min_tokens", &format!("at most `{limit}`")));
+    }
     Ok(Sampling {
         max_tokens,
+        min_tokens,
+        ignore_end: fields.boolean("ignore_eos")?,
         temperature: fields.number("temperature", 1.0, 0.0..=2.0)?,
         // On the wire 0 is "not given"; the client's leaves only the likeliest token, as the least above it does.
         top_p: fields.number("top_p", 1.0, 0.0..=1.0)?.max(f32::MIN_POSITIVE),

@@ -40,11 +40,13 @@ fn everything_that_is_supported_arrives() {
         "temperature": 0, "top_p": 0.5, "top_k": 4, "min_p": 0.1, "seed": -1, "stop": "x", "n": 2, "stream": true,
         "max_completion_tokens": 9, "stream_options": { "include_usage": true }, "user": "u",
         "frequency_penalty": -1, "presence_penalty": 1.5, "repetition_penalty": 1.1, "logit_bias": { "7": -100 },
-        "stop_token_ids": [3], "tools": [], "response_format": { "type": "text" }, "logprobs": true, "top_logprobs": 2,
+        "stop_token_ids": [3], "min_tokens": 2, "ignore_eos": true, "tools": [], "response_format": { "type": "text" }, "logprobs": true, "top_logprobs": 2,
     }))
     .unwrap();
     let expected = Sampling {
         max_tokens: 9,
+        min_tokens: 2,
+        ignore_end: true,
         temperature: 0.0,
         top_p: 0.5,
         top_k: 4,
@@ -76,7 +78,23 @@ fn errors_name_the_field() {
         (json!({ "stop_token_ids": [-1] }), "stop_token_ids"),
         (json!({ "seed": 0.5 }), "seed"),
         (json!({ "n": 0 }), "n"),
-        (json!({ "n": 100 }), "n"),
+        (json!({ "n": 129 }), "n"),
+        (json!({ "frequency_penalty": 2.1 }), "frequency_penalty"),
+        (json!({ "presence_penalty": "much" }), "presence_penalty"),
+        (json!({ "min_tokens": -1 }), "min_tokens"),
+        (json!({ "min_tokens": 9, "max_completion_tokens": 8 }), "min_tokens"),
+        (json!({ "ignore_eos": 1 }), "ignore_eos"),
+        (json!({ "max_completion_tokens": 0 }), "max_completion_tokens"),
+        (json!({ "return_tokens_as_token_ids": "ids" }), "return_tokens_as_token_ids"),
+        (json!({ "prompt_cache_key": 1 }), "prompt_cache_key"),
+        (json!({ "safety_identifier": [] }), "safety_identifier"),
+        (json!({ "logprobs": 2 }), "logprobs"),
+        (json!({ "guided_json": 1 }), "guided_json"),
+        (json!({ "guided_grammar": 1 }), "guided_grammar"),
+        (json!({ "modalities": ["audio"] }), "modalities"),
+        (json!({ "web_search_options": {} }), "web_search_options"),
+        (json!({ "use_beam_search": true }), "use_beam_search"),
+        (json!({ "prompt_logprobs": 1 }), "prompt_logprobs"),
         (json!({ "max_tokens": "many" }), "max_tokens"),
         (json!({ "max_tokens": 0 }), "max_tokens"),
         (json!({ "stop": [""] }), "stop"),
@@ -89,6 +107,8 @@ fn errors_name_the_field() {
         (json!({ "messages": [{ "role": "assistant" }] }), "messages[0].content"),
         (json!({ "messages": [{ "role": "assistant", "tool_calls": [{}] }] }), "messages[0].tool_calls"),
         (json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url" }] }] }), "messages[0].content"),
+        (json!({ "messages": [{ "role": "assistant", "function_call": "f" }] }), "messages[0].function_call"),
+        (json!({ "messages": [{ "role": "function", "name": "f", "content": "x" }] }), "messages[0].name"),
         (json!({ "stream_options": { "include_usage": 1 } }), "stream_options.include_usage"),
         (json!({ "stream_options": 1 }), "stream_options"),
         (json!({ "tools": [{}] }), "tools[0].type"),
@@ -100,6 +120,16 @@ fn errors_name_the_field() {
         (json!({ "tools": tools, "tool_choice": "always" }), "tool_choice"),
         (json!({ "tool_choice": "required" }), "tool_choice"),
         (json!({ "tools": tools, "tool_choice": { "type": "function", "function": { "name": "g" } } }), "tool_choice"),
+        (json!({ "tools": tools, "parallel_tool_calls": "no" }), "parallel_tool_calls"),
+        (
+            json!({ "tools": tools, "tool_choice": { "type": "allowed_tools", "allowed_tools": { "mode": "all" } } }),
+            "tool_choice.allowed_tools.mode",
+        ),
+        (json!({ "tools": tools, "tool_choice": allowed("auto", &["g"]) }), "tool_choice.allowed_tools.tools"),
+        (json!({ "functions": [{ "name": "" }] }), "functions[0].name"),
+        (json!({ "functions": [{ "name": "f", "parameters": 1 }] }), "functions[0].parameters"),
+        (json!({ "functions": [{ "name": "f" }], "function_call": { "name": "g" } }), "function_call"),
+        (json!({ "functions": [{ "name": "f" }], "tools": tools }), "functions"),
         (json!({ "top_logprobs": 2 }), "top_logprobs"),
         (json!({ "logprobs": true, "top_logprobs": 21 }), "top_logprobs"),
         (json!({ "response_format": { "type": "xml" } }), "response_format.type"),
@@ -113,7 +143,7 @@ fn errors_name_the_field() {
             "response_format",
         ),
         (json!({ "audio": {} }), "audio"),
-        (json!({ "best_of": 2 }), "best_of"),
+        (json!({ "best_of": 0 }), "best_of"),
     ];
     for (extra, param) in cases {
         let error = chat(extra.clone()).unwrap_err();
@@ -121,6 +151,91 @@ fn errors_name_the_field() {
         assert_eq!(error.status, 400);
     }
     assert_eq!(Ask::chat(b"{", &limits()).unwrap_err().status, 400);
+}
+
+#[test]
+fn errors_name_the_field_of_completions_and_embeddings_too() {
+    let cases = [
+        (json!({ "prompt": null }), "prompt"),
+        (json!({ "prompt": 7 }), "prompt"),
+        (json!({ "echo": "yes" }), "echo"),
+        (json!({ "logprobs": true }), "logprobs"),
+        (json!({ "logprobs": 21 }), "logprobs"),
+        (json!({ "suffix": "end" }), "suffix"),
+        (json!({ "max_tokens": 0 }), "max_tokens"),
+        (json!({ "n": 2, "best_of": 1 }), "best_of"),
+        (json!({ "best_of": 129 }), "best_of"),
+        (json!({ "best_of": 2, "stream": true }), "best_of"),
+    ];
+    for (extra, param) in cases {
+        assert_eq!(completion(extra.clone()).unwrap_err().param.as_deref(), Some(param), "{extra}");
+    }
+    for (body, param) in [
+        (json!({ "input": "x" }), "model"),
+        (json!({ "model": "a/b" }), "input"),
+        (json!({ "model": "a/b", "input": [1, "x"] }), "input"),
+        (json!({ "model": "a/b", "input": vec!["x"; 2049] }), "input"),
+        (json!({ "model": "a/b", "input": "x", "encoding_format": "hex" }), "encoding_format"),
+        (json!({ "model": "a/b", "input": "x", "dimensions": 0 }), "dimensions"),
+    ] {
+        let error = EmbeddingsAsk::parse(body.to_string().as_bytes(), &limits()).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some(param), "{body}");
+    }
+}
+
+fn allowed(mode: &str, names: &[&str]) -> Value {
+    let tools: Vec<_> = names.iter().map(|name| json!({ "type": "function", "function": { "name": name } })).collect();
+    json!({ "type": "allowed_tools", "allowed_tools": { "mode": mode, "tools": tools } })
+}
+
+#[test]
+fn of_all_tools_only_the_allowed_ones_are_shown() {
+    let ask = |mode| {
+        let body = json!({ "tools": [tool("f"), tool("g"), tool("h")], "tool_choice": allowed(mode, &["h", "f"]) });
+        chat(body).unwrap().tools.unwrap()
+    };
+    assert_eq!(ask("auto").names, ["h", "f"]);
+    assert!(!ask("auto").json.contains("\"g\"") && !ask("auto").wanted.required);
+    assert!(ask("required").wanted.required);
+}
+
+#[test]
+fn functions_in_the_old_way_are_tools() {
+    let functions = json!([{ "name": "f", "parameters": { "type": "object" } }, { "name": "g" }]);
+    let ask = |choice: Value| chat(json!({ "functions": functions, "function_call": choice })).unwrap();
+    let auto = ask(json!("auto")).tools.unwrap();
+    assert_eq!(auto.names, ["f", "g"]);
+    assert!(auto.legacy && auto.wanted.single && !auto.wanted.required);
+    assert_eq!(serde_json::from_str::<Value>(&auto.json).unwrap()[0], tool("f"));
+    assert_eq!(ask(json!({ "name": "g" })).tools.unwrap().wanted.function, "g");
+    assert!(ask(json!("none")).tools.is_none());
+    assert!(chat(json!({ "functions": [], "function_call": "auto" })).unwrap().tools.is_none());
+    let history = chat(json!({ "messages": [
+        { "role": "user", "content": "Hi" },
+        { "role": "assistant", "content": null, "function_call": { "name": "f", "arguments": "{}" } },
+        { "role": "function", "name": "f", "content": "sunny" },
+    ] }));
+    let Prompt::Chat(messages) = &history.unwrap().prompts[0] else { panic!("no chat") };
+    assert_eq!((messages[2].role.as_str(), messages[2].tool_call_id.as_str()), ("tool", "call_1"));
+    assert!(messages[1].tool_calls_json.contains("\"call_1\""), "{messages:?}");
+}
+
+#[test]
+fn a_refusal_is_what_the_assistant_said() {
+    let said = |message: Value| match &chat(json!({ "messages": [message] })).unwrap().prompts[0] {
+        Prompt::Chat(messages) => messages[0].content.clone(),
+        other => panic!("{other:?}"),
+    };
+    let part = json!([{ "type": "text", "text": "No. " }, { "type": "refusal", "refusal": "I will not." }]);
+    assert_eq!(said(json!({ "role": "assistant", "content": part })), "No. I will not.");
+    assert_eq!(said(json!({ "role": "assistant", "content": null, "refusal": "I will not." })), "I will not.");
+}
+
+#[test]
+fn the_best_of_more_candidates_can_be_asked_for() {
+    let ask = completion(json!({ "n": 2, "best_of": 5 })).unwrap();
+    assert_eq!((ask.n, ask.candidates), (2, 5));
+    assert_eq!(completion(json!({ "n": 2 })).unwrap().candidates, 2);
 }
 
 #[test]
@@ -253,6 +368,8 @@ fn anything() -> impl Strategy<Value = Value> {
         "function",
         "json_schema",
         "required",
+        "allowed_tools",
+        "refusal",
         "none",
         "auto",
         "f",
@@ -283,6 +400,10 @@ fn anything() -> impl Strategy<Value = Value> {
             "include_usage",
             "schema",
             "json_schema",
+            "function_call",
+            "refusal",
+            "mode",
+            "allowed_tools",
             "7",
         ]);
         prop_oneof![
@@ -326,6 +447,9 @@ const FIELDS: &[&str] = &[
     "repetition_penalty",
     "guided_json",
     "functions",
+    "function_call",
+    "min_tokens",
+    "ignore_eos",
     "audio",
     "suffix",
     "input",
@@ -339,6 +463,7 @@ fn is_within_bounds(ask: &Ask, limits: &Limits) -> bool {
     let sampling = &ask.sampling;
     let numbers = [sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty];
     (1..=limits.max_choices).contains(&ask.n)
+        && (ask.n..=limits.max_choices).contains(&ask.candidates)
         && (1..=limits.max_prompts).contains(&ask.prompts.len())
         && numbers.iter().all(|number| number.is_finite() && *number >= 0.0)
         && sampling.top_p > 0.0
@@ -377,7 +502,7 @@ proptest! {
             }
         }
         if let Ok(ask) = EmbeddingsAsk::parse(body.as_bytes(), &limits) {
-            prop_assert!((1..=limits.max_prompts).contains(&ask.inputs.len()));
+            prop_assert!((1..=limits.max_inputs).contains(&ask.inputs.len()));
         }
     }
 }

@@ -8,25 +8,13 @@ use serde_json::{Value, json};
 type Unsupported = (&'static str, fn(&Value) -> bool);
 
 const UNSUPPORTED: &[Unsupported] = &[
-    ("functions", not_empty),
-    ("function_call", |value| value != "none"),
     ("modalities", |value| *value != json!(["text"])),
     ("audio", |_| true),
     ("web_search_options", |_| true),
     ("suffix", |value| value != ""),
     ("prompt_logprobs", |value| *value != Value::Bool(false)),
-    ("min_tokens", |value| value.as_u64() != Some(0)),
-    ("ignore_eos", |value| *value != Value::Bool(false)),
     ("use_beam_search", |value| *value != Value::Bool(false)),
 ];
-
-fn not_empty(value: &Value) -> bool {
-    match value {
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(items) => !items.is_empty(),
-        _ => true,
-    }
-}
 
 pub fn refuse(fields: &Fields) -> Result<(), ApiError> {
     for (name, changes_the_answer) in UNSUPPORTED {

@@ -14,8 +14,13 @@ export interface Sampling {
   temperature?: number;
   top_p?: number;
   min_p?: number;
+  top_k?: number;
+  frequency_penalty?: number;
+  presence_penalty?: number;
+  repetition_penalty?: number;
   max_tokens?: number;
   seed?: number;
+  stop?: string;
 }
 
 export interface Ask extends Sampling {

@@ -15,7 +15,7 @@ export function curl(origin: string, ask: Ask): string {
 }
 
 // Options that OpenAI's client does not name go into its extra_body.
-const EXTRA = new Set(["min_p"]);
+const EXTRA = new Set(["min_p", "top_k", "repetition_penalty"]);
 
 export function python(origin: string, ask: Ask): string {
   const entries = Object.entries(ask).filter(([, value]) => value !== undefined);

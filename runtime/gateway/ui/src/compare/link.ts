@@ -1,5 +1,5 @@
 // A comparison as the fragment of a URL, which no server sees. Pure.
-import type { Settings } from "../parameters.ts";
+import { NUMBERS, type Settings } from "../parameters.ts";
 
 export interface Comparison {
   models: string[];
@@ -8,7 +8,7 @@ export interface Comparison {
 }
 
 export const MAX_MODELS = 4;
-const NUMBERS = ["temperature", "top_p", "min_p", "max_tokens", "seed"] as const;
+const TEXTS = ["system", "stop"] as const;
 
 export function toFragment({ models, prompt, settings }: Comparison): string {
   const parts = new URLSearchParams();
@@ -17,7 +17,10 @@ export function toFragment({ models, prompt, settings }: Comparison): string {
     const value = settings[name];
     if (value !== undefined) parts.set(name, String(value));
   }
-  if (settings.system) parts.set("system", settings.system);
+  for (const name of TEXTS) {
+    const value = settings[name];
+    if (value) parts.set(name, value);
+  }
   parts.set("prompt", prompt);
   return `#${parts}`;
 }
@@ -32,7 +35,9 @@ export function fromFragment(fragment: string): Comparison | null {
     const text = parts.get(name);
     if (text !== null && text !== "" && Number.isFinite(Number(text))) settings[name] = Number(text);
   }
-  const system = parts.get("system");
-  if (system) settings.system = system;
+  for (const name of TEXTS) {
+    const text = parts.get(name);
+    if (text) settings[name] = text;
+  }
   return { models, prompt: parts.get("prompt") ?? "", settings };
 }
