@@ -1,11 +1,13 @@
 //! What an event says. Nothing here decides; see `advance.rs`.
 
 use super::rank::Rank;
-use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, Stages, State};
+use super::{
+    Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, MAX_REMEDIES, Membership, Millis, PodFact, Stages, State,
+};
 use crate::coordinator::manifest::Manifest;
 use crate::coordinator::record::{Finish, Member, Record};
 use crate::coordinator::report::{
-    Blockage, CheckpointReport, EvaluationReport, Happening, MemoryNeed, PodUid, RankFailure, RecoveryPhases,
+    Blockage, CheckpointReport, EvaluationReport, Happening, MemoryNeed, PodUid, RankFailure, RecoveryPhases, Remedy,
     StepReport,
 };
 use std::collections::BTreeMap;
@@ -38,6 +40,7 @@ impl Membership {
         }
         if of_memory {
             self.memory = self.memory_needs();
+            self.remedies = self.least_remedies();
         }
     }
 
@@ -162,6 +165,7 @@ impl Membership {
             blocked: None,
             held_up: None,
             memory: Vec::new(),
+            remedies: Vec::new(),
             own_notice: None,
             failed: false,
             released: false,
@@ -232,8 +236,13 @@ impl Membership {
             device_bytes: need.device_bytes,
             fits: need.fits,
         };
+        let remedy = |remedy: &wire::estimated::Remedy| Remedy {
+            settings: bounded(remedy.settings.clone()),
+            ranks: remedy.ranks,
+        };
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.memory = said.needs.iter().take(MAX_RANKS).map(need).collect();
+            rank.remedies = said.remedies.iter().take(MAX_REMEDIES).map(remedy).collect();
         }
     }
 
