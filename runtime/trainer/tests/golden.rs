@@ -212,15 +212,15 @@ fn compare(what: &str, session: &Arc<Session>, theirs: &Value) {
 
 #[test]
 fn whole_models_of_every_family_train_as_in_transformers() {
-    let Some(path) = golden::transformers() else { return };
+    let (Some(path), Some(site)) = (python_path(), golden::transformers()) else { return };
     for family in FAMILIES {
         let fixture = Fixture::new();
-        let (directory, model) = made_by_transformers(&path, family);
+        let (directory, model) = made_by_transformers(&site, family);
         let mut job = job(&fixture, Method::Full);
         job.model = ModelSource { from: support::url(directory.path()), template: Some("chatml".to_owned()) };
         job.recipe.max_length = job.recipe.max_length.min(model.config.max_position as u32);
         let session = fixture.session(job);
-        let theirs = python(path.as_os_str(), "train", directory.path(), Path::new("-"), &run(&session, &Value::Null));
+        let theirs = python(&path, "train", directory.path(), Path::new("-"), &run(&session, &Value::Null));
         compare(family, &session, &theirs);
     }
 }

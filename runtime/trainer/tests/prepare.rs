@@ -55,7 +55,7 @@ fn every_setting_does_what_it_says_and_the_bucket_has_the_report() {
     let report = std::fs::read(fixture.path("bucket").join(DATA_REPORT)).unwrap();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
     assert_eq!(report["records"], 40);
-    assert_eq!(report["steps"].as_array().unwrap().len(), 14);
+    assert_eq!(report["steps"].as_array().unwrap().len(), 15);
     assert!(report["kept"]["languages"].as_object().unwrap().keys().all(|language| !language.starts_with("de")));
     assert_eq!(report["split"]["at"], 60);
     assert_eq!(report["heldOut"], session.data_report.held_out);
