@@ -219,6 +219,8 @@ fn whole_models_of_every_family_train_as_in_transformers() {
         let mut job = job(&fixture, Method::Full);
         job.model = ModelSource { from: support::url(directory.path()), template: Some("chatml".to_owned()) };
         job.recipe.max_length = job.recipe.max_length.min(model.config.max_position as u32);
+        // A key's bias has no gradient but rounding, and Adam makes a whole step of that.
+        job.recipe.learning_rate = 2e-3;
         let session = fixture.session(job);
         let theirs = python(&path, "train", directory.path(), Path::new("-"), &run(&session, &Value::Null));
         compare(family, &session, &theirs);
