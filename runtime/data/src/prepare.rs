@@ -203,9 +203,9 @@ impl<'a> Work<'a> {
         let before: u32 = self.mixtures.iter().map(|mixture| mixture.sequences).sum();
         if self.settings.pack {
             self.examples.pack(self.settings.max_length);
-            self.encoding.rows = self.examples.len() as u64;
+            self.encoding.rows = self.examples.rows() as u64;
         }
-        self.mixtures.push(Mixture { sequences: self.examples.len() as u32 - before, weight });
+        self.mixtures.push(Mixture { sequences: self.examples.rows() as u32 - before, weight });
     }
 
     fn finish(self) -> Result<Prepared, PrepareError> {

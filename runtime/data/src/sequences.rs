@@ -119,8 +119,8 @@ impl SequencesWriter {
         Ok(Self { file, entries: Vec::new(), words: 0, row_ends: None })
     }
 
-    /// Number of rows.
-    pub fn len(&self) -> usize {
+    /// Number of rows, or of sequences while none are packed.
+    pub fn rows(&self) -> usize {
         self.row_ends.as_ref().map_or(self.entries.len(), Vec::len)
     }
 
@@ -230,7 +230,7 @@ mod tests {
             writer.push(&sequence(number, 0..2, 2)).unwrap();
             writer.push(&sequence(number, 0..2, 2)).unwrap();
             writer.pack(6);
-            assert_eq!(writer.len(), number as usize + 1);
+            assert_eq!(writer.rows(), number as usize + 1);
         }
         let rows = all(&writer.finish().unwrap());
         assert_eq!(rows.iter().map(|row| row.ids[2] / 1000).collect::<Vec<_>>(), [0, 1]);
