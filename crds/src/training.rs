@@ -128,7 +128,7 @@ impl VicunaTrainingSpec {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Prepare {
-    /// Clean the conversations as published for Vicuna: HTML becomes Markdown, remains of the web page go, conversations that name another vendor, restart their lists or are there already (exactly or nearly) are dropped. If false, only what cannot be trained on is removed: turns before the first question and after the last reply, conversations whose roles do not alternate, empty turns.
+    /// Clean the conversations as published for Vicuna: HTML becomes Markdown, remains of the web page go, conversations that name another vendor, restart their lists or are there already (exactly or nearly) are dropped, and records that are no conversations are counted and left out. If false, such a record is an error, and only what cannot be trained on is removed: turns before the first question and after the last reply, conversations whose roles do not alternate, empty turns.
     #[serde(default)]
     pub clean: bool,
     /// Keep only conversations in this language, an ISO 639-1 code such as `en`, and those whose language cannot be told.

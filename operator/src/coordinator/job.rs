@@ -184,6 +184,7 @@ mod tests {
         assert_eq!(method(&training), json!("Full"));
         training.spec.recipe.method = spec::Method::LoRA;
         let defaults = json!({ "rank": 8, "alpha": 16.0, "dropout": 0.05, "targets": ["q_proj", "v_proj"] });
+        assert_eq!(serde_json::to_value(vicuna_protocol::job::Lora::default()).unwrap(), defaults);
         assert_eq!(method(&training), json!({ "LoRA": defaults }));
         training.spec.recipe.method = spec::Method::QLoRA;
         assert_eq!(method(&training), json!({ "QLoRA": [defaults, "Nf4"] }));

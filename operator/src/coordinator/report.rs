@@ -33,6 +33,8 @@ pub struct Report {
     pub evaluation: Option<EvaluationReport>,
     /// What a rank needs in memory, by number of ranks; empty until a rank has read the model's configuration.
     pub memory: Vec<MemoryNeed>,
+    /// Changes of the recipe that would fit where that does not, the mildest first.
+    pub remedies: Vec<Remedy>,
     pub checkpoint: Option<CheckpointReport>,
     pub disruptions: Counters,
     pub finish: Option<Finish>,
@@ -112,6 +114,15 @@ impl MemoryNeed {
     pub fn fewest_that_fit(needs: &[Self]) -> u32 {
         needs.iter().find(|need| need.fits).map_or(needs.len() as u32 + 1, |need| need.ranks)
     }
+}
+
+/// A change of the recipe that would fit, as a rank has worked it out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remedy {
+    /// "recipe.memory.offload to true", for people.
+    pub settings: String,
+    /// With at least so many ranks.
+    pub ranks: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Default)]

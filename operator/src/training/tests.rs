@@ -8,7 +8,7 @@ use super::status::{WRITE_EVERY, Write, is_terminal, status, when_to_write};
 use crate::coordinator::membership::{Departure, Millis};
 use crate::coordinator::record::{Finish, Member};
 use crate::coordinator::report::{
-    Blockage, CheckpointReport, EvaluationReport, MemoryNeed, Phase, RankFailure, RankView, Report, StepReport,
+    Blockage, CheckpointReport, EvaluationReport, MemoryNeed, Phase, RankFailure, RankView, Remedy, Report, StepReport,
 };
 use crate::spot::capacity::Size;
 use serde_json::json;
@@ -490,6 +490,10 @@ fn workers_that_have_too_little_memory_are_said_with_the_numbers() {
     let seen = observed().spec(|training| (training.spec.workers.min, training.spec.workers.max) = (1, 4)).reported(
         |report| report.memory = vec![need(1, false), need(2, false), need(3, true), need(4, true), need(5, true)],
     );
+    let remedy = |settings: &str, ranks| Remedy { settings: settings.to_owned(), ranks };
+    let seen = seen.reported(|report| {
+        report.remedies = vec![remedy("recipe.maxLength to 512", 2), remedy("recipe.method to LoRA", 1)];
+    });
     let told = status(&seen, &plan(&seen, NOW), &Applied::default(), NOW);
     let shown: Vec<_> = told.memory.iter().map(|size| (size.workers, size.host.as_str(), size.fits)).collect();
     assert_eq!(shown, [(1, "96.0 GB", false), (2, "48.0 GB", false), (3, "32.0 GB", true), (4, "24.0 GB", true)]);
@@ -500,6 +504,8 @@ fn workers_that_have_too_little_memory_are_said_with_the_numbers() {
         "{}",
         admitted.message
     );
+    let advice = ", or set recipe.method to LoRA, or set recipe.maxLength to 512 with at least 2 workers.";
+    assert!(admitted.message.ends_with(advice), "{}", admitted.message);
     let enough = seen.spec(|training| training.spec.workers.min = 3);
     let told = status(&enough, &plan(&enough, NOW), &Applied::default(), NOW);
     assert_eq!(told.conditions.iter().find(|condition| condition.type_ == "Admitted").unwrap().status, "True");

@@ -2,7 +2,8 @@
 //!
 //! The path of the data: [`read`] takes conversations from files one by one, [`clean`] repairs or
 //! drops them, [`held_out`] puts some aside, [`split`] cuts long ones, [`identity`] adds who the model
-//! is, [`template`] turns each into ids and labels, [`mod@pack`] puts short ones together, [`order`] decides which sequence is in which step;
+//! is, [`template`] turns each into ids and labels, [`sequences`] keeps them, [`mod@pack`] puts short ones together,
+//! [`order`] decides which sequence is in which step;
 //! [`prepare`] is the whole way, [`report`] what it did. Everything is a pure function of its input,
 //! so that every rank computes the same.
 
@@ -17,6 +18,7 @@ pub mod pack;
 pub mod prepare;
 pub mod read;
 pub mod report;
+pub mod sequences;
 pub mod split;
 pub mod template;
 
@@ -26,4 +28,5 @@ pub use language::Language;
 pub use order::{Cursor, Length, Mixture, Order};
 pub use read::{ReadError, Reader};
 pub use report::Report;
+pub use sequences::{Sequences, SequencesWriter};
 pub use template::{Encoder, Example, Template, TemplateError};

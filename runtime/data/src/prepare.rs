@@ -7,12 +7,12 @@ use crate::conversation::Conversation;
 use crate::held_out::is_held_out;
 use crate::language::Language;
 use crate::order::Mixture;
-use crate::pack::pack;
 use crate::read::{ReadError, Reader};
 use crate::report::{Encoding, Report, Split};
+use crate::sequences::{Sequences, SequencesWriter};
 use crate::split::split;
 use crate::template::{Encoder, Example, TemplateError};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What is done to the data.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,14 +52,16 @@ pub struct Source {
 }
 
 /// What a training sees.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Prepared {
     /// Sequences of all sources, or the rows that they are packed into, in order.
-    pub examples: Vec<Example>,
+    pub examples: Sequences,
     /// How many of them are of each source, and how often they are seen.
     pub mixtures: Vec<Mixture>,
     /// Sequences to evaluate on.
-    pub held_out: Vec<Example>,
+    pub held_out: Sequences,
+    /// The largest token id in any of them.
+    pub largest_id: u32,
     /// BLAKE3 of all sequences, what is learned of them and which are held out, hex.
     pub digest: String,
     pub report: Report,
@@ -67,6 +69,8 @@ pub struct Prepared {
 
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareError {
+    #[error("the prepared sequences cannot be kept in the scratch folder: {0}; give it room and let it be written to")]
+    Scratch(#[from] std::io::Error),
     #[error("the dataset {name}: {source}")]
     Read { name: String, source: ReadError },
     #[error("the dataset {name}, conversation {id}: {source}")]
@@ -78,34 +82,35 @@ pub enum PrepareError {
 }
 
 /// Prepares all sources. Duplicates are looked for across them. `added` (who the model is) is neither cleaned nor
-/// split nor put aside, and is seen once an epoch.
+/// split nor put aside, and is seen once an epoch. Sequences are kept in files without a name in `scratch`.
 pub fn prepare(
     sources: &[Source],
     added: &[Conversation],
     settings: &Settings,
     encoder: &Encoder,
+    scratch: &Path,
 ) -> Result<Prepared, PrepareError> {
-    let mut work = Work::new(settings, encoder);
+    let mut work = Work::new(settings, encoder, scratch)?;
     for source in sources {
         work.source(source)?;
     }
     if !added.is_empty() {
-        let before = work.examples.len();
         for conversation in added {
             work.encode("prepare.identity", conversation, false)?;
         }
-        work.mix(before, 1.0);
+        work.mix(1.0);
     }
-    Ok(work.finish())
+    work.finish()
 }
 
 struct Work<'a> {
     settings: &'a Settings,
     encoder: &'a Encoder,
     cleaner: Cleaner,
-    examples: Vec<Example>,
+    examples: SequencesWriter,
     mixtures: Vec<Mixture>,
-    held_out: Vec<Example>,
+    held_out: SequencesWriter,
+    largest_id: u32,
     hasher: blake3::Hasher,
     skipped: Vec<String>,
     conversations_held_out: u64,
@@ -114,35 +119,35 @@ struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    fn new(settings: &'a Settings, encoder: &'a Encoder) -> Self {
-        Self {
+    fn new(settings: &'a Settings, encoder: &'a Encoder, scratch: &Path) -> Result<Self, PrepareError> {
+        Ok(Self {
             settings,
             encoder,
             cleaner: Cleaner::new(&settings.cleaning()),
-            examples: Vec::new(),
+            examples: SequencesWriter::create(scratch)?,
             mixtures: Vec::new(),
-            held_out: Vec::new(),
+            held_out: SequencesWriter::create(scratch)?,
+            largest_id: 0,
             hasher: blake3::Hasher::new_derive_key("vicuna-operator 2026 sequences of a training"),
             skipped: Vec::new(),
             conversations_held_out: 0,
             split: Split { at: settings.split_at.unwrap_or(0), ..Split::default() },
             encoding: Encoding::default(),
-        }
+        })
     }
 
     fn source(&mut self, source: &Source) -> Result<(), PrepareError> {
         let failed = |error| PrepareError::Read { name: source.name.clone(), source: error };
-        let before = self.examples.len();
-        let (held_out, without_reply) = (self.encoding.held_out, self.encoding.without_reply);
+        let Encoding { sequences, held_out, without_reply, .. } = self.encoding;
         self.skipped.extend(source.skipped.iter().map(|file| format!("{}: {file}", source.name)));
         for file in &source.files {
             for conversation in Reader::open(file).map_err(failed)? {
-                if let Some(clean) = self.cleaner.clean(conversation.map_err(failed)?) {
+                if let Some(clean) = self.cleaner.clean_read(conversation).map_err(failed)? {
                     self.cleaned(&source.name, clean)?;
                 }
             }
         }
-        if self.examples.len() == before {
+        if self.encoding.sequences == sequences {
             return Err(PrepareError::NothingLeft {
                 name: source.name.clone(),
                 summary: self.cleaner.report().summary(),
@@ -151,7 +156,7 @@ impl<'a> Work<'a> {
                 max_length: self.settings.max_length,
             });
         }
-        self.mix(before, source.weight);
+        self.mix(source.weight);
         Ok(())
     }
 
@@ -174,36 +179,36 @@ impl<'a> Work<'a> {
         let failed = |source| PrepareError::Encode { name: name.to_owned(), id: conversation.id.clone(), source };
         let mut example = self.encoder.example(&conversation.turns).map_err(failed)?;
         self.encoding.cut += u64::from(example.truncate(self.settings.max_length));
-        example.shrink();
         if example.trained_tokens() == 0 {
             self.encoding.without_reply += 1;
             return Ok(());
         }
         digest(&mut self.hasher, &example, aside);
+        self.largest_id = example.ids.iter().fold(self.largest_id, |largest, id| largest.max(*id));
         if aside {
             self.encoding.held_out += 1;
-            self.held_out.push(example);
+            self.held_out.push(&example)?;
         } else {
             self.encoding.sequences += 1;
             self.encoding.tokens += example.ids.len() as u64;
             self.encoding.trained_tokens += example.trained_tokens() as u64;
             self.encoding.lengths.add(example.ids.len());
-            self.examples.push(example);
+            self.examples.push(&example)?;
         }
         Ok(())
     }
 
-    /// What came after the first `before` sequences belongs together.
-    fn mix(&mut self, before: usize, weight: f64) {
+    /// What came since the last time belongs together.
+    fn mix(&mut self, weight: f64) {
+        let before: u32 = self.mixtures.iter().map(|mixture| mixture.sequences).sum();
         if self.settings.pack {
-            let packed = pack(self.examples.split_off(before), self.settings.max_length);
-            self.encoding.rows += packed.len() as u64;
-            self.examples.extend(packed);
+            self.examples.pack(self.settings.max_length);
+            self.encoding.rows = self.examples.rows() as u64;
         }
-        self.mixtures.push(Mixture { sequences: (self.examples.len() - before) as u32, weight });
+        self.mixtures.push(Mixture { sequences: self.examples.rows() as u32 - before, weight });
     }
 
-    fn finish(self) -> Prepared {
+    fn finish(self) -> Result<Prepared, PrepareError> {
         let mut report = self.cleaner.report();
         report.split = self.settings.split_at.map(|_| self.split);
         report.held_out = self.conversations_held_out;
@@ -214,11 +219,8 @@ impl<'a> Work<'a> {
             hasher.update(&mixture.sequences.to_le_bytes());
         }
         let digest = hasher.finalize().to_hex().to_string();
-        let mut prepared =
-            Prepared { examples: self.examples, mixtures: self.mixtures, held_out: self.held_out, digest, report };
-        prepared.examples.shrink_to_fit();
-        prepared.held_out.shrink_to_fit();
-        prepared
+        let (examples, held_out) = (self.examples.finish()?, self.held_out.finish()?);
+        Ok(Prepared { examples, mixtures: self.mixtures, held_out, largest_id: self.largest_id, digest, report })
     }
 }
 

@@ -3,9 +3,11 @@
 use crate::clean::Reason;
 use crate::conversation::{Conversation, Role};
 use crate::language::Found;
+use crate::read::Place;
 use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 /// Conversations that are shown of each kind, at most.
 const SAMPLES: usize = 3;
@@ -88,6 +90,7 @@ pub struct Dropped {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     /// How it begins.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub begins: String,
 }
 
@@ -96,6 +99,14 @@ impl Dropped {
         let (why, detail) = (reason.why.clone().into_owned(), reason.detail.clone());
         let begins = conversation.turns.first().map(|turn| excerpt(&turn.content)).unwrap_or_default();
         Self { id: conversation.id.clone(), why, detail, begins }
+    }
+}
+
+impl StepReport {
+    /// A record that is no conversation.
+    pub(crate) fn malformed(&mut self, file: &Path, at: Place, why: String) {
+        let name = file.file_name().unwrap_or(file.as_os_str()).display();
+        self.dropped(Dropped { id: format!("{at} of {name}"), why, detail: None, begins: String::new() });
     }
 }
 
@@ -238,7 +249,11 @@ impl Report {
     fn write_samples(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (step, dropped) in self.steps.iter().flat_map(|step| step.samples.iter().map(move |it| (step.step, it))) {
             let detail = dropped.detail.as_ref().map(|detail| format!(", {detail}")).unwrap_or_default();
-            writeln!(out, "dropped {} ({step}: {}{detail}): {:?}", dropped.id, dropped.why, dropped.begins)?;
+            write!(out, "dropped {} ({step}: {}{detail})", dropped.id, dropped.why)?;
+            match dropped.begins.as_str() {
+                "" => writeln!(out)?,
+                begins => writeln!(out, ": {begins:?}")?,
+            }
         }
         for sample in &self.kept.samples {
             writeln!(out, "kept {}:", sample.id)?;

@@ -9,12 +9,14 @@
 //!
 //! What a user writes never becomes a control token, whatever it looks like.
 
+mod metered;
 mod python_json;
 mod tools;
 
 pub use tools::Said;
 
 use crate::conversation::{Role, Turn};
+use metered::{FUEL, Metered};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
@@ -23,9 +25,6 @@ use tokenizers::Tokenizer;
 /// Label of a token that is not learned, as in PyTorch and Transformers.
 pub const IGNORED: i64 = -100;
 
-/// Instructions that a template may spend on one conversation, at most: some thousands for each of the messages that a
-/// server takes. A loop without end is over within a second.
-const FUEL: u64 = 10_000_000;
 /// Bytes that a template may write, at most: these and so many times what the messages hold.
 const WRITTEN_LIMIT_BYTES: usize = 1 << 20;
 const WRITTEN_LIMIT_TIMES: usize = 16;
@@ -217,7 +216,7 @@ impl Template {
             bos_token: bos_token.to_owned(),
             eos_token: eos_token.to_owned(),
         };
-        template.environment().map(|_| template)
+        template.compile().map(|_| template)
     }
 
     /// The name; for a model's own template, `jinja-` and a digest: equal names are equal templates.
@@ -235,21 +234,8 @@ impl Template {
         Encoder::new(self.clone(), tokenizer)
     }
 
-    fn environment(&self) -> Result<minijinja::Environment<'static>, TemplateError> {
-        let mut environment = minijinja::Environment::new();
-        // A template comes with a model from anywhere.
-        environment.set_fuel(Some(FUEL));
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", python_json::tojson);
-        environment.add_function("raise_exception", |message: String| {
-            Err::<String, _>(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
-        });
-        environment
-            .add_template_owned("chat", self.jinja.clone())
-            .map_err(|source| TemplateError::Syntax { template: self.name.clone(), source })?;
-        Ok(environment)
+    fn compile(&self) -> Result<Metered, TemplateError> {
+        Metered::new(&self.jinja).map_err(|source| TemplateError::Syntax { template: self.name.clone(), source })
     }
 
     fn control_tokens(&self) -> &'static [&'static str] {
@@ -277,7 +263,7 @@ impl From<&Named> for Template {
     }
 }
 
-/// Token ids of one conversation and what is learned of them. Kept in few bytes: a run holds all of its examples.
+/// Token ids of one conversation and what is learned of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Example {
     pub ids: Vec<u32>,
@@ -313,7 +299,6 @@ impl Example {
             row.ids.extend(sequence.ids);
             row.ends.push(row.ids.len() as u32);
         }
-        row.shrink();
         Some(row)
     }
 
@@ -342,19 +327,6 @@ impl Example {
         labels
     }
 
-    /// Gives back the room that growing left over.
-    pub(crate) fn shrink(&mut self) {
-        self.ids.shrink_to_fit();
-        self.learned.shrink_to_fit();
-        self.ends.shrink_to_fit();
-    }
-
-    /// Bytes that it takes in memory.
-    pub fn bytes(&self) -> usize {
-        let learned = self.learned.capacity() * size_of::<Range<u32>>();
-        size_of::<Self>() + (self.ids.capacity() + self.ends.capacity()) * size_of::<u32>() + learned
-    }
-
     fn extend(&mut self, ids: &[u32], learned: bool) {
         let start = self.ids.len() as u32;
         self.ids.extend_from_slice(ids);
@@ -370,7 +342,7 @@ impl Example {
 /// A template on a tokenizer. Cheap to use, made once.
 pub struct Encoder {
     template: Template,
-    environment: minijinja::Environment<'static>,
+    jinja: Metered,
     /// Encodes control tokens in text as the text that they look like.
     tokenizer: Tokenizer,
     control: ControlTokens,
@@ -404,9 +376,9 @@ impl Encoder {
         }
         let tokenizer = plain_tokenizer(tokenizer)?;
         let joint = Joint::of(&tokenizer, &control)?;
-        let environment = template.environment()?;
+        let jinja = template.compile()?;
         let (end_tokens, lead) = (Vec::new(), String::new());
-        let mut encoder = Self { environment, template, tokenizer, control, joint, end_tokens, lead };
+        let mut encoder = Self { jinja, template, tokenizer, control, joint, end_tokens, lead };
         encoder.end_tokens = vec![encoder.find_end_token()?];
         encoder.lead = encoder.find_lead()?;
         Ok(encoder)
@@ -473,21 +445,15 @@ impl Encoder {
             eos_token => self.template.eos_token,
             ..context
         };
-        let mut written = Written { text: Vec::new(), limit: WRITTEN_LIMIT_BYTES + WRITTEN_LIMIT_TIMES * given };
-        let template = self.environment.get_template("chat");
-        let rendered = template.and_then(|template| template.render_captured_to(context, &mut written).map(drop));
+        let limit = WRITTEN_LIMIT_BYTES + WRITTEN_LIMIT_TIMES * given;
         let name = || self.template.name.clone();
-        rendered.map_err(|source| match source.kind() {
-            minijinja::ErrorKind::OutOfFuel => {
-                TemplateError::Endless { template: name(), detail: format!("more than {FUEL} instructions") }
-            }
-            minijinja::ErrorKind::WriteFailure => {
-                TemplateError::Endless { template: name(), detail: format!("more than {} bytes", written.limit) }
-            }
+        let endless = |detail| TemplateError::Endless { template: name(), detail };
+        let text = self.jinja.render(context, given).map_err(|source| match source.kind() {
+            minijinja::ErrorKind::OutOfFuel => endless(format!("more than {FUEL} instructions")),
+            minijinja::ErrorKind::WriteFailure => endless(format!("more than {limit} bytes")),
             _ => TemplateError::Render { template: name(), source },
         })?;
-        // Made of texts alone.
-        String::from_utf8(written.text).map_err(|error| TemplateError::Tokenizer(error.to_string()))
+        if text.len() > limit { Err(endless(format!("more than {limit} bytes"))) } else { Ok(text) }
     }
 
     /// Where in the rendered `text` the replies are. Few are found by rendering what comes before each; many by marks
@@ -629,26 +595,6 @@ struct Reply {
 /// A template that does not end every reply may have one reach into the next.
 fn in_order(replies: &[Reply]) -> bool {
     replies.is_sorted_by(|one, next| one.end.end <= next.content.start)
-}
-
-/// What a template has written; fails where that is more than is sensible.
-struct Written {
-    text: Vec<u8>,
-    limit: usize,
-}
-
-impl std::io::Write for Written {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if self.text.len() + bytes.len() > self.limit {
-            return Err(std::io::ErrorKind::FileTooLarge.into());
-        }
-        self.text.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A reply with a mark before the last bytes of it, as many as `place` says; every other turn as it is.

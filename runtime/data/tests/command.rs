@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "support/tokenizer.rs"]
+mod tokenizer;
+
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output};
@@ -49,26 +52,8 @@ fn lines(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// A token a byte, and ChatML's two.
 fn tokenizer(folder: &TempDir) -> String {
-    let letters = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
-    let mut letters: Vec<String> = letters.into_iter().map(String::from).collect();
-    letters.sort();
-    let vocabulary: serde_json::Map<_, _> =
-        letters.into_iter().enumerate().map(|(id, letter)| (letter, json!(id))).collect();
-    let added = ["<|im_start|>", "<|im_end|>"].iter().enumerate().map(|(index, token)| {
-        json!({ "id": 256 + index, "content": token, "special": true, "normalized": false,
-                "single_word": false, "lstrip": false, "rstrip": false })
-    });
-    let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
-    let document = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added.collect::<Vec<_>>(),
-        "normalizer": null, "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
-        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-                   "vocab": vocabulary, "merges": [] },
-    });
-    written(folder, "tokenizer.json", &document.to_string())
+    written(folder, "tokenizer.json", &tokenizer::document(&["<|im_start|>", "<|im_end|>"]).to_string())
 }
 
 #[test]
@@ -90,6 +75,31 @@ fn cleaning_writes_what_is_kept_and_reports_the_rest() {
     assert!(!Path::new(&format!("{out}.partial")).exists());
 }
 
+/// The golden file has every published defect, each in a record of its own.
+#[test]
+fn a_dirty_file_becomes_the_clean_one_and_its_malformed_records_are_told() {
+    let golden = |name: &str| format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir().unwrap();
+    let (out, report) = (path(&folder, "clean.jsonl"), path(&folder, "report.json"));
+    let dirty = golden("dirty.jsonl");
+    let said = succeeds(&["clean", &dirty, "--language", "en", "--out", &out, "--report", &report]);
+    assert!(said.starts_with("10 of 24 conversations kept"), "{said}");
+    assert!(
+        said.contains("dropped record 20 (line 20) of dirty.jsonl (malformed records: conversations[].value"),
+        "{said}"
+    );
+    let kept = lines(&std::fs::read_to_string(&out).unwrap());
+    assert_eq!(kept, lines(&std::fs::read_to_string(golden("clean.jsonl")).unwrap()));
+    let report: Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    assert_eq!((&report["steps"][0]["step"], &report["steps"][0]["dropped"]), (&json!("malformed records"), &json!(4)));
+    // Nothing is left out unasked.
+    let said = fails(&["stats", &dirty]);
+    assert!(
+        said.contains("record 20 (line 20), field conversations[0].value") && said.contains("vicuna-data clean"),
+        "{said}"
+    );
+}
+
 #[test]
 fn addresses_are_read_like_paths_and_lines_go_to_the_standard_output() {
     let folder = tempfile::tempdir().unwrap();
@@ -107,7 +117,8 @@ fn splitting_loses_nothing_and_keeps_the_two_sides_apart() {
     let data = written(&folder, "data.json", &Value::from(records(100)).to_string());
     let (tokens, aside) = (tokenizer(&folder), path(&folder, "aside.jsonl"));
     let common = ["split", &data, "--tokenizer", &tokens, "--template", "chatml", "--at", "100"];
-    let side = ["--hold-out", "0.2", "--held-out", &aside];
+    let report = path(&folder, "report.json");
+    let side = ["--hold-out", "0.2", "--held-out", &aside, "--report", &report];
     let trained = lines(&succeeds(&[&common[..], &side[..]].concat()));
     let held_out = lines(&std::fs::read_to_string(&aside).unwrap());
     let ids = |records: &[Value]| -> std::collections::BTreeSet<String> {
@@ -118,6 +129,8 @@ fn splitting_loses_nothing_and_keeps_the_two_sides_apart() {
     let turns: usize =
         trained.iter().chain(&held_out).map(|piece| piece["conversations"].as_array().unwrap().len()).sum();
     assert_eq!(turns, 800);
+    let report: Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    assert_eq!((&report["heldOut"], &report["split"]["at"]), (&json!(ids(&held_out).len()), &json!(100)));
     assert!(trained.len() > ids(&trained).len());
 }
 
@@ -164,7 +177,7 @@ fn errors_name_the_file_the_record_and_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let broken =
         written(&folder, "broken.jsonl", "{\"messages\":[]}\n{\"messages\":[{\"role\":\"tool\",\"content\":\"\"}]}\n");
-    let said = fails(&["clean", &broken]);
+    let said = fails(&["stats", &broken]);
     assert!(
         said.contains("broken.jsonl: record 2 (line 2), field messages[0].role") && said.contains("use system"),
         "{said}"

@@ -4,7 +4,7 @@
 use crate::layers::{LayerWeights, Projection};
 use crate::parameters::{self, EMBEDDING, FINAL_NORM, LM_HEAD, layer_bias_names, layer_weight_names, parameter_names};
 use crate::{Config, ModelError};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tch::{Device, Kind, Tensor};
 
 /// Values that share a scale in NF4.
@@ -56,10 +56,10 @@ enum Held {
 }
 
 impl Frozen {
-    /// Asks for a model's weights one by one, letting each go as soon as it is converted.
+    /// Asks for a model's weights one by one, in the order of their names, letting each go as soon as it is converted.
     pub fn new(
         config: &Config,
-        weight: impl Fn(&str) -> Result<Tensor, ModelError>,
+        mut weight: impl FnMut(&str) -> Result<Tensor, ModelError>,
         quantization: Option<Quantization>,
         device: Device,
         kind: Kind,
@@ -68,7 +68,7 @@ impl Frozen {
             .flat_map(|layer| Projection::ALL.map(|projection| projection.weight_name(layer)))
             .collect();
         let mut held = BTreeMap::new();
-        for name in parameter_names(config) {
+        for name in BTreeSet::from_iter(parameter_names(config)) {
             let tensor = weight(&name)?;
             parameters::check_shape(config, &name, &tensor.size())?;
             let quantization = quantization.filter(|_| projections.contains(&name));

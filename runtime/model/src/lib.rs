@@ -30,7 +30,7 @@ pub mod tiny;
 mod weights_file;
 
 pub use config::{Config, Family};
-pub use digest::weights_digest;
+pub use digest::{WeightsHasher, weights_digest};
 pub use error::ModelError;
 pub use forward::logits;
 pub use hugging_face::{save, save_one_by_one, save_tokenizer};

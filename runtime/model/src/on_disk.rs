@@ -56,13 +56,6 @@ impl OnDisk {
             Weight::Gguf(place, info) => gguf::read_tensor(&self.config, name, info, &place.read()?),
         }
     }
-
-    /// What [`weights_digest`](crate::weights_digest) says of all weights.
-    pub fn digest(&self) -> Result<String, ModelError> {
-        let mut hasher = crate::digest::WeightsHasher::default();
-        self.names().try_for_each(|name| Ok::<_, ModelError>(hasher.add(name, &self.tensor(name)?)?))?;
-        Ok(hasher.finish())
-    }
 }
 
 fn open_gguf(path: &Path) -> Result<OnDisk, ModelError> {
@@ -108,7 +101,6 @@ mod tests {
             for (name, tensor) in &model.tensors {
                 assert_eq!(&opened.tensor(name).unwrap(), tensor, "{name}");
             }
-            assert_eq!(opened.digest().unwrap(), crate::weights_digest(&model.tensors).unwrap());
             assert!(matches!(opened.tensor("x"), Err(ModelError::MissingTensor { .. })));
         }
         assert!(matches!(OnDisk::open(&folder.path().join("none")), Err(ModelError::Read { .. })));

@@ -120,6 +120,11 @@ pub fn llama_7b() -> Config {
     }
 }
 
+/// LLaMA-13B's shape (Touvron et al. 2023).
+pub fn llama_13b() -> Config {
+    Config { hidden: 5120, intermediate: 13_824, layers: 40, heads: 40, kv_heads: 40, ..llama_7b() }
+}
+
 /// SmolLM2-135M's shape (Ben Allal et al. 2025).
 pub fn smollm2_135m() -> Config {
     Config {

@@ -226,6 +226,14 @@ pub struct Lora {
     pub targets: Vec<String>,
 }
 
+impl Default for Lora {
+    /// As published for Vicuna, and where a VicunaTraining says nothing.
+    fn default() -> Self {
+        let targets = ["q_proj", "v_proj"].map(str::to_owned).to_vec();
+        Self { rank: 8, alpha: 16.0, dropout: 0.05, targets }
+    }
+}
+
 /// How a frozen base's projections are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Base {

@@ -4,7 +4,7 @@
 use tch::{Device, Kind};
 use vicuna_model::frozen::{Frozen, Quantization};
 use vicuna_model::lora::{Dropout, Lora};
-use vicuna_model::{ModelError, OnDisk};
+use vicuna_model::{ModelError, OnDisk, WeightsHasher};
 use vicuna_protocol::job::{self, Base, Method, Recipe};
 
 /// The frozen base, and what is trained of it.
@@ -12,21 +12,30 @@ use vicuna_protocol::job::{self, Base, Method, Recipe};
 pub struct AdaptedBase {
     pub frozen: Frozen,
     pub lora: Lora,
+    /// [`vicuna_model::weights_digest`] of the base as it was read.
+    pub base_digest: String,
     seed: u64,
 }
 
 impl AdaptedBase {
-    /// Reads the base model's weights.
+    /// Reads the base model's weights, each once.
     pub fn new(recipe: &Recipe, lora: Lora, model: &OnDisk, kind: Kind, device: Device) -> Result<Self, ModelError> {
         let quantization = quantization(&recipe.method);
-        let frozen = Frozen::new(&model.config, |name| model.tensor(name), quantization, device, kind)?;
+        let mut hasher = WeightsHasher::default();
+        let read = |name: &str| {
+            let tensor = model.tensor(name)?;
+            hasher.add(name, &tensor)?;
+            Ok(tensor)
+        };
+        let frozen = Frozen::new(&model.config, read, quantization, device, kind)?;
         tracing::info!(bytes = frozen.bytes(), "the base model is frozen");
-        Ok(Self { frozen, lora, seed: recipe.seed })
+        Ok(Self { frozen, lora, base_digest: hasher.finish(), seed: recipe.seed })
     }
 
     /// The same memory for another rank's thread.
     pub fn share(&self) -> Self {
-        Self { frozen: self.frozen.share(), lora: self.lora.clone(), seed: self.seed }
+        let (lora, base_digest) = (self.lora.clone(), self.base_digest.clone());
+        Self { frozen: self.frozen.share(), lora, base_digest, seed: self.seed }
     }
 
     /// What is dropped of the adapters' inputs; it does not depend on who computes the micro-batch.

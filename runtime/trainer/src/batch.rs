@@ -2,8 +2,9 @@
 //!
 //! Shapes decide the last bits, so a micro-batch's shape is a function of its own sequences only.
 
+use std::io;
 use vicuna_data::template::IGNORED;
-use vicuna_data::{Cursor, Example, Order};
+use vicuna_data::{Cursor, Example, Order, Sequences};
 
 /// Lengths are rounded up to a multiple of this.
 pub const LENGTH_STEP: usize = 16;
@@ -13,7 +14,7 @@ pub const SHAPE_RULE: u32 = 1;
 /// The encoded data and the order in which a run sees them.
 #[derive(Debug)]
 pub struct Dataset {
-    examples: Vec<Example>,
+    examples: Sequences,
     order: Order,
     micro_batch: usize,
 }
@@ -44,7 +45,7 @@ pub struct StepPlan {
 
 impl Dataset {
     /// `examples` are numbered as `order` numbers its sequences. `micro_batch` is at least 1.
-    pub fn new(examples: Vec<Example>, order: Order, micro_batch: usize) -> Self {
+    pub fn new(examples: Sequences, order: Order, micro_batch: usize) -> Self {
         Self { examples, order, micro_batch: micro_batch.max(1) }
     }
 
@@ -64,40 +65,41 @@ impl Dataset {
 
     /// The longest padded sequence.
     pub fn longest(&self) -> usize {
-        longest(&self.examples)
+        padded_length(self.examples.longest())
     }
 
     /// Bytes that the examples take in memory.
     pub fn bytes(&self) -> u64 {
-        bytes(&self.examples)
+        self.examples.bytes()
     }
 
     /// What step `step` (from 1) consists of.
     pub fn plan(&self, step: u64) -> StepPlan {
         let sequences = self.order.step(step);
-        let all = || sequences.iter().filter_map(|number| self.examples.get(*number as usize));
+        let all = || sequences.iter().map(|number| *number as usize);
         StepPlan {
             step,
-            tokens: all().map(|example| example.ids.len() as u64).sum(),
-            trained_tokens: all().map(|example| example.trained_tokens() as u64).sum(),
+            tokens: all().map(|number| self.examples.tokens(number) as u64).sum(),
+            trained_tokens: all().map(|number| self.examples.trained_tokens(number) as u64).sum(),
             micro_batches: sequences.chunks(self.micro_batch).map(<[u32]>::to_vec).collect(),
         }
     }
 
     /// Tokens of a micro-batch of these sequences, padding included.
     pub fn padded_tokens(&self, sequences: &[u32]) -> usize {
-        let lengths = sequences.iter().filter_map(|number| Some(self.examples.get(*number as usize)?.ids.len()));
-        lengths.clone().count() * padded(lengths.max().unwrap_or(0))
+        let lengths = sequences.iter().map(|number| self.examples.tokens(*number as usize));
+        sequences.len() * padded(lengths.max().unwrap_or(0))
     }
 
-    /// Pads the sequences of one micro-batch.
-    pub fn micro_batch(&self, sequences: &[u32]) -> MicroBatch {
-        pad(&sequences.iter().filter_map(|number| self.examples.get(*number as usize)).collect::<Vec<_>>())
+    /// Reads and pads the sequences of one micro-batch.
+    pub fn micro_batch(&self, sequences: &[u32]) -> io::Result<MicroBatch> {
+        let rows = sequences.iter().map(|number| self.examples.read(*number as usize));
+        Ok(pad(&rows.collect::<io::Result<Vec<_>>>()?))
     }
 }
 
 /// A micro-batch of these sequences.
-pub fn pad(rows: &[&Example]) -> MicroBatch {
+pub fn pad(rows: &[Example]) -> MicroBatch {
     let length = padded(rows.iter().map(|row| row.ids.len()).max().unwrap_or(0));
     let mut ids = vec![0; rows.len() * length];
     let mut labels = vec![IGNORED; rows.len() * length];
@@ -113,14 +115,9 @@ pub fn pad(rows: &[&Example]) -> MicroBatch {
     MicroBatch { rows: rows.len(), length, ids, labels, packed }
 }
 
-/// Tokens of the longest of these sequences, padded; 0 if there is none.
-pub fn longest(examples: &[Example]) -> usize {
-    padded(examples.iter().map(|example| example.ids.len()).max().unwrap_or(0))
-}
-
-/// Bytes that these sequences take in memory.
-pub fn bytes(examples: &[Example]) -> u64 {
-    examples.iter().map(|example| example.bytes() as u64).sum()
+/// Tokens of the longest sequence as it is padded; 0 if there is none.
+pub fn padded_length(longest: usize) -> usize {
+    if longest == 0 { 0 } else { padded(longest) }
 }
 
 fn padded(length: usize) -> usize {
@@ -130,7 +127,7 @@ fn padded(length: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vicuna_data::{Length, Mixture};
+    use vicuna_data::{Length, Mixture, SequencesWriter};
 
     fn dataset(lengths: &[usize]) -> Dataset {
         let example = |length: &usize| Example {
@@ -138,21 +135,22 @@ mod tests {
             learned: std::iter::once(2..*length as u32).collect(),
             ends: Vec::new(),
         };
-        let examples = lengths.iter().map(example);
+        let mut examples = SequencesWriter::create(&std::env::temp_dir()).unwrap();
+        lengths.iter().map(example).for_each(|example| examples.push(&example).unwrap());
         let sets = [Mixture { sequences: lengths.len() as u32, weight: 1.0 }];
         let order = Order::new(1, 4, Length::Epochs(1), &sets).unwrap();
-        Dataset::new(examples.collect(), order, 2)
+        Dataset::new(examples.finish().unwrap(), order, 2)
     }
 
     #[test]
     fn micro_batches_are_padded_by_their_own_longest_sequence() {
         let data = dataset(&[3, 70, 5]);
-        let batch = data.micro_batch(&[0, 1]);
+        let batch = data.micro_batch(&[0, 1]).unwrap();
         assert_eq!((batch.rows, batch.length), (2, 80));
         assert_eq!(batch.ids[..4], [1, 2, 3, 0]);
         assert_eq!(batch.labels[..4], [IGNORED, IGNORED, 3, IGNORED]);
         assert_eq!(batch.ids[80..82], [1, 2]);
-        assert_eq!(data.micro_batch(&[2]).length, 16);
+        assert_eq!(data.micro_batch(&[2]).unwrap().length, 16);
         assert_eq!(data.longest(), 80);
     }
 
@@ -166,8 +164,8 @@ mod tests {
             let ends = if lengths.len() > 1 { ends.collect() } else { Vec::new() };
             Example { ids: vec![5; lengths.iter().sum()], ends, ..Example::default() }
         };
-        assert_eq!(pad(&[&row(&[3, 4]), &row(&[6])]).packed, Some(vec![vec![3, 4], vec![6]]));
-        assert_eq!(pad(&[&row(&[3]), &row(&[6])]).packed, None);
+        assert_eq!(pad(&[row(&[3, 4]), row(&[6])]).packed, Some(vec![vec![3, 4], vec![6]]));
+        assert_eq!(pad(&[row(&[3]), row(&[6])]).packed, None);
     }
 
     #[test]

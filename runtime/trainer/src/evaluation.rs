@@ -5,23 +5,24 @@
 //! other losses and wishes, so that all end it alike when one of them is to leave. Losses are added in the order of
 //! micro-batches, whoever ran them: the sum has the same bits for every number of ranks.
 
-use crate::batch::{MicroBatch, bytes, longest, pad};
+use crate::batch::{MicroBatch, pad, padded_length};
 use crate::collective::{Kind, Tag};
 use crate::step::commit::{self, Commit, Contribution, Wishes};
 use crate::step::{Engine, Peers, StepError};
+use std::io;
 use std::time::{Duration, Instant};
-use vicuna_data::Example;
+use vicuna_data::Sequences;
 
 /// The sequences, in micro-batches of a fixed size and order.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub struct HeldOut {
-    examples: Vec<Example>,
+    examples: Sequences,
     micro_batch: usize,
 }
 
 impl HeldOut {
     /// `micro_batch` is at least 1.
-    pub fn new(examples: Vec<Example>, micro_batch: usize) -> Self {
+    pub fn new(examples: Sequences, micro_batch: usize) -> Self {
         Self { examples, micro_batch: micro_batch.max(1) }
     }
 
@@ -36,26 +37,26 @@ impl HeldOut {
 
     /// The longest padded sequence; 0 if there is none.
     pub fn longest(&self) -> usize {
-        longest(&self.examples)
+        padded_length(self.examples.longest())
     }
 
     /// Bytes that the sequences take in memory.
     pub fn bytes(&self) -> u64 {
-        bytes(&self.examples)
+        self.examples.bytes()
     }
 
     fn micro_batches(&self) -> u32 {
         self.examples.len().div_ceil(self.micro_batch) as u32
     }
 
-    fn micro_batch(&self, index: u32) -> MicroBatch {
+    fn micro_batch(&self, index: u32) -> io::Result<MicroBatch> {
         let start = self.micro_batch * index as usize;
         let end = self.examples.len().min(start + self.micro_batch);
-        pad(&self.examples[start.min(end)..end].iter().collect::<Vec<_>>())
+        Ok(pad(&(start..end).map(|number| self.examples.read(number)).collect::<io::Result<Vec<_>>>()?))
     }
 
     fn trained_tokens(&self) -> usize {
-        self.examples.iter().map(Example::trained_tokens).sum()
+        (0..self.examples.len()).map(|number| self.examples.trained_tokens(number)).sum()
     }
 }
 
@@ -124,7 +125,7 @@ fn one_round(
 ) -> Result<Commit, StepError> {
     let shares = engine.shares_apart(size);
     let mine = shares[peers.collective.rank()].clone();
-    let batches: Vec<MicroBatch> = mine.map(|index| held_out.micro_batch(first + index)).collect();
+    let batches = mine.map(|index| held_out.micro_batch(first + index)).collect::<io::Result<Vec<_>>>()?;
     let own = Contribution { wishes, losses: engine.losses(first, &batches, peers)?, ..Contribution::default() };
     let tag = Tag::new(Kind::Evaluation, engine.step).block(first as usize);
     commit::tell_all(tag, peers.collective, peers.abort, &own, |rank| (shares[rank].len(), Vec::new()))
@@ -133,15 +134,22 @@ fn one_round(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vicuna_data::{Example, SequencesWriter};
+
+    fn held_out(examples: &[Example]) -> HeldOut {
+        let mut written = SequencesWriter::create(&std::env::temp_dir()).unwrap();
+        examples.iter().for_each(|example| written.push(example).unwrap());
+        HeldOut::new(written.finish().unwrap(), 2)
+    }
 
     #[test]
     fn every_sequence_is_in_one_micro_batch() {
         let learned = |length: usize| std::iter::once(0..length as u32).collect();
         let example = |length: usize| Example { ids: vec![7; length], learned: learned(length), ends: Vec::new() };
-        let held_out = HeldOut::new([3, 40, 5].map(example).into(), 2);
-        assert_eq!((held_out.micro_batches(), held_out.longest()), (2, 48));
-        let batches = [0, 1].map(|index| held_out.micro_batch(index));
+        let three = held_out(&[3, 40, 5].map(example));
+        assert_eq!((three.micro_batches(), three.longest(), three.trained_tokens()), (2, 48, 2 + 39 + 4));
+        let batches = [0, 1].map(|index| three.micro_batch(index).unwrap());
         assert_eq!(batches.map(|batch| (batch.rows, batch.length)), [(2, 48), (1, 16)]);
-        assert!(HeldOut::new(Vec::new(), 2).is_empty());
+        assert!(held_out(&[]).is_empty());
     }
 }

@@ -27,8 +27,8 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use vicuna_checkpoint::{Cursor, Manifest, ManifestRef, StoreError};
 use vicuna_model::ModelError;
-use vicuna_protocol::coordinator::MemoryBase;
 use vicuna_protocol::coordinator::form::Purpose;
+use vicuna_protocol::coordinator::{Cause, MemoryBase};
 
 /// Peers may be fetching their model while this rank waits; the coordinator gives up before this.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(900);
@@ -196,6 +196,8 @@ impl From<StepError> for GenerationError {
             StepError::Collective(error) => Self::Collective(error),
             StepError::Torch(error) => Self::Torch(error),
             StepError::Model(error) => Self::Model(error),
+            // The node's disk, which another may not have.
+            StepError::Data(_) => Self::Inputs(Trouble { cause: Cause::Infrastructure, message: error.to_string() }),
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::layout::Layout;
 use crate::log::Line;
 use crate::log::scribe::{self, Scribe};
 use crate::memory::limits::Limits;
+use crate::memory::remedies::Remedy;
 use crate::memory::{self, Need, Workload};
 use crate::numerics;
 use crate::step::Room;
@@ -21,7 +22,7 @@ use tokio::runtime::Handle;
 use vicuna_checkpoint::manifest::{digest, list_manifests};
 use vicuna_checkpoint::{Inputs, ManifestRef, Store, StoreError, fetch};
 use vicuna_data::prepare::{PrepareError, Prepared, Settings, Source};
-use vicuna_data::{Conversation, Example, Language, Length, Mixture, Order, Report, Template, identity, read};
+use vicuna_data::{Conversation, Language, Length, Mixture, Order, Report, Sequences, Template, identity, read};
 use vicuna_model::gguf::Gguf;
 use vicuna_model::lora::Lora;
 use vicuna_model::{Config, ModelError, OnDisk, Stretch};
@@ -39,9 +40,9 @@ const IDENTITY_ROUNDS: usize = 4;
 pub const LARGEST_ESTIMATE: u32 = 512;
 /// Bytes of a GGUF file within which its header ends: a tokenizer's words and merges are a third of it.
 const GGUF_HEADER_BYTES: u64 = 32 << 20;
-/// Bytes of prepared sequences for a byte of compressed conversations.
-const UNPACKED: u64 = 3;
-/// Where the report of the preparation lies below the checkpoint URI.
+/// Remedies that are named in a message, at most.
+const ADVICE: usize = 3;
+/// Where the report of the preparation lies below the checkpoint URI, and in the result.
 pub const DATA_REPORT: &str = "data-report.json";
 
 /// Why the rank cannot go on, in words for the person who wrote the job.
@@ -187,9 +188,16 @@ async fn fetch_datasets(job: &TrainingJob, place: &Place) -> Result<Vec<read::Fi
     Ok(all)
 }
 
-/// What a rank with this memory needs for each number of ranks from 1, from the model's configuration alone; `None` where that cannot be
-/// read: what is wrong is said when the model is.
-pub async fn preflight(job: &TrainingJob, device: Device, limits: Limits) -> Result<Option<Vec<Need>>, Trouble> {
+/// What a rank with this memory needs, and what would fit where that does not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Estimate {
+    /// For each number of ranks from 1.
+    pub needs: Vec<Need>,
+    pub remedies: Vec<Remedy>,
+}
+
+/// From the model's configuration alone; `None` where that cannot be read: what is wrong is said when the model is.
+pub async fn preflight(job: &TrainingJob, device: Device, limits: Limits) -> Result<Option<Estimate>, Trouble> {
     let store = Store::open(&job.model.from).map_err(|error| source_trouble(Cause::Model, "the base model", &error))?;
     let Some(config) = configuration(&store).await else { return Ok(None) };
     let config = stretched(job, config)?;
@@ -197,7 +205,12 @@ pub async fn preflight(job: &TrainingJob, device: Device, limits: Limits) -> Res
     let lora = lora.map_err(|error| Trouble::new(Cause::Application, format!("recipe.lora: {error}")))?;
     let table = BlockTable::of(&config, lora.as_ref());
     let workload = workload(job, &config, &table, device, data_size(job).await);
-    Ok(Some((1..=LARGEST_ESTIMATE).map(|ranks| workload.need_within(ranks, limits)).collect()))
+    let needs: Vec<Need> = (1..=LARGEST_ESTIMATE).map(|ranks| workload.need_within(ranks, limits)).collect();
+    let remedies = match needs.iter().all(|need| need.fits(limits)) {
+        true => Vec::new(),
+        false => memory::remedies::remedies(&workload, limits, 1..=LARGEST_ESTIMATE),
+    };
+    Ok(Some(Estimate { needs, remedies }))
 }
 
 /// Of a directory's `config.json`, or of the header of a GGUF file.
@@ -244,40 +257,33 @@ fn stretched(job: &TrainingJob, config: Config) -> Result<Config, Trouble> {
     Ok(config)
 }
 
-/// About as many bytes as the prepared sequences will take: a token is about four letters in the file and four bytes in
-/// memory. What cannot be listed is said when it is fetched.
+/// Bytes that a rank will hold of the data. What cannot be listed is said when it is fetched.
 async fn data_size(job: &TrainingJob) -> u64 {
     let mut bytes = 0;
     for source in &job.dataset {
-        let files = vicuna_checkpoint::sizes(&source.from).await.unwrap_or_default();
-        let unpacked = |(name, bytes): &(String, u64)| match name.to_ascii_lowercase().ends_with(".parquet") {
-            true => bytes * UNPACKED,
-            false => *bytes,
-        };
-        bytes += files.iter().map(unpacked).sum::<u64>();
+        bytes += memory::data_bytes(&vicuna_checkpoint::sizes(&source.from).await.unwrap_or_default());
     }
     bytes
 }
 
 /// Refuses what fits with no number of ranks; the coordinator sees to it that there are enough where some do.
-pub fn refuse_what_does_not_fit(job: &TrainingJob, needs: &[Need], limits: Limits) -> Result<(), Trouble> {
+pub fn refuse_what_does_not_fit(job: &TrainingJob, estimate: &Estimate, limits: Limits) -> Result<(), Trouble> {
+    let Estimate { needs, remedies } = estimate;
     let Some(least) = needs.last().filter(|_| !needs.iter().any(|need| need.fits(limits))) else { return Ok(()) };
     let has = |what: &str, bytes: Option<u64>| bytes.map(|bytes| format!("{} {what}", gigabytes(bytes)));
     let has = [has("on the host", limits.host), has("on the device", limits.device)];
     let has = has.into_iter().flatten().collect::<Vec<_>>().join(" and ");
-    let advice = match (&job.recipe.method, job.recipe.recompute) {
-        (Method::Full, _) if job.recipe.parameters == Parameters::Replicated => {
-            "give workers.resources more memory, or set recipe.memory.parameters to Auto"
+    let advice = match remedies.is_empty() {
+        true => ", which no change of the recipe would spare".to_owned(),
+        false => {
+            let said = |remedy: &Remedy| format!("{remedy} (with at least {} workers)", remedy.ranks);
+            format!(", or set {}", remedies.iter().take(ADVICE).map(said).collect::<Vec<_>>().join(", or "))
         }
-        (Method::Full | Method::LoRA(_), Recompute::Never) => {
-            "give workers.resources more memory, or set recipe.memory.recompute to Auto"
-        }
-        (Method::Full, _) => "give workers.resources more memory, or set recipe.method to LoRA or QLoRA",
-        (Method::LoRA(_), _) => "give workers.resources more memory, or set recipe.method to QLoRA",
-        (Method::QLoRA(..), _) => "give workers.resources more memory, or lower recipe.maxLength or microBatch",
     };
     let (ranks, name) = (least.ranks, &job.model.from);
-    let message = format!("even among {ranks} workers, each needs {least} to train {name}, and has {has}: {advice}");
+    let message = format!(
+        "even among {ranks} workers, each needs {least} to train {name}, and has {has}: give workers.resources more memory{advice}"
+    );
     Err(Trouble::new(Cause::OutOfMemory, message))
 }
 
@@ -309,18 +315,21 @@ fn assemble(
     let mut model = OnDisk::open(&model_path).map_err(|error| model_trouble(&job, &model_path, &error))?;
     model.config = stretched(&job, model.config)?;
     let template = template(&job, &model)?;
-    let prepared = data(&job, files, &model, &template)?;
+    let prepared = data(&job, files, &model, &template, &place.scratch)?;
     let data = ordered(&job, prepared.examples, &prepared.mixtures)?;
     let table = BlockTable::of(&model.config, lora.as_ref());
-    let inputs = Inputs { data: Some(prepared.digest), base: lora.as_ref().map(|_| base_digest(&model)).transpose()? };
-    tracing::info!(data = inputs.data, base = inputs.base, "read");
     let freeze = |lora| {
         let adapted = AdaptedBase::new(&job.recipe, lora, &model, kind(&job), place.device);
         adapted.map(Mutex::new).map_err(|error| Trouble::new(Cause::Model, error.to_string()))
     };
+    let adapted = lora.map(freeze).transpose()?;
+    // Of a whole model's weights no digest is needed: they are in its checkpoints.
+    let base = adapted.as_ref().map(|adapted| adapted.lock().base_digest.clone());
+    let inputs = Inputs { data: Some(prepared.digest), base };
+    tracing::info!(data = inputs.data, base = inputs.base, "read");
     Ok(Session {
         store,
-        adapted: lora.map(freeze).transpose()?,
+        adapted,
         config: model.config.clone(),
         table: Arc::new(table),
         data,
@@ -338,11 +347,6 @@ fn assemble(
         limits: memory::limits::limits(place.device),
         job,
     })
-}
-
-/// Of a whole model's weights no digest is needed: they are in its checkpoints.
-fn base_digest(model: &OnDisk) -> Result<String, Trouble> {
-    model.digest().map_err(|error| Trouble::new(Cause::Model, error.to_string()))
 }
 
 /// A model that cannot be read may be replaced in the bucket: the next attempt fetches it anew.
@@ -369,7 +373,13 @@ fn template(job: &TrainingJob, model: &OnDisk) -> Result<Template, Trouble> {
     }
 }
 
-fn data(job: &TrainingJob, files: &[read::Files], model: &OnDisk, template: &Template) -> Result<Prepared, Trouble> {
+fn data(
+    job: &TrainingJob,
+    files: &[read::Files],
+    model: &OnDisk,
+    template: &Template,
+    scratch: &Path,
+) -> Result<Prepared, Trouble> {
     let bound = template.bind(&model.tokenizer);
     let encoder = bound.map_err(|error| Trouble::new(Cause::Model, error.to_string()))?;
     let sources = job.dataset.iter().zip(files).map(|(set, files)| Source {
@@ -379,8 +389,11 @@ fn data(job: &TrainingJob, files: &[read::Files], model: &OnDisk, template: &Tem
         weight: set.weight,
     });
     let sources: Vec<Source> = sources.collect();
-    let prepared = vicuna_data::prepare::prepare(&sources, &who(job), &settings(job)?, &encoder);
-    let prepared = prepared.map_err(|error: PrepareError| Trouble::new(Cause::Data, error.to_string()))?;
+    let prepared = vicuna_data::prepare::prepare(&sources, &who(job), &settings(job)?, &encoder, scratch);
+    let prepared = prepared.map_err(|error| {
+        let cause = if matches!(error, PrepareError::Scratch(_)) { Cause::Application } else { Cause::Data };
+        Trouble::new(cause, error.to_string())
+    })?;
     check_ids(&prepared, model)?;
     tracing::info!(summary = prepared.report.summary(), "data prepared");
     if let Some(encoded) = &prepared.report.encoded {
@@ -394,10 +407,11 @@ fn data(job: &TrainingJob, files: &[read::Files], model: &OnDisk, template: &Tem
 
 /// The embedding has a row for every token, or torch would fail in the midst of the training.
 fn check_ids(prepared: &Prepared, model: &OnDisk) -> Result<(), Trouble> {
-    let rows = model.config.vocab;
-    let all = prepared.examples.iter().chain(&prepared.held_out);
-    let Some(id) = all.flat_map(|example| &example.ids).find(|id| **id as usize >= rows) else { return Ok(()) };
-    let token = model.tokenizer.id_to_token(*id).unwrap_or_default();
+    let (id, rows) = (prepared.largest_id, model.config.vocab);
+    if (id as usize) < rows {
+        return Ok(());
+    }
+    let token = model.tokenizer.id_to_token(id).unwrap_or_default();
     let message = format!(
         "the token {token:?} has the id {id}, and the model's embedding has {rows} rows: tokenizer.json and the weights do not belong together; give the model the tokenizer that it was trained with, or enlarge its embedding"
     );
@@ -430,7 +444,7 @@ fn who(job: &TrainingJob) -> Vec<Conversation> {
     identity.map_or_else(Vec::new, |who| identity::conversations(&who.name, &who.organization, job.recipe.seed, count))
 }
 
-fn ordered(job: &TrainingJob, examples: Vec<Example>, mixtures: &[Mixture]) -> Result<Dataset, Trouble> {
+fn ordered(job: &TrainingJob, examples: Sequences, mixtures: &[Mixture]) -> Result<Dataset, Trouble> {
     let recipe = &job.recipe;
     let length = match recipe.length {
         RunLength::Epochs(epochs) => Length::Epochs(epochs),
@@ -465,9 +479,12 @@ impl Session {
 
     /// Puts the data report into the store.
     pub async fn write_data_report(&self) -> Result<(), StoreError> {
+        self.store.put(DATA_REPORT, self.data_report_json().into()).await
+    }
+
+    pub fn data_report_json(&self) -> String {
         // Plain structs always serialise.
-        let report = serde_json::to_vec_pretty(&self.data_report).unwrap_or_default();
-        self.store.put(DATA_REPORT, report.into()).await
+        serde_json::to_string_pretty(&self.data_report).unwrap_or_default()
     }
 
     /// Who writes the log of a generation that starts from step `base` in the store, or from memory.

@@ -13,6 +13,7 @@ use crate::generation::{self, Assignment, Control, GenerationError, Observer, Ou
 use crate::http::Status;
 use crate::memory::Need;
 use crate::memory::limits::limits;
+use crate::memory::remedies::Remedy;
 use crate::prepare::{self, Place, Session, Trouble};
 use crate::step::{Engine, StepReport};
 use crate::transfer;
@@ -532,15 +533,18 @@ async fn prepare_until_done(job: TrainingJob, place: Place, link: Link) -> Sessi
 /// Says what the training needs in memory, and fetches nothing that cannot fit.
 async fn prepare_once(job: &TrainingJob, place: &Place, link: &Link) -> Result<Session, Trouble> {
     let limits = limits(place.device);
-    if let Some(needs) = prepare::preflight(job, place.device, limits).await? {
+    if let Some(estimate) = prepare::preflight(job, place.device, limits).await? {
         let need = |need: &Need| wire::estimated::Need {
             ranks: need.ranks,
             host_bytes: need.host,
             device_bytes: need.device,
             fits: need.fits(limits),
         };
-        link.say(Body::Estimated(wire::Estimated { needs: needs.iter().map(need).collect() }));
-        prepare::refuse_what_does_not_fit(job, &needs, limits)?;
+        let remedy = |remedy: &Remedy| wire::estimated::Remedy { settings: remedy.to_string(), ranks: remedy.ranks };
+        let needs = estimate.needs.iter().map(need).collect();
+        let remedies = estimate.remedies.iter().map(remedy).collect();
+        link.say(Body::Estimated(wire::Estimated { needs, remedies }));
+        prepare::refuse_what_does_not_fit(job, &estimate, limits)?;
     }
     prepare::prepare(job.clone(), place.clone()).await
 }

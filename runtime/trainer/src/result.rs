@@ -5,7 +5,7 @@ use crate::card;
 use crate::checkpoint::{CheckpointError, retry};
 use crate::generation::GenerationError;
 use crate::log::{Line, plot};
-use crate::prepare::Session;
+use crate::prepare::{DATA_REPORT, Session};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
@@ -23,10 +23,14 @@ pub struct Written {
     pub digest: String,
 }
 
-/// The model card, and a drawing of the loss.
+/// The model card, a drawing of the loss, and what preparing did to the data.
 fn describe(session: &Session, log: &[Line], digest: &str, directory: &Path) -> Result<(), ModelError> {
     let name = &session.job.name;
-    let files = [("README.md", card::markdown(session, log, digest)), (card::PLOT, plot::svg(name, log))];
+    let files = [
+        ("README.md", card::markdown(session, log, digest)),
+        (card::PLOT, plot::svg(name, log)),
+        (DATA_REPORT, session.data_report_json()),
+    ];
     files.into_iter().try_for_each(|(name, content)| {
         let path = directory.join(name);
         std::fs::write(&path, content).map_err(|source| ModelError::Write { path, source })

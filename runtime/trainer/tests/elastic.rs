@@ -9,7 +9,7 @@ mod support;
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -1080,15 +1080,23 @@ fn an_evaluation_that_a_leaver_ends_is_made_by_those_who_stay() {
     assert_eq!(rest.result().digest, undisturbed.result().digest);
 }
 
-/// Published conversations, in the folder beside the repository.
+/// A file of the published test data: in `VICUNA_TEST_DATA`, which then has it, or in the folder beside the repository.
+fn test_data(file: &str) -> Option<PathBuf> {
+    let named = std::env::var_os("VICUNA_TEST_DATA").map(PathBuf::from);
+    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data");
+    let path = named.clone().unwrap_or_else(beside).join(file);
+    if !path.exists() {
+        assert!(named.is_none(), "VICUNA_TEST_DATA is set, and {} is not there", path.display());
+        eprintln!("skipped: {} is absent; VICUNA_TEST_DATA names where it is", path.display());
+        return None;
+    }
+    Some(path.canonicalize().unwrap())
+}
+
+/// Published conversations.
 #[test]
 fn real_conversations_are_prepared_and_learned_and_the_held_out_loss_falls() {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../../shared/data/conversations/dummy_conversation.json");
-    let Ok(path) = path.canonicalize() else {
-        eprintln!("skipped: {} is absent", path.display());
-        return;
-    };
+    let Some(path) = test_data("conversations/dummy_conversation.json") else { return };
     let fixture = Fixture::new();
     let mut job = fixture.job("bucket");
     job.dataset[0].from = url(&path);
@@ -1155,6 +1163,8 @@ fn every_step_is_in_the_log_once_whoever_leaves() {
     assert!(card.contains(digest.as_str()) && card.contains(&session.recipe_digest), "{card}");
     assert!(card.contains("license: unknown") && card.contains("loss on the held-out conversations"), "{card}");
     assert!(std::fs::read_to_string(result.join("loss.svg")).unwrap().contains("<polyline"));
+    let report = std::fs::read_to_string(result.join("data-report.json")).unwrap();
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&report).unwrap()["records"], 40);
     assert!(fixture.path("bucket/data-report.json").exists());
 }
 

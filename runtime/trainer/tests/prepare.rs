@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use support::Fixture;
 use tch::Device;
 use vicuna_protocol::coordinator::Cause;
-use vicuna_protocol::job::{Identity, Lora, Method, Prepare, RopeScaling, Scaling, TrainingJob};
+use vicuna_protocol::job::{Base, Identity, Lora, Method, Prepare, RopeScaling, Scaling, TrainingJob};
 use vicuna_trainer::memory::limits::Limits;
 use vicuna_trainer::prepare::{DATA_REPORT, Place, Session, Trouble, preflight, prepare, refuse_what_does_not_fit};
 
@@ -31,7 +31,8 @@ fn what_is_held_out_is_the_same_on_every_rank_and_is_not_trained_on() {
     let held_out = Prepare { hold_out: Some(0.3), ..Prepare::default() };
     let [one, other] = [0, 1].map(|_| attempt(&fixture, job(&fixture, held_out.clone())).unwrap());
     assert!(!one.held_out.is_empty());
-    assert_eq!(one.held_out, other.held_out);
+    // The digest is of what is held out, too.
+    assert_eq!((one.held_out.len(), &one.inputs.data), (other.held_out.len(), &other.inputs.data));
     assert_eq!(one.data.plan(1), other.data.plan(1));
     let whole = attempt(&fixture, job(&fixture, Prepare::default())).unwrap();
     let sequences = |session: &Session| session.data_report.encoded.as_ref().unwrap().sequences as usize;
@@ -54,7 +55,7 @@ fn every_setting_does_what_it_says_and_the_bucket_has_the_report() {
     let report = std::fs::read(fixture.path("bucket").join(DATA_REPORT)).unwrap();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
     assert_eq!(report["records"], 40);
-    assert_eq!(report["steps"].as_array().unwrap().len(), 14);
+    assert_eq!(report["steps"].as_array().unwrap().len(), 15);
     assert!(report["kept"]["languages"].as_object().unwrap().keys().all(|language| !language.starts_with("de")));
     assert_eq!(report["split"]["at"], 60);
     assert_eq!(report["heldOut"], session.data_report.held_out);
@@ -107,7 +108,7 @@ fn the_model_s_own_template_means_the_tokenizer_s_tokens() {
     let session = attempt(&fixture, job(&fixture, Prepare::default())).unwrap();
     let tokenizer = session.model.tokenizer.clone();
     let id = |token: &str| i64::from(tokenizer.token_to_id(token).unwrap());
-    let ids = session.data.micro_batch(&[0]).ids;
+    let ids = session.data.micro_batch(&[0]).unwrap().ids;
     assert!(ids.contains(&id("<|im_start|>")) && !ids.contains(&i64::from(session.config.eos[0])), "{ids:?}");
 }
 
@@ -115,24 +116,54 @@ fn the_model_s_own_template_means_the_tokenizer_s_tokens() {
 fn a_training_that_fits_only_among_many_workers_is_not_refused() {
     let fixture = Fixture::new();
     let job = job(&fixture, Prepare::default());
-    let needs = fixture.runtime.block_on(preflight(&job, Device::Cpu, Limits::default())).unwrap().unwrap();
+    let estimate = fixture.runtime.block_on(preflight(&job, Device::Cpu, Limits::default())).unwrap().unwrap();
+    let needs = &estimate.needs;
     assert_eq!(needs.last().unwrap().ranks, 512);
     let limits = Limits { host: Some(needs[79].host), ..Limits::default() };
     let fewest = needs.iter().find(|need| need.fits(limits)).unwrap().ranks;
     assert_eq!(fewest, 80);
-    assert!(refuse_what_does_not_fit(&job, &needs, limits).is_ok());
+    assert!(refuse_what_does_not_fit(&job, &estimate, limits).is_ok());
+}
+
+#[test]
+fn what_fits_nowhere_is_refused_with_what_would_fit() {
+    let fixture = Fixture::new();
+    let mut job = job(&fixture, Prepare::default());
+    job.recipe.max_length = 512;
+    job.recipe.micro_batch = job.recipe.global_batch;
+    let estimate = |limits| fixture.runtime.block_on(preflight(&job, Device::Cpu, limits)).unwrap().unwrap();
+    // Of sharded weights, which are taken where others do not fit.
+    let nothing = Limits { host: Some(1), ..Limits::default() };
+    let least = estimate(nothing).needs.iter().map(|need| need.host).min().unwrap();
+    let limits = Limits { host: Some(least - 1), ..Limits::default() };
+    let refused = refuse_what_does_not_fit(&job, &estimate(limits), limits).unwrap_err();
+    assert_eq!(refused.cause, Cause::OutOfMemory);
+    let advice = "give workers.resources more memory, or set recipe.microBatch to 1 (with at least ";
+    assert!(refused.message.contains(advice), "{refused}");
 }
 
 #[test]
 fn the_datasets_are_part_of_the_estimate_and_what_they_came_to_of_what_is_held() {
     let fixture = Fixture::new();
     let job = job(&fixture, Prepare::default());
-    let needs = fixture.runtime.block_on(preflight(&job, Device::Cpu, Limits::default())).unwrap().unwrap();
-    let data = needs[0].parts.iter().find(|part| part.what == "prepared data").unwrap();
+    let estimate = fixture.runtime.block_on(preflight(&job, Device::Cpu, Limits::default())).unwrap().unwrap();
+    let data = estimate.needs[0].parts.iter().find(|part| part.what == "prepared data").unwrap();
     let file = std::fs::metadata(fixture.path("data.json")).unwrap().len();
-    assert_eq!(data.bytes, file);
+    assert_eq!(data.bytes, file / 4);
     let held = attempt(&fixture, job).unwrap().data_bytes();
-    assert!((1..4 * file).contains(&held), "{held} of a file of {file}");
+    assert!((1..=data.bytes).contains(&held), "{held} of a file of {file}");
+}
+
+#[test]
+fn the_digest_of_a_frozen_base_is_that_of_its_weights_however_they_are_held() {
+    let fixture = Fixture::new();
+    let tensors = vicuna_model::load(&fixture.path("model")).unwrap().tensors;
+    let digest = vicuna_model::weights_digest(&tensors).unwrap();
+    for method in [Method::LoRA(Lora::default()), Method::QLoRA(Lora::default(), Base::Nf4)] {
+        let mut job = job(&fixture, Prepare::default());
+        job.recipe.method = method;
+        assert_eq!(attempt(&fixture, job).unwrap().inputs.base.as_ref(), Some(&digest));
+    }
 }
 
 #[test]

@@ -2,11 +2,13 @@
 
 use super::notice::time_left;
 use super::rank::Rank;
-use super::{Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, Membership, Millis, PodFact, Stages, State};
+use super::{
+    Body, Departure, Effect, Event, MAX_FAILURES, MAX_RANKS, MAX_REMEDIES, Membership, Millis, PodFact, Stages, State,
+};
 use crate::coordinator::manifest::Manifest;
 use crate::coordinator::record::{Finish, Member, Record};
 use crate::coordinator::report::{
-    Blockage, CheckpointReport, EvaluationReport, Happening, MemoryNeed, PodUid, RankFailure, RecoveryPhases,
+    Blockage, CheckpointReport, EvaluationReport, Happening, MemoryNeed, PodUid, RankFailure, RecoveryPhases, Remedy,
     StepReport,
 };
 use std::collections::BTreeMap;
@@ -39,6 +41,7 @@ impl Membership {
         }
         if of_memory {
             self.memory = self.memory_needs();
+            self.remedies = self.least_remedies();
         }
     }
 
@@ -163,6 +166,7 @@ impl Membership {
             blocked: None,
             held_up: None,
             memory: Vec::new(),
+            remedies: Vec::new(),
             own_notice: None,
             failed: false,
             released: false,
@@ -234,8 +238,13 @@ impl Membership {
             device_bytes: need.device_bytes,
             fits: need.fits,
         };
+        let remedy = |remedy: &wire::estimated::Remedy| Remedy {
+            settings: bounded(remedy.settings.clone()),
+            ranks: remedy.ranks,
+        };
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.memory = said.needs.iter().take(MAX_RANKS).map(need).collect();
+            rank.remedies = said.remedies.iter().take(MAX_REMEDIES).map(remedy).collect();
         }
     }
 

@@ -26,7 +26,8 @@ mod tests;
 use super::manifest::Manifests;
 use super::record::{Finish, Member, Record};
 use super::report::{
-    CheckpointReport, Counters, EvaluationReport, Happening, MemoryNeed, Phase, PodUid, RankFailure, Report, StepReport,
+    CheckpointReport, Counters, EvaluationReport, Happening, MemoryNeed, Phase, PodUid, RankFailure, Remedy, Report,
+    StepReport,
 };
 use pace::Pace;
 use rank::Rank;
@@ -41,6 +42,8 @@ pub type Millis = u64;
 
 /// Ranks known of one training, at most.
 const MAX_RANKS: usize = 1024;
+/// Changes of a recipe that a rank advises, at most.
+const MAX_REMEDIES: usize = 16;
 /// Failures remembered, at most.
 const MAX_FAILURES: usize = 64;
 
@@ -290,6 +293,8 @@ pub struct Membership {
     losses: u64,
     /// What a rank needs, by number of ranks, as connected ranks say: kept, since every message asks for it.
     memory: Vec<MemoryNeed>,
+    /// What the rank advises that has least.
+    remedies: Vec<Remedy>,
     failures: BTreeMap<PodUid, RankFailure>,
     joined: u64,
     /// When a member called us that had not before, since we lead; 0 until one does.
@@ -335,6 +340,7 @@ impl Membership {
             began_at: now,
             losses: 0,
             memory: Vec::new(),
+            remedies: Vec::new(),
             failures: BTreeMap::new(),
             joined: 0,
             newest_hello: 0,
@@ -461,6 +467,7 @@ impl Membership {
             progress: self.progress.clone(),
             evaluation: self.evaluation,
             memory: self.memory.clone(),
+            remedies: self.remedies.clone(),
             checkpoint: self.checkpoint.clone(),
             disruptions: self.counters,
             finish: match &self.state {
@@ -487,6 +494,12 @@ impl Membership {
         let Some(first) = all.first() else { return Vec::new() };
         let fits = |index: usize| all.iter().all(|rank| rank.memory.get(index).is_none_or(|need| need.fits));
         first.memory.iter().enumerate().map(|(index, need)| MemoryNeed { fits: fits(index), ..*need }).collect()
+    }
+
+    fn least_remedies(&self) -> Vec<Remedy> {
+        let said = self.ranks.values().filter(|rank| rank.connected && !rank.remedies.is_empty());
+        let least = said.max_by_key(|rank| MemoryNeed::fewest_that_fit(&rank.memory));
+        least.map_or_else(Vec::new, |rank| rank.remedies.clone())
     }
 
     fn view(&self, pod: &str, rank: &Rank, class: &str) -> super::report::RankView {

@@ -1,7 +1,7 @@
 //! What is known of one rank.
 
 use super::{Departure, Millis};
-use crate::coordinator::report::{Blockage, MemoryNeed};
+use crate::coordinator::report::{Blockage, MemoryNeed, Remedy};
 use vicuna_protocol::coordinator::Holding;
 
 #[derive(Clone, Debug)]
@@ -22,6 +22,7 @@ pub(super) struct Rank {
     pub held_up: Option<Blockage>,
     /// What it needs, by number of ranks; empty until it says so.
     pub memory: Vec<MemoryNeed>,
+    pub remedies: Vec<Remedy>,
     /// What it said itself: SIGTERM, or its node's metadata.
     pub own_notice: Option<Departure>,
     pub failed: bool,

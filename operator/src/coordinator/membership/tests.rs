@@ -219,7 +219,9 @@ fn ranks_wait_for_more_where_so_few_have_too_little_memory() {
     let mut fixture = Fixture::new(1, 3);
     let estimated = |fits_from: u32| {
         let need = |ranks| wire::estimated::Need { ranks, host_bytes: 9, device_bytes: 0, fits: ranks >= fits_from };
-        Said::Estimated(wire::Estimated { needs: (1..=4).map(need).collect() })
+        let settings = format!("recipe.maxLength to {fits_from}");
+        let remedies = vec![wire::estimated::Remedy { settings, ranks: 1 }];
+        Said::Estimated(wire::Estimated { needs: (1..=4).map(need).collect(), remedies })
     };
     fixture.join("a", 0).say("a", estimated(2)).prepare("a", vec![]).after(600_000);
     assert_eq!(fixture.phase(), Phase::Held);
@@ -227,6 +229,7 @@ fn ranks_wait_for_more_where_so_few_have_too_little_memory() {
     assert_eq!(fixture.phase(), Phase::Planning);
     let fits: Vec<bool> = fixture.membership.report(fixture.now).memory.iter().map(|need| need.fits).collect();
     assert_eq!(fits, [false, true, true, true], "the smallest node decides");
+    assert_eq!(fixture.membership.report(fixture.now).remedies[0].settings, "recipe.maxLength to 2", "and advises");
 }
 
 #[test]

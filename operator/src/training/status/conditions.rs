@@ -2,7 +2,7 @@
 
 use super::Obstacle;
 use super::obstacle::reason_of;
-use crate::coordinator::report::MemoryNeed;
+use crate::coordinator::report::{MemoryNeed, Remedy};
 use crate::training::build::pod::nothing_to_give_up;
 use crate::training::observe::Observed;
 use crate::training::plan::Plan;
@@ -12,6 +12,9 @@ use vicuna_protocol::gigabytes;
 
 /// Reason of condition and Event where an image is to be given up that the training was never bound to.
 pub const NO_SUCH_IMAGE: &str = "NoSuchImageToGiveUp";
+
+/// Changes of a recipe that are named, at most.
+const REMEDIES: usize = 3;
 
 /// A condition before it has its time.
 struct Verdict {
@@ -102,19 +105,27 @@ fn too_few(observed: &Observed) -> Option<String> {
         bytes => format!(" and {} on its GPU", gigabytes(bytes)),
     };
     let fewest = MemoryNeed::fewest_that_fit(needs);
+    let others = settings_that_fit(observed, min);
     let advice = match needs.iter().any(|need| need.fits) {
         true => format!(
-            "At least {fewest} workers are waited for; set workers.min to {fewest}, or give workers.resources more memory."
+            "At least {fewest} workers are waited for; set workers.min to {fewest}, or give workers.resources more memory{others}."
         ),
-        false => {
-            "No number of workers is enough: give workers.resources more memory, or set recipe.method to LoRA or QLoRA."
-                .to_owned()
-        }
+        false => format!("No number of workers is enough: give workers.resources more memory{others}."),
     };
     Some(format!(
         "Each of {min} workers needs {}{device} by estimate, and has less. {advice}",
         gigabytes(need.host_bytes)
     ))
+}
+
+/// Changes of the recipe that would fit, those first that do so with `min` workers.
+fn settings_that_fit(observed: &Observed, min: u32) -> String {
+    let remedies = observed.report.iter().flat_map(|report| &report.remedies);
+    let (enough, more): (Vec<_>, Vec<_>) = remedies.partition(|remedy| remedy.ranks <= min);
+    let enough = enough.iter().map(|remedy| format!(", or set {}", remedy.settings));
+    let more =
+        more.iter().map(|Remedy { settings, ranks }| format!(", or set {settings} with at least {ranks} workers"));
+    enough.chain(more).take(REMEDIES).collect()
 }
 
 fn word(state: TrainingState) -> String {

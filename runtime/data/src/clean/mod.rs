@@ -21,6 +21,7 @@ mod vendor;
 
 use crate::conversation::{Conversation, Role};
 use crate::language::{Found, Language};
+use crate::read::ReadError;
 use crate::report::{Dropped, Report, StepReport};
 use std::borrow::Cow;
 
@@ -149,6 +150,8 @@ impl Cleaning {
 
 /// Runs the steps over conversations that come one by one.
 pub struct Cleaner {
+    /// Records that are no conversations are left out; else they are errors.
+    malformed: Option<StepReport>,
     steps: Vec<(Box<dyn Step>, StepReport)>,
     report: Report,
 }
@@ -165,12 +168,30 @@ impl Cleaner {
             let report = StepReport::new(step.name());
             (step, report)
         });
-        Self { steps: steps.collect(), report: Report::default() }
+        let malformed = cleaning.published.then(|| StepReport::new("malformed records"));
+        Self { malformed, steps: steps.collect(), report: Report::default() }
+    }
+
+    /// What was read, after all steps. Fails where it could not be read, unless cleaning leaves such records out.
+    pub fn clean_read(&mut self, read: Result<Conversation, ReadError>) -> Result<Option<Conversation>, ReadError> {
+        let error = match read {
+            Ok(conversation) => return Ok(self.clean(conversation)),
+            Err(error) => error,
+        };
+        let Some((report, (at, why))) = self.malformed.as_mut().zip(error.problem.malformed()) else {
+            return Err(error);
+        };
+        self.report.records += 1;
+        report.malformed(&error.file, at, why);
+        Ok(None)
     }
 
     /// The conversation as it is after all steps, or none if one dropped it.
     pub fn clean(&mut self, conversation: Conversation) -> Option<Conversation> {
         self.report.records += 1;
+        if let Some(report) = &mut self.malformed {
+            report.unchanged();
+        }
         let mut candidate = Candidate::new(conversation);
         for (step, report) in &mut self.steps {
             match step.apply(&mut candidate) {
@@ -188,7 +209,7 @@ impl Cleaner {
 
     /// What was done until now.
     pub fn report(&self) -> Report {
-        let steps = self.steps.iter().map(|(_, step)| step.clone()).collect();
+        let steps = self.malformed.iter().chain(self.steps.iter().map(|(_, step)| step)).cloned().collect();
         Report { steps, ..self.report.clone() }
     }
 }

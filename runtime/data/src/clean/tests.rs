@@ -1,7 +1,7 @@
 use super::*;
 use crate::conversation::Turn;
 use crate::read::Reader;
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Who says what.
@@ -21,57 +21,25 @@ pub fn candidate(turns: &[S]) -> Candidate {
     Candidate::new(Conversation { id: "id".into(), turns: turns.collect() })
 }
 
-const ENGLISH: &str = "You can reverse a list with a loop that walks from its end to its start, or with the method that the \
-    language has for that purpose. The loop shows better what happens, while the method is shorter and faster, so that \
-    most people would rather use it in their own programs.";
-const FRENCH: &str = "Vous pouvez inverser une liste avec une boucle qui va de la fin au début, ou avec la méthode que le \
-    langage propose pour cela. La boucle montre mieux ce qui se passe, tandis que la méthode est plus courte.";
+/// A file with every defect that is cleaned, each in a record of its own, and what is left of it.
+const DIRTY: &str = include_str!("../../tests/golden/dirty.jsonl");
+const CLEAN: &str = include_str!("../../tests/golden/clean.jsonl");
 
-fn record(id: &str, turns: &[(&str, &str)]) -> Value {
-    let turns: Vec<_> = turns.iter().map(|(from, value)| json!({ "from": from, "value": value })).collect();
-    json!({ "id": id, "conversations": turns })
-}
-
-/// A file with every defect that is cleaned, each in a record of its own.
-fn dirty() -> Vec<Value> {
-    let near = ENGLISH.replace("own programs", "own work");
-    vec![
-        record("good", &[("human", "How do I reverse a list?"), ("gpt", ENGLISH)]),
-        record(
-            "html",
-            &[
-                ("human", "Show me."),
-                (
-                    "gpt",
-                    "<div class=\"markdown\"><p>Like this:</p><pre><div><span>python</span><button>Copy code</button></div><code>x[::-1]\n</code></pre></div>",
-                ),
-            ],
-        ),
-        record("fence", &[("human", "And in C?"), ("gpt", "So:\n```\ncCopy codeint x;\n```")]),
-        record("counter", &[("human", "Which is larger?"), ("gpt", "2 / 2\n\nIt is 3 / 4.")]),
-        record("leading", &[("gpt", "Hello!"), ("human", "What is that?"), ("gpt", "A greeting.")]),
-        record("trailing", &[("human", "What else?"), ("gpt", "Nothing."), ("human", "Really?")]),
-        record("question", &[("human", "Anybody?")]),
-        record("twice", &[("human", "a"), ("human", "b"), ("gpt", "c")]),
-        record("empty", &[("human", "a"), ("gpt", " ")]),
-        record("vendor", &[("human", "Who are you?"), ("gpt", "I am ChatGPT, made by OpenAI.")]),
-        record("list", &[("human", "Count."), ("gpt", "1. one\n\n1. two")]),
-        record("token", &[("human", "What ends a text?"), ("gpt", "The token </s> does.")]),
-        record("french", &[("human", "Et en français ?"), ("gpt", FRENCH)]),
-        record("good", &[("human", "How do I reverse a list?"), ("gpt", "Again, and otherwise.")]),
-        record(
-            "pair",
-            &[("human", "Show me."), ("gpt", "Like this:\n\n```python\nx[::-1]\n```"), ("human", "a"), ("gpt", "b")],
-        ),
-        record("near", &[("human", "How do I reverse a list?"), ("gpt", &near)]),
-    ]
-}
-
-fn clean_all(cleaning: &Cleaning, records: &[Value]) -> (Vec<Conversation>, Report) {
+fn clean_all(cleaning: &Cleaning, lines: &str) -> (Vec<Conversation>, Report) {
     let mut cleaner = Cleaner::new(cleaning);
-    let read = Reader::of_json(serde_json::to_vec(records).unwrap());
-    let kept = read.filter_map(|conversation| cleaner.clean(conversation.unwrap())).collect();
+    let read = Reader::of_json(lines.as_bytes().to_vec());
+    let kept = read.filter_map(|conversation| cleaner.clean_read(conversation).unwrap()).collect();
     (kept, cleaner.report())
+}
+
+fn lines(records: &[Value]) -> String {
+    records.iter().map(|record| format!("{record}\n")).collect()
+}
+
+/// Those that are conversations.
+fn well_formed() -> String {
+    let read = Reader::of_json(DIRTY.as_bytes().to_vec()).flatten();
+    lines(&read.map(|conversation| conversation.to_sharegpt()).collect::<Vec<_>>())
 }
 
 fn english() -> Cleaning {
@@ -80,23 +48,34 @@ fn english() -> Cleaning {
 
 #[test]
 fn a_file_with_every_defect_is_cleaned_to_what_it_should_be() {
-    let (kept, _) = clean_all(&english(), &dirty());
-    let expected = [
-        record("good", &[("human", "How do I reverse a list?"), ("gpt", ENGLISH)]),
-        record("html", &[("human", "Show me."), ("gpt", "Like this:\n\n```python\nx[::-1]\n```")]),
-        record("fence", &[("human", "And in C?"), ("gpt", "So:\n```c\nint x;\n```")]),
-        record("counter", &[("human", "Which is larger?"), ("gpt", "It is 3 / 4.")]),
-        record("leading", &[("human", "What is that?"), ("gpt", "A greeting.")]),
-        record("trailing", &[("human", "What else?"), ("gpt", "Nothing.")]),
-        record("token", &[("human", "What ends a text?"), ("gpt", "The token </ s> does.")]),
-    ];
-    assert_eq!(kept.iter().map(Conversation::to_sharegpt).collect::<Vec<_>>(), expected);
+    let (kept, _) = clean_all(&english(), DIRTY);
+    let kept: Vec<_> = kept.iter().map(Conversation::to_sharegpt).collect();
+    let expected: Vec<Value> = CLEAN.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(kept, expected);
+}
+
+#[test]
+fn what_is_no_conversation_is_counted_where_it_is_cleaned_and_an_error_where_it_is_not() {
+    let (_, report) = clean_all(&english(), DIRTY);
+    let expected = BTreeMap::from([
+        ("conversations neither it nor \"messages\" is there".to_owned(), 1),
+        ("conversations[].from \"tool\" is no known role".to_owned(), 1),
+        ("conversations[].value is missing or not text".to_owned(), 2),
+    ]);
+    assert_eq!((report.steps[0].step, &report.steps[0].reasons), ("malformed records", &expected));
+    let mut cleaner = Cleaner::new(&Cleaning::necessary());
+    let read = Reader::of_json(DIRTY.as_bytes().to_vec());
+    let failed = read.map(|read| cleaner.clean_read(read)).find_map(Result::err).unwrap();
+    assert!(failed.to_string().starts_with("the text: record 20 (line 20), field conversations[0].value"), "{failed}");
+    let broken = Reader::of_json(b"{\"messages\":[]}\n{".to_vec());
+    let mut cleaner = Cleaner::new(&Cleaning::published());
+    assert!(broken.map(|read| cleaner.clean_read(read)).any(|read| read.is_err()), "no JSON is always an error");
 }
 
 #[test]
 fn everything_that_was_dropped_or_changed_is_counted_with_its_reason() {
-    let (kept, report) = clean_all(&english(), &dirty());
-    assert_eq!((report.records, report.kept.conversations), (16, kept.len() as u64));
+    let (kept, report) = clean_all(&english(), DIRTY);
+    assert_eq!((report.records, report.kept.conversations), (24, kept.len() as u64));
     assert_eq!(report.records, report.kept.conversations + report.dropped());
     let dropped: BTreeMap<&str, String> = report
         .steps
@@ -105,6 +84,10 @@ fn everything_that_was_dropped_or_changed_is_counted_with_its_reason() {
         .map(|step| (step.samples[0].id.as_str(), format!("{}: {}", step.step, step.samples[0].why)))
         .collect();
     let expected = BTreeMap::from([
+        (
+            "record 20 (line 20) of the text",
+            "malformed records: conversations[].value is missing or not text".to_owned(),
+        ),
         ("question", "last turn human: nothing but questions".to_owned()),
         ("twice", "roles do not alternate: two questions in a row".to_owned()),
         ("empty", "empty turns: a turn is empty".to_owned()),
@@ -133,37 +116,37 @@ fn everything_that_was_dropped_or_changed_is_counted_with_its_reason() {
 
 #[test]
 fn the_report_reads_well_and_is_json() {
-    let (_, report) = clean_all(&english(), &dirty());
+    let (_, report) = clean_all(&english(), DIRTY);
     let text = report.to_string();
-    assert!(text.starts_with("7 of 16 conversations kept\n"), "{text}");
+    assert!(text.starts_with("10 of 24 conversations kept\n"), "{text}");
     for part in
-        ["two questions in a row (1)", "turns           assistant 7, user 7", "en 1", "dropped near (", "kept good:"]
+        ["two questions in a row (1)", "turns           assistant 10, user 10", "en 1", "dropped near (", "kept good:"]
     {
         assert!(text.contains(part), "{part} is not in {text}");
     }
     let json = serde_json::to_value(&report).unwrap();
-    assert_eq!(json["kept"]["roles"]["assistant"], 7);
+    assert_eq!(json["kept"]["roles"]["assistant"], 10);
     assert_eq!(json["kept"]["turns"]["median"], 2);
-    assert_eq!(json["steps"][0]["step"], "HTML to Markdown");
+    assert_eq!(json["steps"][1]["step"], "HTML to Markdown");
 }
 
 #[test]
 fn cleaning_again_changes_nothing() {
-    let (once, _) = clean_all(&english(), &dirty());
+    let (once, _) = clean_all(&english(), DIRTY);
     let records: Vec<_> = once.iter().map(Conversation::to_sharegpt).collect();
-    let (twice, report) = clean_all(&english(), &records);
+    let (twice, report) = clean_all(&english(), &lines(&records));
     assert_eq!(once, twice);
     assert!(report.steps.iter().all(|step| step.dropped == 0 && step.changed == 0));
 }
 
 #[test]
 fn without_the_published_steps_only_what_cannot_be_trained_on_goes() {
-    let (kept, report) = clean_all(&Cleaning::necessary(), &dirty());
-    assert_eq!(kept.len(), 13);
+    let (kept, report) = clean_all(&Cleaning::necessary(), &well_formed());
+    assert_eq!(kept.len(), 16);
     assert_eq!(report.steps.len(), 4);
     assert!(report.kept.languages.is_empty());
     let only_language = Cleaning { language: Language::parse("fr"), ..Cleaning::necessary() };
-    let (kept, _) = clean_all(&only_language, &dirty());
+    let (kept, _) = clean_all(&only_language, &well_formed());
     assert!(kept.iter().any(|conversation| conversation.id == "french"));
     assert!(kept.iter().all(|conversation| conversation.id != "near"));
 }

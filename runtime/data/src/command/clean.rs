@@ -26,7 +26,7 @@ impl Clean {
         let mut cleaner = Cleaner::new(&self.cleaning.cleaning()?);
         let mut writer = self.output.create()?;
         for conversation in files.conversations() {
-            if let Some(clean) = cleaner.clean(conversation?) {
+            if let Some(clean) = cleaner.clean_read(conversation)? {
                 writer.write(&clean)?;
             }
         }

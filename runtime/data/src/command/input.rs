@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use tokenizers::Tokenizer;
 use vicuna_data::prepare::Settings;
-use vicuna_data::{Cleaning, Conversation, Encoder, Language, Reader, Template, read, template};
+use vicuna_data::{Cleaning, Conversation, Encoder, Language, ReadError, Reader, Template, read, template};
 
 /// Datasets by name.
 #[derive(Debug, clap::Args)]
@@ -56,13 +56,13 @@ fn fetch(uri: &str, folder: &Path) -> Result<PathBuf> {
 
 impl Files {
     /// Every conversation of every file, as it is written there.
-    pub fn conversations(&self) -> impl Iterator<Item = Result<Conversation>> {
+    pub fn conversations(&self) -> impl Iterator<Item = Result<Conversation, ReadError>> {
         self.paths.iter().flat_map(|path| {
             let (reader, failed) = match Reader::open(path) {
                 Ok(reader) => (Some(reader), None),
-                Err(error) => (None, Some(Err(error.into()))),
+                Err(error) => (None, Some(Err(error))),
             };
-            failed.into_iter().chain(reader.into_iter().flatten().map(|read| read.map_err(Into::into)))
+            failed.into_iter().chain(reader.into_iter().flatten())
         })
     }
 }

@@ -32,7 +32,7 @@ impl Inspect {
         let mut cleaner = Cleaner::new(&Cleaning::necessary());
         let mut shown = 0;
         for conversation in files.conversations() {
-            let Some(clean) = cleaner.clean(conversation?) else { continue };
+            let Some(clean) = cleaner.clean_read(conversation)? else { continue };
             if shown == self.count {
                 break;
             }
@@ -100,7 +100,7 @@ impl Stats {
         let mut held_out = 0;
         let files = self.datasets.files()?;
         for conversation in files.conversations() {
-            let clean = cleaner.clean(conversation?);
+            let clean = cleaner.clean_read(conversation)?;
             held_out += clean.is_some_and(|clean| is_held_out(&clean, settings.hold_out)) as u64;
         }
         Ok(Report { held_out, skipped_files: files.skipped, ..cleaner.report() })
@@ -120,7 +120,8 @@ pub struct Encode {
 impl Encode {
     pub fn run(self, out: &mut impl Write) -> Result<()> {
         let prepared = prepared(&self.datasets, &self.prepare, &self.encoding.encoder()?)?;
-        for example in &prepared.examples {
+        for example in prepared.examples.iter() {
+            let example = example?;
             let mut line = serde_json::json!({ "ids": example.ids, "labels": example.labels() });
             if self.prepare.packing {
                 line["lengths"] = example.lengths().collect::<Vec<_>>().into();
@@ -135,7 +136,7 @@ impl Encode {
 fn prepared(datasets: &Datasets, arguments: &PrepareArguments, encoder: &Encoder) -> Result<Prepared> {
     let files = datasets.files()?;
     let source = Source { name: "given".to_owned(), files: files.paths.clone(), skipped: Vec::new(), weight: 1.0 };
-    let mut prepared = prepare(&[source], &[], &arguments.settings()?, encoder)?;
+    let mut prepared = prepare(&[source], &[], &arguments.settings()?, encoder, &std::env::temp_dir())?;
     prepared.report.skipped_files = files.skipped;
     Ok(prepared)
 }

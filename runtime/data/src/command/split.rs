@@ -1,7 +1,7 @@
 //! `vicuna-data split`.
 
 use super::input::{Datasets, Encoding, share};
-use super::output::{Output, Writer};
+use super::output::{Output, Writer, write_report};
 use anyhow::Result;
 use std::io::Write;
 use std::path::PathBuf;
@@ -25,6 +25,9 @@ pub struct Split {
     held_out: Option<PathBuf>,
     #[command(flatten)]
     output: Output,
+    /// Write the report as JSON, too.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 impl Split {
@@ -37,7 +40,7 @@ impl Split {
         let mut aside = self.held_out.as_ref().map(|path| Writer::create(path, self.output.format)).transpose()?;
         let mut held_out = 0;
         for conversation in files.conversations() {
-            let Some(clean) = cleaner.clean(conversation?) else { continue };
+            let Some(clean) = cleaner.clean_read(conversation)? else { continue };
             let is_aside = is_held_out(&clean, self.hold_out);
             held_out += u64::from(is_aside);
             let to = aside.as_mut().filter(|_| is_aside).unwrap_or(&mut writer);
@@ -49,6 +52,9 @@ impl Split {
         aside.map_or(Ok(()), Writer::finish)?;
         let report =
             report::Report { split: Some(done), held_out, skipped_files: files.skipped.clone(), ..cleaner.report() };
+        if let Some(path) = &self.report {
+            write_report(path, &report)?;
+        }
         match self.output.is_standard() {
             true => eprint!("{report}"),
             false => write!(out, "{report}")?,

@@ -9,6 +9,19 @@ fn encoder() -> Encoder {
     Template::named(CHATML).unwrap().bind(&byte_tokenizer(&CHATML_TOKENS)).unwrap()
 }
 
+fn prepare(
+    sources: &[Source],
+    added: &[Conversation],
+    settings: &Settings,
+    encoder: &Encoder,
+) -> Result<Prepared, PrepareError> {
+    super::prepare(sources, added, settings, encoder, &std::env::temp_dir())
+}
+
+fn all(sequences: &Sequences) -> Vec<Example> {
+    sequences.iter().collect::<Result<_, _>>().unwrap()
+}
+
 fn settings() -> Settings {
     Settings { clean: false, language: None, split_at: None, hold_out: 0.0, max_length: 1000, pack: false }
 }
@@ -38,7 +51,7 @@ fn sequences_are_numbered_through_all_sources_and_who_the_model_is_comes_last() 
     let mixtures: Vec<_> = prepared.mixtures.iter().map(|mixture| (mixture.sequences, mixture.weight)).collect();
     assert_eq!(mixtures, [(3, 1.0), (5, 2.5), (4, 1.0)]);
     assert_eq!(prepared.examples.len(), 12);
-    assert_eq!(prepared.examples[3], encoder().example(&conversation("b-0", 1).turns).unwrap());
+    assert_eq!(prepared.examples.read(3).unwrap(), encoder().example(&conversation("b-0", 1).turns).unwrap());
     let encoded = prepared.report.encoded.unwrap();
     assert_eq!((encoded.sequences, encoded.cut, encoded.held_out), (12, 0, 0));
 }
@@ -50,10 +63,10 @@ fn no_piece_of_a_conversation_is_on_both_sides() {
     let settings = Settings { split_at: Some(200), hold_out: 0.1, ..settings() };
     let prepared = prepare(&sources, &[], &settings, &encoder()).unwrap();
     let tokenizer = byte_tokenizer(&CHATML_TOKENS);
-    let names = |examples: &[Example]| -> std::collections::BTreeSet<String> {
+    let names = |examples: &Sequences| -> std::collections::BTreeSet<String> {
         let text = |example: &Example| tokenizer.decode(&example.ids, true).unwrap();
         let name = |text: String| text.split("of ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
-        examples.iter().map(|example| name(text(example))).collect()
+        all(examples).iter().map(|example| name(text(example))).collect()
     };
     let (trained, held_out) = (names(&prepared.examples), names(&prepared.held_out));
     assert!(trained.is_disjoint(&held_out));
@@ -63,7 +76,7 @@ fn no_piece_of_a_conversation_is_on_both_sides() {
     let split = prepared.report.split.unwrap();
     assert_eq!((split.conversations, split.too_long), (200, 0));
     assert_eq!(split.pieces as usize, prepared.examples.len() + prepared.held_out.len());
-    assert!(prepared.examples.iter().all(|example| example.ids.len() <= 200));
+    assert!(prepared.examples.longest() <= 200);
 }
 
 #[test]
@@ -73,7 +86,11 @@ fn the_same_bytes_give_the_same_sequences() {
     let settings = Settings { clean: true, split_at: Some(150), hold_out: 0.2, ..settings() };
     let once = prepare(&sources, &[], &settings, &encoder()).unwrap();
     let again = prepare(&sources, &[], &settings, &encoder()).unwrap();
-    assert_eq!(once, again);
+    let everything = |prepared: &Prepared| {
+        let Prepared { examples, held_out, mixtures, digest, report, .. } = prepared;
+        (all(examples), all(held_out), mixtures.clone(), digest.clone(), report.clone())
+    };
+    assert_eq!(everything(&once), everything(&again));
     // What b has of a is a duplicate.
     let kept: u64 = once.report.kept.conversations;
     assert_eq!((kept, once.report.dropped()), (60, 50));
@@ -137,11 +154,56 @@ fn files_that_were_not_read_are_in_the_report() {
 }
 
 #[test]
-fn examples_take_little_more_than_their_ids() {
+fn packing_moves_sequences_and_changes_none() {
     let folder = tempfile::tempdir().unwrap();
-    let prepared = prepare(&[source(&folder, "a", 1.0, &many("a", 3, 20))], &[], &settings(), &encoder()).unwrap();
-    for example in &prepared.examples {
-        assert_eq!(example.bytes(), size_of::<Example>() + 4 * example.ids.len() + 8 * 20);
+    let of = |name: &str, pairs| source(&folder, name, 1.0, &many(name, 30, pairs));
+    let sources = [of("a", 1), of("b", 3)];
+    let apart = prepare(&sources, &[], &settings(), &encoder()).unwrap();
+    let packed = prepare(&sources, &[], &Settings { pack: true, max_length: 400, ..settings() }, &encoder()).unwrap();
+    let rows = all(&packed.examples);
+    assert!(rows.len() < 30 && rows.iter().all(|row| row.ids.len() <= 400));
+    let sizes: Vec<u32> = packed.mixtures.iter().map(|mixture| mixture.sequences).collect();
+    assert_eq!(sizes.iter().sum::<u32>() as usize, rows.len());
+    let first = |rows: &[Example]| rows.iter().map(|row| row.lengths().count()).sum::<usize>();
+    let (of_a, of_b) = rows.split_at(sizes[0] as usize);
+    assert_eq!((first(of_a), first(of_b)), (30, 30), "datasets do not share rows");
+    let mut cut: Vec<Vec<u32>> = Vec::new();
+    for row in &rows {
+        let mut ids = row.ids.as_slice();
+        for length in row.lengths() {
+            let (one, rest) = ids.split_at(length);
+            cut.push(one.to_vec());
+            ids = rest;
+        }
+    }
+    let mut whole: Vec<Vec<u32>> = all(&apart.examples).into_iter().map(|example| example.ids).collect();
+    cut.sort();
+    whole.sort();
+    assert_eq!(cut, whole);
+}
+
+/// Manifests of running trainings have the digest: it stays what it is, however sequences are kept.
+#[test]
+fn the_digest_is_of_sequences_in_order_and_of_the_size_of_each_dataset() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, b) = (many("a", 20, 2), many("b", 9, 1));
+    let sources = [source(&folder, "a", 1.0, &a), source(&folder, "b", 2.0, &b)];
+    for (pack, sizes) in [(false, [20, 9]), (true, [5, 2])] {
+        let mut hasher = blake3::Hasher::new_derive_key("vicuna-operator 2026 sequences of a training");
+        let mut put = |number: usize| {
+            hasher.update(&(number as u32).to_le_bytes());
+        };
+        for conversation in a.iter().chain(&b) {
+            let Example { ids, learned, .. } = encoder().example(&conversation.turns).unwrap();
+            [0, ids.len(), learned.len()].into_iter().for_each(&mut put);
+            ids.iter().for_each(|id| put(*id as usize));
+            learned.iter().for_each(|range| [range.start, range.end].into_iter().for_each(|at| put(at as usize)));
+        }
+        sizes.into_iter().for_each(&mut put);
+        let settings = Settings { pack, max_length: 400, ..settings() };
+        let prepared = prepare(&sources, &[], &settings, &encoder()).unwrap();
+        assert_eq!(prepared.mixtures.iter().map(|it| it.sequences as usize).collect::<Vec<_>>(), sizes);
+        assert_eq!(prepared.digest, hasher.finalize().to_hex().to_string());
     }
 }
 

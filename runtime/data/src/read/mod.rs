@@ -2,7 +2,8 @@
 //!
 //! ShareGPT's records (`conversations` of `from` and `value`) and OpenAI's (`messages` of `role` and
 //! `content`), in a JSON array, as JSON lines, or in Parquet. A record that cannot be understood is
-//! an error that says where it is and what to do.
+//! an error that says where it is and what to do. One whose bytes are in order but that is no conversation is such an
+//! error too, and the records after it can be read all the same.
 
 mod json;
 mod parquet;
@@ -55,7 +56,10 @@ pub enum Problem {
     Array { at: Place, detail: &'static str },
     #[error("{at} is longer than {limit} bytes; is this a list of conversations? Split the record if it is", limit = RECORD_LIMIT_BYTES)]
     TooLong { at: Place },
-    #[error("{at}, field {field}: {detail}")]
+    /// The record is no conversation.
+    #[error(
+        "{at}, field {field}: {detail}; `prepare.clean` and `vicuna-data clean` leave such records out, and count them"
+    )]
     Field { at: Place, field: String, detail: String },
     #[error("{at} is not readable Parquet: {detail}; write the file again, uncompressed or with Snappy, gzip or zstd")]
     Parquet { at: Place, detail: String },
@@ -63,6 +67,15 @@ pub enum Problem {
     NoFiles,
     #[error("there are more than {FILES_LIMIT} files in this folder; join some of them")]
     TooManyFiles,
+}
+
+impl Problem {
+    /// Of a record that is no conversation: where it is, and why in words that others of its kind share.
+    pub(crate) fn malformed(&self) -> Option<(Place, String)> {
+        let Self::Field { at, field, detail } = self else { return None };
+        let field: String = field.chars().filter(|letter| !letter.is_ascii_digit()).collect();
+        Some((*at, format!("{field} {}", detail.split(';').next().unwrap_or_default())))
+    }
 }
 
 /// A file that cannot be read, and why.
@@ -80,7 +93,8 @@ impl ReadError {
     }
 }
 
-/// Conversations of one file as they are written there, in order. Ends after the first error.
+/// Conversations of one file as they are written there, in order. Ends after the first error but for records that are no
+/// conversations.
 pub struct Reader {
     file: PathBuf,
     records: Box<dyn Iterator<Item = Result<Conversation, Problem>>>,
@@ -126,7 +140,8 @@ impl Iterator for Reader {
                 return Some(Ok(conversation));
             }
             Some(Err(problem)) => {
-                self.ended = true;
+                self.any = true;
+                self.ended = problem.malformed().is_none();
                 return Some(Err(ReadError::new(&self.file, problem)));
             }
             None => self.ended = true,

@@ -90,6 +90,20 @@ fn nothing_follows_an_error() {
 }
 
 #[test]
+fn what_is_no_conversation_is_told_and_does_not_hide_what_follows() {
+    let good = r#"{"messages":[{"role":"user","content":"a"}]}"#;
+    let lines = [good, "{\"id\":1}", "7", r#"{"messages":[{"role":"user","content":null}]}"#, good].join("\n");
+    let read: Vec<_> = Reader::of_json(lines.into_bytes()).collect();
+    assert_eq!(read.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, false, false, true]);
+    let of = |index: usize| read[index].as_ref().unwrap_err().problem.malformed().unwrap();
+    assert_eq!((of(3).0.line, of(3).1.as_str()), (Some(4), "messages[].content is missing or not text"));
+    let said = read[3].as_ref().unwrap_err().to_string();
+    assert!(said.contains("field messages[0].content") && said.contains("`vicuna-data clean`"), "{said}");
+    let nothing_else: Vec<_> = Reader::of_json(b"[7]".to_vec()).collect();
+    assert_eq!(nothing_else.len(), 1, "a file of such records is not empty");
+}
+
+#[test]
 fn a_folder_is_its_data_files_by_name() {
     let folder = folder("files");
     std::fs::create_dir(folder.path().join("b")).unwrap();

@@ -1,32 +1,13 @@
 use super::*;
 use proptest::prelude::*;
-use serde_json::json;
 use std::path::PathBuf;
 
-/// One token a byte, and ChatML's control tokens after them.
+#[path = "../../tests/support/tokenizer.rs"]
+mod tokenizer;
+
+/// One token a byte, and these control tokens after them.
 pub fn byte_tokenizer(control: &[&str]) -> Tokenizer {
-    let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
-    let mut letters: Vec<String> = alphabet.into_iter().map(String::from).collect();
-    letters.sort();
-    let added: Vec<_> = control
-        .iter()
-        .enumerate()
-        .map(|(index, token)| {
-            json!({ "id": 256 + index, "content": token, "special": true, "normalized": false,
-                    "single_word": false, "lstrip": false, "rstrip": false })
-        })
-        .collect();
-    let vocabulary: serde_json::Map<_, _> =
-        letters.into_iter().enumerate().map(|(id, letter)| (letter, json!(id))).collect();
-    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
-    let document = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
-        "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
-        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-                   "vocab": vocabulary, "merges": [] },
-    });
-    Tokenizer::from_bytes(document.to_string()).unwrap()
+    Tokenizer::from_bytes(tokenizer::document(control).to_string()).unwrap()
 }
 
 pub const CHATML_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
@@ -325,17 +306,17 @@ fn a_template_that_rewrites_history_cannot_be_trained_on() {
     assert!(encoder.prompt_ids(&turns).is_ok());
 }
 
-/// The LLaMA tokenizer, which `tests/tools/llama_tokenizer.sh` fetches.
+/// The LLaMA tokenizer, which `tests/tools/llama_tokenizer.sh` fetches: where there is a cache, it is there.
 fn llama() -> Option<Tokenizer> {
     let cache = PathBuf::from(std::env::var_os("VICUNA_CACHE")?);
     let file = cache.join("llama2-tokenizer/tokenizer.json");
-    file.exists().then(|| Tokenizer::from_file(file).unwrap())
+    Some(Tokenizer::from_file(file).expect("run tests/tools/llama_tokenizer.sh"))
 }
 
 #[test]
 fn vicuna_on_llama_is_the_published_vector() {
     let Some(tokenizer) = llama() else {
-        eprintln!("skipped: run tests/tools/llama_tokenizer.sh and source tests/tools/env.sh");
+        eprintln!("skipped: source tests/tools/env.sh");
         return;
     };
     let encoder = Template::named(VICUNA_V1_1).unwrap().bind(&tokenizer).unwrap();
@@ -370,7 +351,7 @@ fn vicuna_on_llama_is_the_published_vector() {
 #[test]
 fn the_first_vicuna_ends_a_reply_with_the_token_that_opens_the_mark() {
     let Some(tokenizer) = llama() else {
-        eprintln!("skipped: run tests/tools/llama_tokenizer.sh and source tests/tools/env.sh");
+        eprintln!("skipped: source tests/tools/env.sh");
         return;
     };
     let encoder = Template::named(VICUNA_V0).unwrap().bind(&tokenizer).unwrap();
@@ -386,7 +367,7 @@ proptest! {
     fn on_the_llama_tokenizer_what_is_learned_reads_as_the_replies_and_their_ends(turns in conversation()) {
         static LLAMA: std::sync::LazyLock<Option<Tokenizer>> = std::sync::LazyLock::new(llama);
         let Some(tokenizer) = LLAMA.as_ref() else {
-            eprintln!("skipped: run tests/tools/llama_tokenizer.sh and source tests/tools/env.sh");
+            eprintln!("skipped: source tests/tools/env.sh");
             return Ok(());
         };
         for (name, end) in [(VICUNA_V0, "\n###"), (VICUNA_V1_1, "</s>"), (LLAMA_2, " </s>")] {

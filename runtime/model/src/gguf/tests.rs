@@ -233,15 +233,14 @@ fn weights_beyond_fp16_are_refused_by_name() {
 /// The tokenizer of Vicuna's base survives: needs `tests/tools/llama_tokenizer.sh`.
 #[test]
 fn the_tokenizer_of_llama_2_reads_back_with_its_merges() {
-    let Some(cache) = std::env::var_os("VICUNA_CACHE").map(std::path::PathBuf::from) else { return };
-    let file = cache.join("llama2-tokenizer/tokenizer.json");
-    if !file.is_file() {
-        eprintln!("skipped: the tokenizer is not there, run tests/tools/llama_tokenizer.sh");
+    let Some(cache) = std::env::var_os("VICUNA_CACHE").map(std::path::PathBuf::from) else {
+        eprintln!("skipped: source tests/tools/env.sh");
         return;
-    }
+    };
+    let file = cache.join("llama2-tokenizer/tokenizer.json");
     let config = Config { vocab: 32_000, hidden: 32, layers: 1, ..crate::tiny::config() };
     let mut model = crate::tiny::of_config(config, 6);
-    model.tokenizer = tokenizers::Tokenizer::from_file(&file).unwrap();
+    model.tokenizer = tokenizers::Tokenizer::from_file(&file).expect("run tests/tools/llama_tokenizer.sh");
     let again = written(&model, Weights::F16).unwrap();
     let described = |model: &Pretrained| serde_json::to_value(&model.tokenizer).unwrap();
     let (theirs, ours) = (described(&model), described(&again));

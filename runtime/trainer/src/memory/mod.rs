@@ -5,6 +5,7 @@
 pub mod agreement;
 pub mod command;
 pub mod limits;
+pub mod remedies;
 
 use crate::batch::LENGTH_STEP;
 use crate::blocks::{BlockTable, EMBEDDING_GROUP};
@@ -27,6 +28,21 @@ const LOSS_ROWS: u64 = 512;
 /// Group of a layer; they are alike.
 const LAYER: usize = EMBEDDING_GROUP + 1;
 
+/// Bytes of conversations in files for a byte of a compressed one.
+const UNPACKED: u64 = 3;
+/// Bytes of conversations in files for a byte that preparing and training hold of them: sequences are on disk, and where
+/// each is, its place in the order and what cleaning remembers of it are not.
+const KEPT_OF: u64 = 4;
+
+/// About as many bytes as a rank holds of data in these files, which have names and bytes.
+pub fn data_bytes(files: &[(String, u64)]) -> u64 {
+    let unpacked = |(name, bytes): &(String, u64)| match name.to_ascii_lowercase().ends_with(".parquet") {
+        true => bytes * UNPACKED,
+        false => *bytes,
+    };
+    files.iter().map(unpacked).sum::<u64>() / KEPT_OF
+}
+
 /// What decides how much a rank needs.
 #[derive(Clone, Debug)]
 pub struct Workload<'a> {
@@ -36,7 +52,7 @@ pub struct Workload<'a> {
     pub recipe: &'a Recipe,
     /// The model computes on a GPU: weights and activations are there, masters and moments on the host.
     pub gpu: bool,
-    /// Bytes of the prepared sequences, which every rank holds on the host.
+    /// Bytes that every rank holds of the prepared sequences on the host.
     pub data: u64,
     /// Checkpoints may take longer than a step to write.
     pub slow_store: bool,
@@ -370,12 +386,12 @@ impl fmt::Display for Need {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use vicuna_model::tiny;
     use vicuna_protocol::job::{Lora, Reproducibility, RunLength, Schedule};
 
-    fn recipe(method: Method, precision: Precision) -> Recipe {
+    pub fn recipe(method: Method, precision: Precision) -> Recipe {
         Recipe {
             method,
             global_batch: 16,

@@ -38,6 +38,8 @@ pub enum StepError {
     Torch(#[from] tch::TchError),
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error("the prepared sequences cannot be read from the scratch folder: {0}")]
+    Data(#[from] std::io::Error),
 }
 
 impl StepError {
@@ -272,7 +274,7 @@ impl Engine {
         let rank = peers.collective.rank();
         let share = shares[rank].clone();
         let mine = &plan.micro_batches[share.start as usize..share.end as usize];
-        let batches: Vec<_> = mine.iter().map(|sequences| data.micro_batch(sequences)).collect();
+        let batches = mine.iter().map(|sequences| data.micro_batch(sequences)).collect::<std::io::Result<Vec<_>>>()?;
         let whole_layers = self.whole_layers(plan, data, shares, rank);
         let mut pending = std::mem::take(&mut self.pending);
         let mut reduction = Reduction::new(Task {
@@ -447,7 +449,7 @@ impl Engine {
         let Some(first) = plan.micro_batches.first().filter(|_| plan.trained_tokens > 0) else {
             return Ok(hasher.finalize().to_hex().to_string());
         };
-        let batch = data.micro_batch(first);
+        let batch = data.micro_batch(first)?;
         let computation = self.computation(peers.abort);
         let losses = self.owners(peers).pass(&self.held, Purpose::Canary, &self.route(0), |weights| {
             computation.run(weights, 0, std::slice::from_ref(&batch), |partial| {

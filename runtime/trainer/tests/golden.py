@@ -1,8 +1,11 @@
-"""PEFT's side of the golden test of adapters, for adapters.rs beside this file.
+"""The side of Hugging Face transformers and PEFT in the golden tests of trainings, for golden.rs beside this file.
 
-adapters.py logits BASE ADAPTER  reads ids as JSON from stdin, prints the logits of every position
-adapters.py train BASE ADAPTER   reads a recipe and its batches from stdin, starts from the adapter, and prints
-                             the losses and the first step's gradients
+golden.py logits BASE ADAPTER  reads ids as JSON from stdin, prints the logits of every position
+golden.py train BASE ADAPTER   reads a recipe and its batches from stdin, starts from the adapter, and prints
+                           the losses and the first step's gradients
+golden.py answer BASE ADAPTER  reads a question as JSON from stdin, prints the prompt's ids and the 24 that follow greedily
+
+An ADAPTER of "-" is none: what is trained or asked is the whole model.
 
 A base of "Nf4" or "Int8" is quantised here, by the papers' definitions and not by our code.
 """
@@ -36,11 +39,13 @@ def int8(weight):
 QUANTISED = {"Nf4": nf4, "Int8": int8}
 
 
-def load(base, adapter, held=None, trainable=False):
+def load(base, adapter="-", held=None, trainable=False):
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     for name, weight in model.named_parameters():
         if held is not None and "_proj" in name:
             weight.data = QUANTISED[held](weight.data)
+    if adapter == "-":
+        return model
     return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
 
 
@@ -64,7 +69,11 @@ def train(base, adapter):
     run = json.load(sys.stdin)
     model = load(base, adapter, run["base"], trainable=True)
     trained = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=run["weightDecay"])
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": run["weightDecay"]},
+        {"params": [p for p in trained.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     losses, gradients = [], None
     for step in run["steps"]:
         optimizer.zero_grad()
@@ -82,6 +91,18 @@ def train(base, adapter):
     json.dump({"losses": losses, "gradients": gradients}, sys.stdout)
 
 
+def answer(base, adapter):
+    """What a chat program does: the directory's own tokenizer and template."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base if adapter == "-" else adapter)
+    messages = [{"role": "user", "content": json.load(sys.stdin)}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    model = load(base, adapter).eval()
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, max_new_tokens=24, do_sample=False)
+    json.dump({"prompt": ids[0].tolist(), "reply": out[0, ids.shape[1] :].tolist()}, sys.stdout)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"logits": logits, "train": train}[sys.argv[1]](*sys.argv[2:])
+    {"logits": logits, "train": train, "answer": answer}[sys.argv[1]](*sys.argv[2:])
