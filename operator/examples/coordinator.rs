@@ -148,7 +148,7 @@ fn line(happening: &Happening) -> Value {
             json!({ "at": at, "formed": members, "generation": generation, "baseStep": base_step })
         }
         Happening::StepsLost { steps, .. } => json!({ "at": at, "lost": steps }),
-        Happening::Recovered { after_ms, phases } => json!({
+        Happening::Recovered { after_ms, phases, .. } => json!({
             "at": at, "recoveredAfterMs": after_ms,
             "phasesMs": [phases.detect, phases.agree, phases.restore, phases.step]
         }),
