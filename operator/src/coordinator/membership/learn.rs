@@ -421,6 +421,8 @@ impl Membership {
         if let Some(rank) = self.ranks.get_mut(pod) {
             rank.prepared = true;
             rank.reported_lost = false;
+            // Who was behind and answers does not hang.
+            rank.suspect_since = None;
             rank.holding = said.holding;
         }
         if !matches!(self.state, State::Collecting { .. }) {

@@ -703,6 +703,18 @@ fn after_a_false_alarm_a_step_is_waited_for_twice_as_long() {
 }
 
 #[test]
+fn who_is_behind_and_answers_the_stop_does_not_hang() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.progress("b", 1).steps(10, Next::Step).after(3_000);
+    assert!(fixture.membership.ranks["b"].suspect_since.is_some());
+    fixture.holds("a", 10, 0).holds("b", 10, 0);
+    assert_eq!(fixture.membership.false_alarms, 1);
+    assert_eq!(fixture.formation().record.members.len(), 2);
+    fixture.after(60_000);
+    assert!(fixture.membership.report(fixture.now).unresponsive.is_empty(), "its pod stays");
+}
+
+#[test]
 fn who_hangs_is_waited_for_shortly_and_may_come_back_anew() {
     let mut fixture = Fixture::stalled(1);
     fixture.holds("a", 10, 0).after(1_400);
