@@ -47,11 +47,13 @@ impl Membership {
     }
 
     /// After so long without a step one of the ranks is taken to hang. What is no step, such as the copy of a checkpoint,
-    /// may take any time, and so may the first step of a generation.
+    /// may take any time, and so may the first step of a generation. A step that took longer than usual, as the first ones
+    /// on slower ranks do, says that the next one may, too.
     pub(super) fn step_patience(&self, step_ms: Millis) -> Millis {
         let generous = self.limits.stall_ms.max(5 * step_ms);
         let usual = self.pace.usual().filter(|_| self.step_is_next);
         usual.map_or(generous, |usual| {
+            let usual = usual.max(step_ms);
             let soon = (usual + usual / 2 + self.limits.slack_ms).max(self.limits.missed_ms);
             (soon << self.false_alarms).min(generous)
         })

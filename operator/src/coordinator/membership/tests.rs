@@ -693,6 +693,24 @@ fn a_rank_that_hangs_is_missed_by_what_steps_took_and_a_pause_is_waited_for() {
 }
 
 #[test]
+fn after_a_step_that_took_longer_the_next_one_is_given_as_much() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.steps(20, Next::Step).after(2_900);
+    let slow = wire::Progress {
+        generation: 1,
+        step: 21,
+        steps: 100,
+        step_seconds: 2.9,
+        next: Next::Step.into(),
+        ..Default::default()
+    };
+    fixture.say("a", Said::Progress(slow)).after(5_800);
+    assert_eq!(fixture.phase(), Phase::Steady, "once and a half as long, and the slack");
+    fixture.after(50);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+}
+
+#[test]
 fn after_a_false_alarm_a_step_is_waited_for_twice_as_long() {
     let mut fixture = Fixture::stalled(1);
     fixture.holds("a", 10, 0).holds("b", 10, 0).written().ready("a").ready("b");
