@@ -733,6 +733,13 @@ impl Membership {
             && self.pace.usual().is_some()
             && !self.members().iter().any(|member| self.is_gone(&member.pod_uid) || suspected(member))
         {
+            self.count_false_alarm_in(self.generation());
+        }
+    }
+
+    pub(super) fn count_false_alarm_in(&mut self, generation: u64) {
+        if self.false_alarm_in < generation {
+            self.false_alarm_in = generation;
             self.false_alarms = (self.false_alarms + 1).min(MAX_DOUBLINGS);
         }
     }

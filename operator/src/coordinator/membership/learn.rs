@@ -440,11 +440,19 @@ impl Membership {
         let member = members.is_some_and(|members| members.iter().any(|member| member.pod_uid == pod));
         let waited_for = member && matches!(self.state, State::Held { .. });
         let Some(rank) = self.ranks.get_mut(pod).filter(|rank| rank.suspect_since.is_some()) else { return };
-        if !waited_for {
+        // Who answers as late as this was out for longer than any step is waited for.
+        let hung = rank.suspect_since.is_some_and(|since| self.now >= since.saturating_add(self.limits.stall_ms));
+        if waited_for {
+            (rank.suspect_since, rank.prepared, rank.holding) = (None, true, said.holding);
+        } else {
             rank.holding = None;
+        }
+        if !hung {
+            self.count_false_alarm_in(generation.min(self.generation()));
+        }
+        if !waited_for {
             return self.send(pod, Body::Stale(wire::Stale { generation }));
         }
-        (rank.suspect_since, rank.prepared, rank.holding) = (None, true, said.holding);
         self.step = self.step.max(said.step);
         self.manifests.learn(said.manifests.into_iter().map(Manifest::from));
     }

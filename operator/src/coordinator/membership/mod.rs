@@ -282,6 +282,8 @@ pub struct Membership {
     stalls: u32,
     /// How often nobody was found to hang although no step came in time: so often patience is doubled for good.
     false_alarms: u32,
+    /// The last generation in which one was counted: each has one at most, however many answer late.
+    false_alarm_in: u64,
     progress: Option<StepReport>,
     evaluation: Option<EvaluationReport>,
     /// When a part of an evaluation was last done.
@@ -332,6 +334,7 @@ impl Membership {
             fruitless: 0,
             stalls: 0,
             false_alarms: 0,
+            false_alarm_in: 0,
             progress: None,
             evaluation: None,
             evaluated_at: now,

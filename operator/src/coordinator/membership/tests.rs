@@ -745,6 +745,7 @@ fn who_hangs_is_waited_for_shortly_and_may_come_back_anew() {
     fixture.say("b", Said::Stopped(late));
     let stale = Effect::Send("b".to_owned(), Body::Stale(wire::Stale { generation: 1 }));
     assert_eq!(fixture.take(), [stale]);
+    assert_eq!(fixture.membership.false_alarms, 1, "it only took longer");
     fixture.join("b", 0).after(60_000);
     assert!(fixture.membership.report(fixture.now).unresponsive.is_empty(), "its pod stays");
 }
