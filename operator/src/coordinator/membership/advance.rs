@@ -506,7 +506,8 @@ impl Membership {
     fn is_stalled(&self, now: Millis, since: Millis) -> bool {
         // Ranks that are all out of reach may well be training: it is we who are cut off.
         let in_reach = |member: &Member| self.ranks.get(&member.pod_uid).is_some_and(|rank| rank.connected);
-        let last = self.last_step_at.max(since).max(self.evaluated_at);
+        // What was said while we stood still is heard after the first tick.
+        let last = self.last_step_at.max(since).max(self.evaluated_at).max(self.attentive_since);
         self.members().iter().any(in_reach) && now >= last.saturating_add(self.patience(now))
     }
 

@@ -162,7 +162,7 @@ impl World {
             max,
             prompt: true,
             now,
-            membership: Membership::new(now, Limits::default(), None, Counters::default()),
+            membership: Membership::new(now, limits(), None, Counters::default()),
             stored: None,
             writing: None,
             ranks: BTreeMap::new(),
@@ -734,7 +734,7 @@ impl World {
         let counters = self.membership.counters;
         // What was not said to the new leader is not known to it.
         self.counted = self.stored.as_ref().map_or(0, |record| record.base_step);
-        self.membership = Membership::new(self.now, Limits::default(), self.stored.clone(), counters);
+        self.membership = Membership::new(self.now, limits(), self.stored.clone(), counters);
         self.pods();
         self.retarget();
     }
@@ -759,6 +759,11 @@ impl World {
         counts.hash(&mut hasher);
         hasher.finish()
     }
+}
+
+/// Ticks are further apart here than in a session.
+fn limits() -> Limits {
+    Limits { attention_ms: TICK_MS, ..Limits::default() }
 }
 
 fn is_fault(action: &Action) -> bool {

@@ -68,6 +68,8 @@ pub struct Limits {
     pub missed_ms: Millis,
     /// … by which a step may take longer than it usually does.
     pub slack_ms: Millis,
+    /// No event for so long, though ticks come more often, means that it was we who stood still.
+    pub attention_ms: Millis,
     /// Answers to a stop because of a rank that hangs, where those who have answered can go on without the others.
     pub hung_ms: Millis,
     /// The first step of a run may take so long.
@@ -98,6 +100,7 @@ impl Default for Limits {
             stall_ms: 30_000,
             missed_ms: 3_000,
             slack_ms: 1_500,
+            attention_ms: 1_000,
             hung_ms: 1_500,
             first_step_ms: 300_000,
             move_ms: 600_000,
@@ -244,6 +247,8 @@ pub struct Membership {
     limits: Limits,
     /// When the event came that is being taken.
     now: Millis,
+    /// Since when events have been taken as they came. Before it steps may have been made whose reports still wait.
+    attentive_since: Millis,
     target: Option<Target>,
     reproducibility: Reproducibility,
     record: Option<Record>,
@@ -312,6 +317,7 @@ impl Membership {
         let mut membership = Self {
             limits,
             now,
+            attentive_since: now,
             target: None,
             reproducibility: Reproducibility::Exact,
             state: State::held(now),
@@ -372,6 +378,9 @@ impl Membership {
 
     /// Takes one event and returns what is to be done, in order.
     pub fn step(&mut self, now: Millis, event: Event) -> Vec<Effect> {
+        if now.saturating_sub(self.now) > self.limits.attention_ms {
+            self.attentive_since = now;
+        }
         self.now = now;
         self.learn(now, event);
         self.advance(now);

@@ -45,6 +45,8 @@ impl Fixture {
 
     fn after(&mut self, ms: Millis) -> &mut Self {
         self.now += ms;
+        // Ticks at which nothing happens are left out.
+        self.membership.now = self.now;
         self.apply(Event::Tick)
     }
 
@@ -715,6 +717,19 @@ fn after_a_false_alarm_a_step_is_waited_for_twice_as_long() {
     let mut fixture = Fixture::stalled(1);
     fixture.holds("a", 10, 0).holds("b", 10, 0).written().ready("a").ready("b");
     fixture.steps(20, Next::Step).after(5_900);
+    assert_eq!(fixture.phase(), Phase::Steady);
+    fixture.after(100);
+    assert_eq!(fixture.phase(), Phase::Collecting);
+}
+
+#[test]
+fn after_a_pause_of_our_own_what_was_said_meanwhile_is_heard_before_anybody_is_missed() {
+    let mut fixture = Fixture::training(1, 2);
+    fixture.steps(10, Next::Step);
+    fixture.now += 8_000;
+    fixture.apply(Event::Tick);
+    assert_eq!(fixture.phase(), Phase::Steady, "steps that were made meanwhile are yet to be heard of");
+    fixture.after(2_900);
     assert_eq!(fixture.phase(), Phase::Steady);
     fixture.after(100);
     assert_eq!(fixture.phase(), Phase::Collecting);
