@@ -1,7 +1,7 @@
 //! What a generation can start from without the store, and who may take part in it.
 
 use super::rank::Rank;
-use super::{Happening, Membership, Millis, PodUid};
+use super::{Happening, Membership, Millis, PodUid, State};
 use crate::coordinator::manifest::Manifest;
 use crate::coordinator::report::Blockage;
 use std::collections::{BTreeMap, BTreeSet};
@@ -62,12 +62,17 @@ impl Membership {
     }
 
     /// The class of the record or, where there is none, of the checkpoint that there is to go on from, and else of the rank
-    /// that was fit first; empty where any will do.
+    /// that was fit first; empty where any will do. A record that left nothing to go on from binds nobody: another image may
+    /// have come since.
     pub(super) fn numerics_class(&self) -> &str {
         if self.takes_any_class() {
             return "";
         }
-        let recorded = self.record.as_ref().map(|record| &record.numerics_class).filter(|class| !class.is_empty());
+        let between = matches!(self.state, State::Held { .. } | State::Planning(_));
+        let holds = || self.ranks.values().any(|rank| rank.holding.is_some());
+        let binds = !between || self.newest_manifest().is_some() || holds();
+        let record = self.record.as_ref().filter(|_| binds);
+        let recorded = record.map(|record| &record.numerics_class).filter(|class| !class.is_empty());
         let stored =
             || self.newest_manifest().map(|manifest| &manifest.numerics_class).filter(|class| !class.is_empty());
         let first = || {

@@ -943,6 +943,27 @@ fn without_a_record_the_class_is_that_of_the_checkpoint_whoever_comes_first() {
 }
 
 #[test]
+fn the_class_of_a_record_that_left_nothing_to_go_on_from_binds_nobody() {
+    let mut fixture = Fixture::new(1, 1);
+    let arrive = |fixture: &mut Fixture, pod: &str, class: &str| {
+        fixture.pods.insert(pod.to_owned(), PodFact::default());
+        let hello = wire::Hello { pod_uid: pod.into(), numerics_class: class.into(), ..Default::default() };
+        fixture.sync().apply(Event::Joined(hello)).prepare(pod, vec![]);
+        fixture.after(30_000);
+    };
+    arrive(&mut fixture, "a", "program=1");
+    assert_eq!(fixture.formation().record.numerics_class, "program=1");
+    fixture.lose("a");
+    arrive(&mut fixture, "b", "program=2");
+    let record = fixture.formation().record;
+    assert_eq!((record.members[0].pod_uid.as_str(), record.numerics_class.as_str()), ("b", "program=2"));
+    assert!(fixture.membership.report(fixture.now).ranks["b"].blocked.is_none());
+    fixture.ready("b").progress("b", 1).lose("b");
+    arrive(&mut fixture, "c", "program=3");
+    assert_eq!(fixture.formation().record.numerics_class, "program=3", "b took along what was made");
+}
+
+#[test]
 fn where_bits_may_differ_ranks_of_any_class_train_together_and_prove_nothing() {
     let mut fixture = Fixture::new(1, 2);
     fixture.membership = fixture.membership.clone().reproducing(Reproducibility::Fast);
