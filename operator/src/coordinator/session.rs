@@ -255,6 +255,9 @@ impl Session {
     fn send(&mut self, pod: &str, body: Body) {
         let Some((_, slot)) = self.ranks.get_mut(pod) else { return };
         let Some(sender) = slot else { return };
+        if may_be_left_out(&body, sender) {
+            return;
+        }
         let message = CoordinatorMessage { body: Some(body) };
         if sender.try_send(Ok(message)).is_err() {
             // Without this message its view is wrong: it has to say hello again.
@@ -382,6 +385,12 @@ impl Session {
             _ => {}
         }
     }
+}
+
+/// Nothing depends on hearing of others' notices. When many nodes go at once the half of a mailbox is left to what a rank
+/// has to hear.
+fn may_be_left_out(body: &Body, sender: &RankSender) -> bool {
+    matches!(body, Body::Noticed(_)) && sender.capacity() <= sender.max_capacity() / 2
 }
 
 /// `None`: we are not the leader any more.

@@ -110,6 +110,17 @@ async fn the_session_ends_with_its_last_handle() {
 }
 
 #[test]
+fn notices_of_others_leave_half_of_a_mailbox_to_what_a_rank_has_to_hear() {
+    let (sender, _answers): (RankSender, _) = mpsc::channel(4);
+    let (noticed, go) = (Body::Noticed(wire::Noticed::default()), Body::Go(wire::Go { generation: 1 }));
+    for room in (1..=4).rev() {
+        assert_eq!(may_be_left_out(&noticed, &sender), room <= 2, "{room}");
+        assert!(!may_be_left_out(&go, &sender));
+        assert!(sender.try_send(Ok(CoordinatorMessage { body: Some(go.clone()) })).is_ok());
+    }
+}
+
+#[test]
 fn the_clock_does_not_start_in_1970() {
     let now: Millis = Clock::start().now_ms();
     assert!(now > 1_600_000_000_000);
