@@ -297,11 +297,14 @@ fn pod_departure(pod: &Pod, now: Millis) -> Option<Departure> {
             "the pod is deleted".to_owned()
         }
     };
+    // A kubelet that is short of something gives a pod as little time as it likes: the rank hears how much.
+    let by_kubelet = disruption.is_some_and(|condition| condition.reason.as_deref() == Some("TerminationByKubelet"));
+    let said_until = if by_kubelet { 0 } else { said_at.saturating_add(notice_ms(pod)) };
     Some(Departure {
         source,
         // The API server's deletion timestamp is when the grace period ends. A pod that is about to be evicted is not
         // deleted yet: its pool's notice counts from when that was said.
-        deadline_ms: deleted_at.unwrap_or_else(|| said_at.saturating_add(notice_ms(pod))),
+        deadline_ms: deleted_at.unwrap_or(said_until),
         hurry: true,
         // A node that is short of memory or disk evicts pods and stays.
         reclaim: disruption.is_some()
@@ -414,6 +417,9 @@ mod tests {
         let mut dated = target.clone();
         dated["lastTransitionTime"] = json!("1970-01-01T00:00:40Z");
         assert_eq!(disrupted(dated.clone(), None), 160_000);
+        let mut by_kubelet = dated.clone();
+        by_kubelet["reason"] = json!("TerminationByKubelet");
+        assert_eq!(disrupted(by_kubelet, None), 0, "how long it has is not said here");
         assert_eq!(disrupted(target, None), 170_000, "where nobody said when, from now on");
         assert_eq!(disrupted(dated, Some("1970-01-01T00:01:10Z")), 70_000, "a deletion says when it is over");
     }

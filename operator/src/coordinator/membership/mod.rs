@@ -135,6 +135,13 @@ pub struct Departure {
     pub reclaim: bool,
 }
 
+impl Departure {
+    /// Where both say when.
+    fn is_over_before(&self, other: &Self) -> bool {
+        self.deadline_ms > 0 && (other.deadline_ms == 0 || self.deadline_ms < other.deadline_ms)
+    }
+}
+
 /// What the caches know of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodFact {
@@ -429,13 +436,14 @@ impl Membership {
         self.pods.as_ref().is_some_and(ended) || self.ranks.get(pod).is_some_and(|rank| rank.failed)
     }
 
-    /// Why and by when the rank goes: what its node says, or what it says itself.
+    /// Why and by when the rank goes: what its node says, or what it says itself; of two in a hurry the one that is over
+    /// first.
     fn departure(&self, pod: &str) -> Option<&Departure> {
         let fact = self.pods.as_ref().and_then(|pods| pods.get(pod));
         let told = fact.and_then(|fact| fact.departure.as_ref());
         let own = self.ranks.get(pod).and_then(|rank| rank.own_notice.as_ref());
         match (told, own) {
-            (Some(told), Some(own)) if !told.hurry && own.hurry => Some(own),
+            (Some(told), Some(own)) if own.hurry && (!told.hurry || own.is_over_before(told)) => Some(own),
             (Some(told), _) => Some(told),
             (None, own) => own,
         }

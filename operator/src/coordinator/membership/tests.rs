@@ -1270,6 +1270,23 @@ fn a_stop_without_a_deadline_does_not_wait_long_for_a_rank_that_hangs() {
 }
 
 #[test]
+fn of_what_node_and_rank_say_the_notice_that_is_over_first_counts() {
+    let mut fixture = Fixture::training(1, 2);
+    let says =
+        |time_left_ms| Said::Notice(wire::Notice { source: "SIGTERM".into(), time_left_ms, ..Default::default() });
+    let left = |fixture: &Fixture| fixture.membership.departure("b").map(|it| it.deadline_ms - fixture.now);
+    fixture.progress("a", 7).notice("b", 60_000).say("b", says(90_000));
+    assert_eq!(left(&fixture), Some(60_000));
+    fixture.say("b", says(20_000));
+    assert_eq!(left(&fixture), Some(20_000));
+    // An eviction that does not say by when.
+    let departure = Departure { source: "evicted".into(), deadline_ms: 0, hurry: true, reclaim: true };
+    fixture.pods.insert("b".to_owned(), PodFact { departure: Some(departure), ended: false });
+    fixture.sync();
+    assert_eq!(left(&fixture), Some(20_000));
+}
+
+#[test]
 fn what_a_rank_has_left_of_its_notice_counts_by_our_clock() {
     let mut fixture = Fixture::training(1, 2);
     let notice =
