@@ -21,6 +21,11 @@ pub fn difference(found: &str, expected: &str) -> String {
     }
 }
 
+/// Whether what both classes call `name` is not the same.
+pub fn differs_in(name: &str, found: &str, expected: &str) -> bool {
+    parts(found).get(name) != parts(expected).get(name)
+}
+
 fn parts(class: &str) -> BTreeMap<&str, &str> {
     class.split("; ").filter_map(|part| part.split_once('=')).collect()
 }
@@ -42,6 +47,8 @@ mod tests {
         assert_eq!(told, "isa is avx2 instead of avx512f");
         let told = difference("isa=avx2; driver=1", "isa=avx512f");
         assert_eq!(told, "driver is 1 instead of nothing, isa is avx2 instead of avx512f");
+        let differs = |name: &str| differs_in(name, "program=a; isa=avx2", "program=b; isa=avx2");
+        assert!(differs("program") && !differs("isa") && !differs("driver"));
     }
 
     #[test]

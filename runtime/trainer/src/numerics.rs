@@ -56,7 +56,7 @@ pub fn check(own: &str, base: &ManifestRef) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "the checkpoint {} is of another numerics class ({}): go on with the same program on hardware of the same kind, or set recipe.reproducibility to Fast if the last bits do not matter",
+        "the checkpoint {} is of another numerics class ({}): go on with the same program on hardware of the same kind, or train anew into another folder, with recipe.reproducibility Fast if the last bits do not matter",
         base.key,
         difference(own, theirs)
     ))

@@ -2,11 +2,12 @@
 
 use super::rank::Rank;
 use super::{Happening, Membership, Millis, PodUid, State};
+use crate::config::GIVE_UP_IMAGE_ANNOTATION;
 use crate::coordinator::manifest::Manifest;
 use crate::coordinator::report::Blockage;
 use std::collections::{BTreeMap, BTreeSet};
 use vicuna_protocol::coordinator::{Cause, Holding, MemoryBase};
-use vicuna_protocol::numerics::difference;
+use vicuna_protocol::numerics::{difference, differs_in};
 
 /// State that a generation can start from, and the ranks that hold it together.
 pub(super) struct HeldState {
@@ -102,8 +103,15 @@ impl Membership {
         } else {
             return rank.blocked.clone();
         };
-        let what_to_do = "it is kept out, because weights would not be exact; give the pools nodes of the kind that the training began on, or train anew with recipe.reproducibility Fast if the last bits do not matter";
-        Some(Blockage { cause: Cause::Numerics, message: format!("{message}; {what_to_do}") })
+        let what_to_do = if !rank.mismatched && differs_in("program", &rank.numerics_class, class) {
+            format!(
+                "the content of its image is not what it was: annotate the training with {GIVE_UP_IMAGE_ANNOTATION}=IMAGE, the one that its status.image names, and ranks that show that they compute the same bits join, or run the former content, named by its digest"
+            )
+        } else {
+            "give the pools nodes of the kind that the training began on, or train anew with recipe.reproducibility Fast if the last bits do not matter".to_owned()
+        };
+        let message = format!("{message}; it is kept out, because weights would not be exact; {what_to_do}");
+        Some(Blockage { cause: Cause::Numerics, message })
     }
 
     /// Ranks that came from the same base to other bits than most of those that trained before, or than the first of

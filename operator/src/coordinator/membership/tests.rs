@@ -936,6 +936,10 @@ fn without_a_record_the_class_is_that_of_the_checkpoint_whoever_comes_first() {
     let blocked = fixture.membership.report(fixture.now).ranks["a"].blocked.clone().unwrap();
     assert!(blocked.message.contains("isa is avx2 instead of avx512f"), "{}", blocked.message);
     assert!(!blocked.message.contains("threads") && blocked.message.contains("Fast"), "{}", blocked.message);
+    arrive(&mut fixture, "c", "program=2; isa=avx512f; threads=1");
+    let blocked = fixture.membership.report(fixture.now).ranks["c"].blocked.clone().unwrap();
+    assert!(blocked.message.contains("program is 2") && blocked.message.contains("give-up-image"), "{blocked:?}");
+    fixture.lose("c");
     arrive(&mut fixture, "b", "isa=avx512f; threads=1");
     let record = fixture.formation().record;
     assert_eq!((record.members[0].pod_uid.as_str(), record.members.len()), ("b", 1));
