@@ -168,12 +168,11 @@ fn another_place(observed: &Observed, pod: &PodView) -> Option<usize> {
     open_pool(observed, &observed.stocked_out, &count_by_pool(&others(observed, pod)))
 }
 
-/// Where there is a node without any of the training's pods.
+/// The pool where the pod would be made anyway, if it has a node without any of the training's pods: from any other pool it
+/// would be moved back to the crowd.
 fn place_apart(observed: &Observed, pod: &PodView) -> Option<usize> {
-    let other = |name: &&String| !observed.pools_apart.contains(*name);
-    let names = observed.pools.iter().map(|pool| &pool.name);
-    let out = observed.stocked_out.iter().chain(names.filter(other)).cloned().collect();
-    open_pool(observed, &out, &count_by_pool(&others(observed, pod)))
+    let is_apart = |name: &String| observed.pools_apart.contains(name) && !observed.stocked_out.contains(name);
+    better_pool(observed, pod).filter(|index| is_apart(&observed.pools[*index].name))
 }
 
 fn others<'a>(observed: &'a Observed, pod: &PodView) -> Vec<&'a PodView> {
@@ -315,6 +314,9 @@ mod tests {
         assert_eq!(deleted(&stuck), ["t-spot-2"]);
         assert!(stuck.stocked_out.is_empty(), "the pool has nodes, only no other one");
         assert_eq!(stuck.memory.no_move_before_ms, DUE + 600_000);
+        let mut elsewhere = crowded();
+        elsewhere.pools_apart = ["onprem".to_owned()].into();
+        assert!(created(&plan(&elsewhere, DUE)).is_empty(), "from there it would be moved back");
         let mut done = parted(crowded());
         done.pods[0].node = Some("n2".into());
         assert!(created(&plan(&done, DUE + 3_600_000)).is_empty(), "they are apart");
