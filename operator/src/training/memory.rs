@@ -34,8 +34,11 @@ pub struct Memory {
     pub given_back: Option<GivenBack>,
     /// Moves to another pool that found no node there, in a row.
     pub moves_failed: u32,
-    /// No pod is moved before.
+    /// No pod is moved to another pool before.
     pub no_move_before_ms: Millis,
+    /// The same of ranks that all share a node: that there is no other one says nothing of other pools.
+    pub partings_failed: u32,
+    pub no_parting_before_ms: Millis,
     /// The status with which the training ended, from when it was to be written: no other one may be, however late the
     /// cache shows it, and whether or not an answer came.
     pub ended: Option<VicunaTrainingStatus>,

@@ -6,6 +6,7 @@ use super::places::{count_by_pool, open_pool};
 use super::{Action, Plan, delete, has_node, is_member, is_standby, stays};
 use crate::coordinator::membership::Millis;
 use crate::coordinator::report::Phase;
+use crate::training::memory::Memory;
 use crate::training::observe::{Observed, PodView};
 use crate::training::time::millis;
 use std::time::Duration;
@@ -38,7 +39,12 @@ pub fn consider(observed: &Observed, now: Millis, plan: &mut Plan) {
     let mut begun = 0;
     for wish in wishes(observed) {
         let limit = if wish.advised { MAX_ADVISED } else { 1 };
-        let from_ms = wish.from_ms.max(plan.memory.no_move_before_ms);
+        let from_ms = match wish {
+            // A node that may go does not wait; a pool that had none is passed over by itself.
+            Wish { advised: true, .. } => wish.from_ms,
+            Wish { apart: true, .. } => wish.from_ms.max(plan.memory.no_parting_before_ms),
+            _ => wish.from_ms.max(plan.memory.no_move_before_ms),
+        };
         if now < from_ms {
             plan.look_again = plan.look_again.min(Duration::from_millis(from_ms - now));
             continue;
@@ -69,7 +75,7 @@ fn carry_on(observed: &Observed, now: Millis, plan: &mut Plan) {
             continue;
         };
         if has_node(standby) {
-            plan.memory.moves_failed = 0;
+            *tries_of(&wish, &mut plan.memory).0 = 0;
             let (name, uid) = (old.name.clone(), old.uid.clone());
             plan.actions.push(Action::AskToLeave { name, uid, why: wish.why });
             continue;
@@ -84,10 +90,19 @@ fn carry_on(observed: &Observed, now: Millis, plan: &mut Plan) {
             plan.stocked_out.insert(standby.pool.clone());
         }
         plan.actions.push(delete(standby, "no node of its pool takes it", false));
-        plan.memory.moves_failed = plan.memory.moves_failed.saturating_add(1);
-        let factor = (1u32 << (plan.memory.moves_failed - 1).min(16)).min(MAX_BACKOFF_FACTOR);
+        let (failed, not_before_ms) = tries_of(&wish, &mut plan.memory);
+        *failed = failed.saturating_add(1);
+        let factor = (1u32 << (*failed - 1).min(16)).min(MAX_BACKOFF_FACTOR);
         let pause = observed.training.spec.placement.return_after.get().saturating_mul(factor);
-        plan.memory.no_move_before_ms = now.saturating_add(millis(pause));
+        *not_before_ms = now.saturating_add(millis(pause));
+    }
+}
+
+/// How often such a move has failed in a row, and until when none is tried.
+fn tries_of<'m>(wish: &Wish, memory: &'m mut Memory) -> (&'m mut u32, &'m mut Millis) {
+    match wish.apart {
+        true => (&mut memory.partings_failed, &mut memory.no_parting_before_ms),
+        false => (&mut memory.moves_failed, &mut memory.no_move_before_ms),
     }
 }
 
@@ -269,8 +284,11 @@ mod tests {
         assert_eq!(first.memory.no_move_before_ms, DUE + 600_000);
         let second = stuck(first.memory, DUE + 600_000);
         assert_eq!(second.memory.no_move_before_ms, DUE + 600_000 + 1_200_000);
-        let waits = Observed { memory: second.memory, ..second_choice() };
+        let mut waits = Observed { memory: second.memory, ..second_choice() };
         assert!(created(&plan(&waits, DUE + 700_000)).is_empty());
+        waits.pods[0].advice = Some("rebalance-recommendation".into());
+        let advised = Action::CreatePod { name: "t-spot-2".into(), pool: 0, replaces: Some("t-spot-0".into()) };
+        assert!(plan(&waits, DUE + 700_000).actions.contains(&advised), "that its node may go does not wait");
     }
 
     #[test]
@@ -313,7 +331,11 @@ mod tests {
         );
         assert_eq!(deleted(&stuck), ["t-spot-2"]);
         assert!(stuck.stocked_out.is_empty(), "the pool has nodes, only no other one");
-        assert_eq!(stuck.memory.no_move_before_ms, DUE + 600_000);
+        assert_eq!((stuck.memory.no_parting_before_ms, stuck.memory.no_move_before_ms), (DUE + 600_000, 0));
+        let later = Observed { memory: stuck.memory.clone(), ..parted(crowded()) };
+        assert!(created(&plan(&later, DUE + 10_000)).is_empty());
+        let returns = plan(&Observed { memory: stuck.memory, ..second_choice() }, DUE + 10_000);
+        assert_eq!(created(&returns), [("t-spot-2".into(), 0)], "what failed says nothing of pools");
         let mut elsewhere = crowded();
         elsewhere.pools_apart = ["onprem".to_owned()].into();
         assert!(created(&plan(&elsewhere, DUE)).is_empty(), "from there it would be moved back");
