@@ -11,6 +11,7 @@ use crate::step::Engine;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
@@ -80,12 +81,19 @@ pub struct Snapshot {
 pub struct Progress {
     bytes: u64,
     written: AtomicU64,
-    began: Instant,
+    /// Nanoseconds that writing took. Those in which the store was away say nothing of its speed.
+    busy: AtomicU64,
 }
 
 impl Progress {
     fn of(bytes: u64) -> Self {
-        Self { bytes, written: AtomicU64::new(0), began: Instant::now() }
+        Self { bytes, written: AtomicU64::new(0), busy: AtomicU64::new(0) }
+    }
+
+    /// So much more is written, which took so long.
+    fn wrote(&self, bytes: u64, took: Duration) {
+        self.busy.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.written.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Whether what is left of it is done by `end`, and another upload as large that begins now would not be, both at the
@@ -93,7 +101,8 @@ impl Progress {
     pub fn is_worth_finishing(&self, now: Instant, end: Instant) -> bool {
         // Blocks of a round that was tried again are counted twice.
         let written = self.written.load(Ordering::Relaxed).min(self.bytes);
-        let (left, taken) = (end.saturating_duration_since(now), now.saturating_duration_since(self.began));
+        let left = end.saturating_duration_since(now);
+        let taken = Duration::from_nanos(self.busy.load(Ordering::Relaxed));
         let takes = |bytes: u64| taken.mul_f64(bytes as f64 / written as f64);
         written > 0 && takes(self.bytes - written) <= left && takes(self.bytes) > left
     }
@@ -195,9 +204,11 @@ impl Publisher {
         progress: &Progress,
     ) -> Result<Vec<manifest::Stored>, StoreError> {
         let store = &self.store;
+        // From one block that is written to the next, since several are under way at a time.
+        let since = &Cell::new(Instant::now());
         let puts = blocks.iter().map(|(_, bytes)| async move {
             let stored = manifest::put_block(store, bytes.clone(), REFRESH, now()).await?;
-            progress.written.fetch_add(stored.bytes, Ordering::Relaxed);
+            progress.wrote(stored.bytes, since.replace(Instant::now()).elapsed());
             Ok(stored)
         });
         futures::stream::iter(puts).buffered(TRANSFERS).try_collect().await
@@ -382,7 +393,8 @@ mod tests {
     fn an_upload_is_worth_finishing_where_its_rest_is_in_time_and_a_new_one_would_not_be() {
         let (now, second) = (Instant::now(), Duration::from_secs(1));
         // 8 of 10 bytes in 8 s: the rest takes 2 s, a new one 10 s.
-        let progress = Progress { bytes: 10, written: AtomicU64::new(8), began: now.checked_sub(8 * second).unwrap() };
+        let progress = Progress::of(10);
+        (0..4).for_each(|_| progress.wrote(2, 2 * second));
         let worth = |seconds: u32| progress.is_worth_finishing(now, now + seconds * second);
         assert_eq!([1, 3, 9, 11].map(worth), [false, true, true, false]);
         let untouched = Progress { written: AtomicU64::new(0), ..progress };
