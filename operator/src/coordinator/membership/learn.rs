@@ -369,6 +369,9 @@ impl Membership {
             rank.held_up = None;
         }
         let newer = self.checkpoint.as_ref().is_none_or(|last| last.step < manifest.step);
+        // Who found most of its part in the store says nothing of how fast it writes.
+        let part = self.state_bytes / self.members().len().max(1) as u64;
+        let written = Some(said.bytes_written).filter(|bytes| *bytes >= part / 2);
         let before = self.checkpoint.as_ref().map_or(0, |last| last.bytes_a_second);
         self.manifests.learn([manifest.clone()]);
         if newer {
@@ -381,7 +384,7 @@ impl Membership {
                 stall_ms: ms(said.stall_seconds),
                 upload_ms: ms(said.upload_seconds),
                 interval_ms: ms(said.interval_seconds),
-                bytes_a_second: rate(said.bytes_written, said.upload_seconds).unwrap_or(before),
+                bytes_a_second: written.and_then(|bytes| rate(bytes, said.upload_seconds)).unwrap_or(before),
             };
             self.checkpoint = Some(report.clone());
             self.happened(Happening::Checkpointed(report));
@@ -659,7 +662,7 @@ fn step_report(said: &wire::Progress) -> StepReport {
     }
 }
 
-/// Bytes a second. One that found all its blocks in the store says nothing of how fast it writes.
+/// Bytes a second.
 fn rate(bytes: u64, seconds: f64) -> Option<u64> {
     (bytes > 0 && seconds > 0.0).then(|| ((bytes as f64 / seconds) as u64).max(1))
 }

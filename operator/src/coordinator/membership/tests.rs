@@ -631,6 +631,15 @@ fn fewer_ranks_need_longer_for_a_checkpoint_since_each_has_more_of_it() {
         wire::Checkpointed { generation: 1, manifest, upload_seconds, bytes_written, ..Default::default() };
     fixture.say("a", Said::Checkpointed(checkpointed)).progress("a", 4);
     assert_eq!(fixture.membership.checkpoint_ms(), Some(10_000));
+    let mostly_there = wire::Checkpointed {
+        generation: 1,
+        manifest: Some(self::manifest(1, 2).into()),
+        upload_seconds: 10.0,
+        bytes_written: STATE_BYTES / 8,
+        ..Default::default()
+    };
+    fixture.say("a", Said::Checkpointed(mostly_there));
+    assert_eq!(fixture.membership.checkpoint_ms(), Some(10_000), "that it found the rest there makes it no slower");
     fixture.lose("b");
     assert_eq!(fixture.membership.checkpoint_ms(), Some(20_000));
 }
