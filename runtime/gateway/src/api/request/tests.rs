@@ -126,6 +126,7 @@ fn errors_name_the_field() {
             "tool_choice.allowed_tools.mode",
         ),
         (json!({ "tools": tools, "tool_choice": allowed("auto", &["g"]) }), "tool_choice.allowed_tools.tools"),
+        (json!({ "tools": tools, "tool_choice": allowed("auto", &["f"; 129]) }), "tool_choice.allowed_tools.tools"),
         (json!({ "functions": [{ "name": "" }] }), "functions[0].name"),
         (json!({ "functions": [{ "name": "f", "parameters": 1 }] }), "functions[0].parameters"),
         (json!({ "functions": [{ "name": "f" }], "function_call": { "name": "g" } }), "function_call"),
@@ -191,10 +192,10 @@ fn allowed(mode: &str, names: &[&str]) -> Value {
 #[test]
 fn of_all_tools_only_the_allowed_ones_are_shown() {
     let ask = |mode| {
-        let body = json!({ "tools": [tool("f"), tool("g"), tool("h")], "tool_choice": allowed(mode, &["h", "f"]) });
+        let body = json!({ "tools": [tool("f"), tool("g"), tool("h")], "tool_choice": allowed(mode, &["h", "f", "h"]) });
         chat(body).unwrap().tools.unwrap()
     };
-    assert_eq!(ask("auto").names, ["h", "f"]);
+    assert_eq!(ask("auto").names, ["f", "h"], "each once");
     assert!(!ask("auto").json.contains("\"g\"") && !ask("auto").wanted.required);
     assert!(ask("required").wanted.required);
 }
