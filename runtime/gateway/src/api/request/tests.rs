@@ -192,7 +192,8 @@ fn allowed(mode: &str, names: &[&str]) -> Value {
 #[test]
 fn of_all_tools_only_the_allowed_ones_are_shown() {
     let ask = |mode| {
-        let body = json!({ "tools": [tool("f"), tool("g"), tool("h")], "tool_choice": allowed(mode, &["h", "f", "h"]) });
+        let choice = allowed(mode, &["h", "f", "h"]);
+        let body = json!({ "tools": [tool("f"), tool("g"), tool("h")], "tool_choice": choice });
         chat(body).unwrap().tools.unwrap()
     };
     assert_eq!(ask("auto").names, ["f", "h"], "each once");
