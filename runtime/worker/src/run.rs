@@ -145,7 +145,7 @@ impl Worker {
         let (models, wanted) = Models::new();
         let models = Arc::new(models);
         for name in options.names() {
-            if !models.announce(&name) {
+            if !models.announce(&name, true) {
                 return Err(named_twice(&name));
             }
         }

@@ -23,6 +23,15 @@ const NEWEST: f64 = 0.2;
 
 pub type Outbound = mpsc::Sender<Result<GatewayMessage, Status>>;
 
+/// How near a worker is to having a model that it loads when it is asked. The nearest is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Nearness {
+    Loading,
+    Able,
+    /// It could not, the last time.
+    Unable,
+}
+
 #[derive(Debug)]
 pub struct Connection {
     pub id: u64,
@@ -132,6 +141,18 @@ impl Connection {
         let offers = self.offers.read();
         let found = offers.iter().find(|(offer, _)| offer.name == model && offer.on_request);
         found.map(|(offer, _)| offer.progress.clone())
+    }
+
+    /// How near it is to having a model that it loads when it is asked; none if it has it, cannot, or loads it unasked at
+    /// its start.
+    pub fn nearness(&self, model: &str) -> Option<Nearness> {
+        let offers = self.offers.read();
+        let (offer, _) = offers.iter().find(|(offer, _)| offer.name == model && offer.on_request && !offer.at_start)?;
+        Some(match offer.progress.as_str() {
+            "" => Nearness::Able,
+            progress if progress.starts_with("loading") => Nearness::Loading,
+            _ => Nearness::Unable,
+        })
     }
 
     /// Names, and what is known of each: nothing as long as it is not loaded.

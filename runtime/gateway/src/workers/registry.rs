@@ -490,14 +490,15 @@ impl Registry {
     }
 }
 
-/// A model that nobody has is loaded where least is to do, unless a worker is at it.
+/// A model that nobody has is loaded where least is to do, unless a worker is at it. Those that load it at their start do
+/// not count: they may never be able to.
 fn ask_to_load(state: &State, model: &str) {
     let there = || state.connections.values().filter(|connection| !connection.is_draining());
     if there().any(|connection| connection.offer(model).is_some()) {
         return;
     }
-    let able = there().filter_map(|connection| Some((connection, connection.progress(model)?)));
-    let picked = able.min_by_key(|(connection, progress)| (progress.is_empty(), connection.assigned()));
+    let able = there().filter_map(|connection| Some((connection, connection.nearness(model)?)));
+    let picked = able.min_by_key(|(connection, nearness)| (*nearness, connection.assigned()));
     if let Some((connection, _)) = picked {
         // One that does not read any more is found out by what else is sent to it.
         connection.send(Body::LoadModel(LoadModel { model: model.to_owned() }));
