@@ -133,7 +133,8 @@ struct Worker {
 }
 
 impl Worker {
-    /// Dials the gateways at once: they tell those who wait how far loading is. With what is told when a scheduler ends.
+    /// Dials the gateways at once: they tell those who wait how far loading is. With what is told when a scheduler
+    /// ends.
     fn start(
         options: &Options,
         scratch: &Path,

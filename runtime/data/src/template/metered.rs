@@ -3,8 +3,9 @@
 //! A template comes with a model from anywhere. The engine bounds how many instructions it runs, but not how large a
 //! text one of them makes: forty times `{% set x = x ~ x %}` is a terabyte. So what a template makes is charged against
 //! a budget *before* it is made. The engine has no hook for its own operators: once compiled, `+`, `~`, `*`, slices and
-//! comparisons are replaced by filters of ours, and raw text by a constant that is emitted, since all that is emitted passes the
-//! formatter, whether it goes to the output or into a variable. Filters and methods are charged by what they are given.
+//! comparisons are replaced by filters of ours, and raw text by a constant that is emitted, since all that is emitted
+//! passes the formatter, whether it goes to the output or into a variable. Filters and methods are charged by what they
+//! are given.
 //! Nothing is credited back, so the budget bounds time as well: no byte is copied that was not charged.
 
 use minijinja::machinery::make_string_output;

@@ -128,6 +128,11 @@ impl Connection {
         loaded(&self.offers.read(), model).map(|(offer, _)| offer.clone())
     }
 
+    /// Whether any of its models is loaded.
+    pub fn has_loaded(&self) -> bool {
+        self.offers.read().iter().any(|(offer, _)| !offer.on_request)
+    }
+
     /// As whom an answer knows it that is given to it.
     pub fn server(&self, model: &str) -> Option<Server> {
         let offers = self.offers.read();
@@ -143,8 +148,8 @@ impl Connection {
         found.map(|(offer, _)| offer.progress.clone())
     }
 
-    /// How near it is to having a model that it loads when it is asked; none if it has it, cannot, or loads it unasked at
-    /// its start.
+    /// How near it is to having a model that it loads when it is asked; none if it has it, cannot, or loads it unasked
+    /// at its start.
     pub fn nearness(&self, model: &str) -> Option<Nearness> {
         let offers = self.offers.read();
         let (offer, _) = offers.iter().find(|(offer, _)| offer.name == model && offer.on_request && !offer.at_start)?;

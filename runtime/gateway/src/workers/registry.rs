@@ -136,7 +136,7 @@ impl Registry {
         state.next_id += 1;
         let connection = Arc::new(Connection::new(state.next_id, namespace, hello, outbound));
         state.connections.insert(connection.id, connection.clone());
-        self.metrics.workers.set(state.connections.len() as i64);
+        self.count(&state);
         self.happenings.tell(What::Attached, &connection.worker, connection.models(), 0);
         self.look_at(&mut state, &connection);
         connection
@@ -147,9 +147,16 @@ impl Registry {
         let mut state = self.state.lock();
         let sound = connection.offers_now(offers);
         if sound {
+            self.count(&state);
             self.look_at(&mut state, connection);
         }
         sound
+    }
+
+    /// One that has nothing loaded serves nobody, and is not counted.
+    fn count(&self, state: &State) {
+        let loaded = state.connections.values().filter(|connection| connection.has_loaded()).count();
+        self.metrics.workers.set(loaded as i64);
     }
 
     /// What it has is known from now on, and what waits for that is given to it.
@@ -371,7 +378,7 @@ impl Registry {
     fn remove(&self, state: &mut State, id: u64) {
         // The choices that it loses come back by their drivers.
         if let Some(connection) = state.connections.remove(&id) {
-            self.metrics.workers.set(state.connections.len() as i64);
+            self.count(state);
             let streams = connection.abandon();
             self.happenings.tell(What::Gone, &connection.worker, connection.models(), streams);
         }
@@ -490,8 +497,8 @@ impl Registry {
     }
 }
 
-/// A model that nobody has is loaded where least is to do, unless a worker is at it. Those that load it at their start do
-/// not count: they may never be able to.
+/// A model that nobody has is loaded where least is to do, unless a worker is at it. Those that load it at their start
+/// do not count: they may never be able to.
 fn ask_to_load(state: &State, model: &str) {
     let there = || state.connections.values().filter(|connection| !connection.is_draining());
     if there().any(|connection| connection.offer(model).is_some()) {
