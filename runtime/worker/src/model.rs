@@ -304,6 +304,7 @@ impl Offering<'_> {
             on_request: false,
             progress: String::new(),
             at_start: false,
+            min_tokens: true,
             embedding_dimensions: config.hidden as u32,
             json_schema: vocabulary.grammars.is_some(),
             grammars: vocabulary.grammars.is_some(),

@@ -128,6 +128,11 @@ impl Connection {
         loaded(&self.offers.read(), model).map(|(offer, _)| offer.clone())
     }
 
+    /// Whether it has this model, and heeds where a request says that an answer may end.
+    pub fn heeds_ends(&self, model: &str) -> bool {
+        loaded(&self.offers.read(), model).is_some_and(|(offer, _)| offer.min_tokens)
+    }
+
     /// Whether any of its models is loaded.
     pub fn has_loaded(&self) -> bool {
         self.offers.read().iter().any(|(offer, _)| !offer.on_request)

@@ -311,6 +311,11 @@ fn a_model_is_asked_only_for_what_it_offers() {
     assert_eq!(strict.check(Some(&only_tools)).unwrap_err().param.as_deref(), Some("tools"));
     assert_eq!(forced.check(Some(&only_tools)).unwrap_err().param.as_deref(), Some("tool_choice"));
     assert_eq!(forced.check(None), Ok(()), "nobody knows yet");
+    for (extra, param) in [(json!({ "min_tokens": 2 }), "min_tokens"), (json!({ "ignore_eos": true }), "ignore_eos")] {
+        let ask = chat(extra).unwrap();
+        assert_eq!(ask.check(Some(&plain)).unwrap_err().param.as_deref(), Some(param));
+        assert_eq!(ask.check(Some(&ModelOffer { min_tokens: true, ..plain.clone() })), Ok(()));
+    }
     let long = completion(json!({ "prompt": [1, 2, 3, 4, 5, 6, 7, 8] })).unwrap();
     let error = long.check(Some(&plain)).unwrap_err();
     assert_eq!((error.param.as_deref(), error.code), (Some("prompt"), "context_length_exceeded"));
