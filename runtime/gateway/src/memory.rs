@@ -39,7 +39,7 @@ impl Memory {
         Some(held)
     }
 
-    /// Room for so many bytes of what a request makes beside its body, if there is any.
+    /// Room for so many bytes, if there is any.
     pub fn take(self: &Arc<Self>, bytes: usize) -> Option<Held> {
         let fits = |used: usize| used.checked_add(bytes).filter(|used| *used <= self.limit);
         self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok()?;

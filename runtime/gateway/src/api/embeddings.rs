@@ -6,7 +6,7 @@ use super::request::embeddings::EmbeddingsAsk;
 use crate::gateway::Gateway;
 use crate::memory::{Held, Memory};
 use crate::workers::Registry;
-use crate::workers::inquiry::{Answer, Task};
+use crate::workers::inquiry::{Answer, Patience, Task};
 use axum::body::{Body as HttpBody, Bytes};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
@@ -104,7 +104,9 @@ async fn embed(
     caller: &Caller,
 ) -> Result<Embeddings, ApiError> {
     let request = format!("embd-{}", uuid::Uuid::now_v7().simple());
-    let deadline = caller.deadline.at_most(Instant::now() + gateway.limits.queue_timeout);
+    let limits = &gateway.limits;
+    // Of each part: those behind it wait for their turn only once it has ended.
+    let patience = Patience { until: caller.deadline.at(), queue: limits.queue_timeout, stall: limits.stall_timeout };
     let ask = Arc::new(ask);
     let task = |(number, inputs): (usize, &[EmbedInput])| {
         let (request, ask, room) = (job_id(&request, number), ask.clone(), room.clone());
@@ -119,7 +121,7 @@ async fn embed(
         }
     };
     let tasks: Vec<_> = ask.inputs.chunks(INPUTS_AT_ONCE).enumerate().map(task).collect();
-    let parts = stream::iter(tasks).map(|task| part(&gateway.registry, task, gateway.limits.max_queue, deadline));
+    let parts = stream::iter(tasks).map(|task| part(&gateway.registry, task, limits.max_queue, patience));
     let parts: Result<Vec<_>, ApiError> = parts.buffered(PARTS_AT_ONCE).try_collect().await;
     let parts = parts.map_err(|error| match caller.deadline.has_passed(Instant::now()) {
         true => caller.deadline.error(model, false, 0),
@@ -132,9 +134,9 @@ async fn part(
     registry: &Arc<Registry>,
     task: Task,
     max_queue: usize,
-    deadline: Instant,
+    patience: Patience,
 ) -> Result<Embeddings, ApiError> {
-    match registry.compute(&task, max_queue, deadline).await? {
+    match registry.compute(&task, max_queue, patience).await? {
         Answer::Embeddings(answer) => Ok(answer),
         _ => Err(ApiError::worker_failed("the worker sent something else than vectors")),
     }

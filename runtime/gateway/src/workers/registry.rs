@@ -627,6 +627,7 @@ pub(crate) mod tests {
     use crate::choice::Phase;
     use crate::choice::tests::job;
     use crate::routing::PolicyName;
+    use crate::workers::inquiry::{Answer, Patience, Task};
     use tokio::sync::mpsc;
     use tonic::Status;
     use vicuna_protocol::inference::{GatewayMessage, Generate, Sampling};
@@ -671,6 +672,31 @@ pub(crate) mod tests {
         connection.answer("count-1", crate::workers::inquiry::Answer::TokenCount(Default::default()));
         inquiry.await.unwrap();
         assert_eq!(choice.progress().phase, Phase::Running);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_waits_until_a_worker_has_it_and_not_while_that_computes() {
+        let registry = registry();
+        let (connection, _sent) = attach(&registry, hello("w", "1"));
+        let task = Task {
+            model: "ns/m".into(),
+            key: "k".into(),
+            priority: 0,
+            request: "embd-1".into(),
+            body: Body::Embed(Default::default()),
+            check: Arc::new(|_: &ModelOffer| Ok::<(), ApiError>(())),
+        };
+        let patience = Patience { until: None, queue: Duration::from_secs(1), stall: Duration::from_secs(10) };
+        let mut computed = std::pin::pin!(registry.compute(&task, 8, patience));
+        assert!(futures::poll!(&mut computed).is_pending());
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert!(futures::poll!(&mut computed).is_pending());
+        connection.answer("embd-1", Answer::Embeddings(Default::default()));
+        computed.await.unwrap();
+        let (_choice, _seats) = ask(&registry);
+        let started = Instant::now();
+        assert_eq!(registry.compute(&task, 8, patience).await.unwrap_err().code, "no_capacity");
+        assert_eq!(started.elapsed().as_secs(), 1);
     }
 
     #[tokio::test]
