@@ -30,12 +30,10 @@ pub fn conversation(at: Place, record: &Value) -> Result<Conversation, Problem> 
 fn list<'a>(at: Place, value: &'a Value, name: &str) -> Result<Cow<'a, [Value]>, Problem> {
     match value {
         Value::Array(list) => Ok(Cow::Borrowed(list.as_slice())),
-        Value::String(text) => serde_json::from_str(text)
-            .map(|list: Vec<Value>| Cow::Owned(list))
-            .map_err(|error| {
-                let reason = "is a text that is no JSON list of turns";
-                quoting(at, name, reason, format!("{reason}: {}", cut(&error.to_string(), 4 * QUOTED)))
-            }),
+        Value::String(text) => serde_json::from_str(text).map(|list: Vec<Value>| Cow::Owned(list)).map_err(|error| {
+            let reason = "is a text that is no JSON list of turns";
+            quoting(at, name, reason, format!("{reason}: {}", cut(&error.to_string(), 4 * QUOTED)))
+        }),
         _ => Err(field(at, name, "is not a list of turns; make it one")),
     }
 }
