@@ -47,7 +47,18 @@ fn hostile(body: &str) -> String {
 
 #[test]
 fn a_template_cannot_take_more_memory_than_its_messages_justify() {
+    let stored: String =
+        (0..1000).map(|number| format!("{{% set ns.l{number} = range(100000)|reject('string') %}}")).collect();
     for body in [
+        stored.as_str(),
+        "{% for i in range(90000) %}{% set ns.l = range(100000)|select|select|select %}{% endfor %}",
+        "{% for i in range(90000) %}{% set ns.l = range(100000)|selectattr('x')|rejectattr('x') %}{% endfor %}",
+        "{% for i in range(90000) %}{% set ns.l = range(100000)|map('abs') %}{% endfor %}",
+        "{% for i in range(90000) %}{% set ns.x = range(100000)|sum + range(100000)|min + range(100000)|max %}{% endfor %}",
+        "{% for i in range(90000) %}{% set ns.x = 'x' in range(100000) %}{% endfor %}",
+        "{% for i in range(90000) %}{% set ns.x = range(100000) == range(100000) %}{% endfor %}",
+        "{% for i in range(90000) %}{% set ns.x = big != big %}{% endfor %}",
+        "{{ range(100000)|select('in', range(100000)|list) }}",
         "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% for i in range(60) %}{% set ns.x = ns.x * 9 %}{% endfor %}",

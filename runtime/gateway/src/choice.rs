@@ -41,6 +41,11 @@ impl Job {
     pub fn model(&self) -> &str {
         &self.generate.model
     }
+
+    /// It says where an answer may end: only some workers heed that.
+    pub fn says_ends(&self) -> bool {
+        self.generate.sampling.as_ref().is_some_and(|sampling| sampling.ignore_end || sampling.min_tokens > 0)
+    }
 }
 
 /// What has to be equal where an answer continues.

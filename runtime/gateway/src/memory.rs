@@ -34,10 +34,16 @@ impl Memory {
 
     /// Room for a request with a body of so many bytes, if there is any.
     pub fn hold(self: &Arc<Self>, body: usize) -> Option<Held> {
-        let bytes = of_body(body);
+        let mut held = self.take(of_body(body))?;
+        held.length = body;
+        Some(held)
+    }
+
+    /// Room for so many bytes, if there is any.
+    pub fn take(self: &Arc<Self>, bytes: usize) -> Option<Held> {
         let fits = |used: usize| used.checked_add(bytes).filter(|used| *used <= self.limit);
         self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok()?;
-        Some(Held { memory: self.clone(), length: body, body: bytes, bytes })
+        Some(Held { memory: self.clone(), length: 0, body: bytes, bytes })
     }
 
     pub fn used(&self) -> usize {

@@ -21,6 +21,7 @@ pub struct Metrics {
     pub resume_gap_seconds: HistogramVec,
     /// By policy, and by whether the worker is the one that the policy likes best for the request, whatever the load.
     pub routed: IntCounterVec,
+    /// Those that have a model loaded.
     pub workers: IntGauge,
     /// Choices, where requests count in `in_flight`.
     pub queued: IntGaugeVec,
@@ -78,7 +79,7 @@ impl Metrics {
                 Opts::new("vllm:num_requests_waiting", "Answers that wait here for a worker"),
                 &["model_name"],
             )?,
-            workers: IntGauge::new("vicuna_gateway_workers", "Workers attached")?,
+            workers: IntGauge::new("vicuna_gateway_workers", "Workers with a loaded model")?,
             queued: IntGaugeVec::new(Opts::new("vicuna_gateway_queued", "Answers that wait for a worker"), &["model"])?,
             ejections: IntCounter::new(
                 "vicuna_gateway_ejections_total",

@@ -21,6 +21,7 @@ async fn able_worker(gateway: &TestGateway, name: &str) -> Worker {
     let able = |hello: &mut vicuna_protocol::inference::WorkerHello| {
         hello.models[0].tool_dialect = "hermes".into();
         hello.models[0].json_schema = true;
+        hello.models[0].min_tokens = true;
         hello.models[0].embedding_dimensions = 2;
     };
     gateway.worker_with(name, able).await

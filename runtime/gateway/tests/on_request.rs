@@ -82,6 +82,25 @@ async fn a_worker_that_has_the_model_is_preferred_to_one_that_would_have_to_load
 }
 
 #[tokio::test]
+async fn workers_that_cannot_load_a_model_do_not_keep_one_that_can_from_being_asked() {
+    let gateway = gateway(&[]).await;
+    let failed = "cannot be loaded: the bucket does not exist";
+    let _at_start = worker(&gateway, "w-1", ModelOffer { at_start: true, ..on_request(failed) }).await;
+    let _failed = worker(&gateway, "w-2", on_request(failed)).await;
+    let mut able = worker(&gateway, "w-3", on_request("")).await;
+    in_time(async {
+        while gateway.running.gateway.registry.snapshot(std::time::Duration::ZERO).workers.len() < 3 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let answer = gateway.ask(json!({}));
+    let FromGateway::LoadModel(load) = able.next().await.unwrap() else { panic!("expected to be asked") };
+    assert_eq!(load.model, MODEL);
+    drop(answer);
+}
+
+#[tokio::test]
 async fn a_worker_cannot_offer_names_that_it_did_not_come_with() {
     let gateway = gateway(&[]).await;
     let mut worker = worker(&gateway, "w-1", loaded()).await;

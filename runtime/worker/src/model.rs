@@ -303,6 +303,8 @@ impl Offering<'_> {
             tool_dialect: dialect.map_or("", Dialect::name).to_owned(),
             on_request: false,
             progress: String::new(),
+            at_start: false,
+            min_tokens: true,
             embedding_dimensions: config.hidden as u32,
             json_schema: vocabulary.grammars.is_some(),
             grammars: vocabulary.grammars.is_some(),

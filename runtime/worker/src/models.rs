@@ -71,12 +71,12 @@ impl Models {
         }
     }
 
-    /// A name that can be loaded, or is going to be; `false` if it is there already.
-    pub fn announce(&self, name: &str) -> bool {
+    /// A name that can be loaded, or, `at_start`, is going to be; `false` if it is there already.
+    pub fn announce(&self, name: &str, at_start: bool) -> bool {
         let mut state = self.state.write();
         let new = state.offers.iter().all(|offer| offer.name != name);
         if new {
-            state.offers.push(on_request(name, String::new()));
+            state.offers.push(ModelOffer { at_start, ..on_request(name) });
         }
         new
     }
@@ -122,7 +122,7 @@ impl Models {
         let mut state = self.state.write();
         let lane = state.lanes.remove(name);
         if let Some(offer) = state.offers.iter_mut().find(|offer| offer.name == name) {
-            *offer = on_request(name, String::new());
+            *offer = on_request(name);
         }
         drop(state);
         self.changed();
@@ -139,6 +139,6 @@ impl Models {
     }
 }
 
-fn on_request(name: &str, progress: String) -> ModelOffer {
-    ModelOffer { name: name.to_owned(), on_request: true, progress, ..ModelOffer::default() }
+fn on_request(name: &str) -> ModelOffer {
+    ModelOffer { name: name.to_owned(), on_request: true, ..ModelOffer::default() }
 }

@@ -58,7 +58,7 @@ impl Loader {
     ) -> Result<Self> {
         let mut sources = HashMap::new();
         for (index, (name, uri)) in options.on_request.iter().enumerate() {
-            if !models.announce(name) {
+            if !models.announce(name, false) {
                 return Err(anyhow!("two models have the name {name:?}: rename one of them"));
             }
             let folder = scratch.join(format!("on-request-{index}"));

@@ -63,12 +63,19 @@ fn serve(options: Options, health: Arc<Health>) -> Result<()> {
         let metrics = Metrics::new()?;
         serve_http(&options, health.clone(), metrics.clone()).await?;
         let scratch = Scratch::open(options.scratch.as_deref())?;
-        let worker = Worker::start(&options, &scratch.folder, device, health, metrics)?;
-        tokio::select! {
-            loaded = worker.load(&options, &scratch.folder) => loaded?,
-            () = stop.wait() => return worker.leave().await,
+        let (worker, mut scheduler_ended) = Worker::start(&options, &scratch.folder, device, health, metrics)?;
+        let loaded = tokio::select! {
+            loaded = worker.load(&options, &scratch.folder) => loaded,
+            () = stop.wait() => return worker.leave(options.drain_timeout).await,
+            _ = scheduler_ended.recv() => return Err(scheduler_died()),
+        };
+        if let Err(error) = loaded {
+            if let Err(error) = worker.leave(options.drain_timeout).await {
+                tracing::warn!(%error, "leaving");
+            }
+            return Err(error);
         }
-        worker.until(stop, options.drain_timeout).await
+        worker.until(stop, scheduler_ended, options.drain_timeout).await
     });
     // Loading may still hold a thread; it has nothing to finish.
     runtime.shutdown_background();
@@ -119,7 +126,6 @@ struct Worker {
     _loader: AbortOnDropHandle<()>,
     /// Told when a scheduler's thread ends, by panic too.
     ended: mpsc::Sender<()>,
-    scheduler_ended: mpsc::Receiver<()>,
     attachments: tokio::task::JoinHandle<()>,
     health: Arc<Health>,
     draining: watch::Sender<Option<u64>>,
@@ -127,13 +133,20 @@ struct Worker {
 }
 
 impl Worker {
-    /// Dials the gateways at once: they tell those who wait how far loading is.
-    fn start(options: &Options, scratch: &Path, device: Device, health: Arc<Health>, metrics: Metrics) -> Result<Self> {
+    /// Dials the gateways at once: they tell those who wait how far loading is. With what is told when a scheduler
+    /// ends.
+    fn start(
+        options: &Options,
+        scratch: &Path,
+        device: Device,
+        health: Arc<Health>,
+        metrics: Metrics,
+    ) -> Result<(Self, mpsc::Receiver<()>)> {
         let (ended, scheduler_ended) = mpsc::channel(1);
         let (models, wanted) = Models::new();
         let models = Arc::new(models);
         for name in options.names() {
-            if !models.announce(&name) {
+            if !models.announce(&name, true) {
                 return Err(named_twice(&name));
             }
         }
@@ -160,7 +173,8 @@ impl Worker {
             closing: closing.clone(),
         };
         let attachments = tokio::spawn(attach::run(Arc::new(shared)));
-        Ok(Self { device, models, metrics, _loader, ended, scheduler_ended, attachments, health, draining, closing })
+        let worker = Self { device, models, metrics, _loader, ended, attachments, health, draining, closing };
+        Ok((worker, scheduler_ended))
     }
 
     /// Loads one model after another; each serves as soon as it is there.
@@ -177,19 +191,26 @@ impl Worker {
         Ok(())
     }
 
-    /// Goes before there was anything to drain.
-    async fn leave(self) -> Result<()> {
+    /// Goes before all is loaded. A model that is loaded serves already, and its answers end first.
+    async fn leave(self, drain_timeout: Duration) -> Result<()> {
+        if !self.models.schedulers().is_empty() {
+            self.drain(drain_timeout).await;
+            return Ok(());
+        }
         self.closing.cancel();
         self.attachments.await.context("the attachments did not end well")
     }
 
     /// Serves until `stop`, then drains.
-    async fn until(mut self, mut stop: Stop, drain_timeout: Duration) -> Result<()> {
+    async fn until(
+        self,
+        mut stop: Stop,
+        mut scheduler_ended: mpsc::Receiver<()>,
+        drain_timeout: Duration,
+    ) -> Result<()> {
         tokio::select! {
             () = stop.wait() => {}
-            _ = self.scheduler_ended.recv() => {
-                return Err(anyhow!("the scheduler ended unexpectedly; its log line says why (out of memory?)"));
-            }
+            _ = scheduler_ended.recv() => return Err(scheduler_died()),
         }
         self.drain(drain_timeout).await;
         Ok(())
@@ -287,6 +308,10 @@ impl Drop for Announce {
             let _ = self.ended.try_send(());
         }
     }
+}
+
+fn scheduler_died() -> anyhow::Error {
+    anyhow!("the scheduler ended unexpectedly; its log line says why (out of memory?)")
 }
 
 fn named_twice(name: &str) -> anyhow::Error {

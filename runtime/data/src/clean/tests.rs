@@ -59,7 +59,7 @@ fn what_is_no_conversation_is_counted_where_it_is_cleaned_and_an_error_where_it_
     let (_, report) = clean_all(&english(), DIRTY);
     let expected = BTreeMap::from([
         ("conversations neither it nor \"messages\" is there".to_owned(), 1),
-        ("conversations[].from \"tool\" is no known role".to_owned(), 1),
+        ("conversations[].from is no known role".to_owned(), 1),
         ("conversations[].value is missing or not text".to_owned(), 2),
     ]);
     assert_eq!((report.steps[0].step, &report.steps[0].reasons), ("malformed records", &expected));

@@ -60,7 +60,13 @@ pub enum Problem {
     #[error(
         "{at}, field {field}: {detail}; `prepare.clean` and `vicuna-data clean` leave such records out, and count them"
     )]
-    Field { at: Place, field: String, detail: String },
+    Field {
+        at: Place,
+        field: String,
+        /// Why, in words that say nothing of the record: a report counts records by it.
+        reason: &'static str,
+        detail: String,
+    },
     #[error("{at} is not readable Parquet: {detail}; write the file again, uncompressed or with Snappy, gzip or zstd")]
     Parquet { at: Place, detail: String },
     #[error("there is no .json, .jsonl or .parquet file in this folder; name a file, or put one there")]
@@ -72,9 +78,9 @@ pub enum Problem {
 impl Problem {
     /// Of a record that is no conversation: where it is, and why in words that others of its kind share.
     pub(crate) fn malformed(&self) -> Option<(Place, String)> {
-        let Self::Field { at, field, detail } = self else { return None };
+        let Self::Field { at, field, reason, .. } = self else { return None };
         let field: String = field.chars().filter(|letter| !letter.is_ascii_digit()).collect();
-        Some((*at, format!("{field} {}", detail.split(';').next().unwrap_or_default())))
+        Some((*at, format!("{field} {reason}")))
     }
 }
 

@@ -11,6 +11,9 @@ type Names = [&'static str; 3];
 const SHAREGPT: Names = ["conversations", "from", "value"];
 const OPENAI: Names = ["messages", "role", "content"];
 
+/// Letters of a record that an error quotes, at most: a text in the wrong place may be as long as the record.
+const QUOTED: usize = 32;
+
 pub fn conversation(at: Place, record: &Value) -> Result<Conversation, Problem> {
     let there = |names: &&Names| record.get(names[0]).is_some_and(|list| !list.is_null());
     let Some(names) = [&SHAREGPT, &OPENAI].into_iter().find(there) else {
@@ -27,9 +30,10 @@ pub fn conversation(at: Place, record: &Value) -> Result<Conversation, Problem> 
 fn list<'a>(at: Place, value: &'a Value, name: &str) -> Result<Cow<'a, [Value]>, Problem> {
     match value {
         Value::Array(list) => Ok(Cow::Borrowed(list.as_slice())),
-        Value::String(text) => serde_json::from_str(text)
-            .map(|list: Vec<Value>| Cow::Owned(list))
-            .map_err(|error| field(at, name, format!("is a text that is no JSON list of turns: {error}"))),
+        Value::String(text) => serde_json::from_str(text).map(|list: Vec<Value>| Cow::Owned(list)).map_err(|error| {
+            let reason = "is a text that is no JSON list of turns";
+            quoting(at, name, reason, format!("{reason}: {}", cut(&error.to_string(), 4 * QUOTED)))
+        }),
         _ => Err(field(at, name, "is not a list of turns; make it one")),
     }
 }
@@ -49,8 +53,9 @@ fn turn(at: Place, index: usize, value: &Value, names: &Names) -> Result<Turn, P
     let role = value.get(role_name).and_then(Value::as_str);
     let role = role.ok_or_else(|| field(at, path(role_name), "is missing or not a string; say who speaks"))?;
     let role = Role::parse(role).ok_or_else(|| {
-        let detail = format!("{role:?} is no known role; use system, human (user), gpt (assistant)");
-        field(at, path(role_name), detail)
+        let (reason, cut) = ("is no known role", cut(role, QUOTED));
+        let detail = format!("{cut:?} {reason}; use system, human (user), gpt (assistant)");
+        quoting(at, path(role_name), reason, detail)
     })?;
     let content = value.get(content_name).and_then(text_of);
     let content = content.ok_or_else(|| {
@@ -82,6 +87,17 @@ fn text_of(value: &Value) -> Option<String> {
     }
 }
 
-fn field(at: Place, field: impl Into<String>, detail: impl Into<String>) -> Problem {
-    Problem::Field { at, field: field.into(), detail: detail.into() }
+/// `detail`: why, and behind a semicolon what to do.
+fn field(at: Place, field: impl Into<String>, detail: &'static str) -> Problem {
+    quoting(at, field, detail.split(';').next().unwrap_or(detail), detail.to_owned())
+}
+
+/// With what the record says in its detail.
+fn quoting(at: Place, field: impl Into<String>, reason: &'static str, detail: String) -> Problem {
+    Problem::Field { at, field: field.into(), reason, detail }
+}
+
+/// The first letters of a text.
+fn cut(text: &str, letters: usize) -> &str {
+    text.char_indices().nth(letters).map_or(text, |(end, _)| &text[..end])
 }

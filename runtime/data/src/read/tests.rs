@@ -104,6 +104,19 @@ fn what_is_no_conversation_is_told_and_does_not_hide_what_follows() {
 }
 
 #[test]
+fn a_text_in_the_wrong_place_is_neither_quoted_whole_nor_a_reason_of_its_own() {
+    let long = "é;".repeat(10_000);
+    for (record, expected) in [
+        (format!(r#"{{"messages":[{{"role":"{long}","content":"a"}}]}}"#), "messages[].role is no known role"),
+        (format!(r#"{{"messages":"\"{long}\""}}"#), "messages is a text that is no JSON list of turns"),
+    ] {
+        let error = Reader::of_json(record.into_bytes()).next().unwrap().unwrap_err();
+        assert_eq!(error.problem.malformed().unwrap().1, expected);
+        assert!(error.to_string().len() < 600, "{error}");
+    }
+}
+
+#[test]
 fn a_folder_is_its_data_files_by_name() {
     let folder = folder("files");
     std::fs::create_dir(folder.path().join("b")).unwrap();

@@ -2,15 +2,18 @@
 //!
 //! A template comes with a model from anywhere. The engine bounds how many instructions it runs, but not how large a
 //! text one of them makes: forty times `{% set x = x ~ x %}` is a terabyte. So what a template makes is charged against
-//! a budget *before* it is made. The engine has no hook for its own operators: once compiled, `+`, `~`, `*` and slices
-//! are replaced by filters of ours, and raw text by a constant that is emitted, since all that is emitted passes the
-//! formatter, whether it goes to the output or into a variable. Filters and methods are charged by what they are given.
+//! a budget *before* it is made. The engine has no hook for its own operators: once compiled, `+`, `~`, `*`, slices and
+//! comparisons are replaced by filters of ours, and raw text by a constant that is emitted, since all that is emitted
+//! passes the formatter, whether it goes to the output or into a variable. Filters and methods are charged by what they
+//! are given.
 //! Nothing is credited back, so the budget bounds time as well: no byte is copied that was not charged.
 
 use minijinja::machinery::make_string_output;
 use minijinja::machinery::{CompiledTemplate, Instruction, Instructions, TemplateConfig, Vm, WhitespaceConfig};
 use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, Expression, Output, State, Value, context, functions};
+use minijinja::{
+    AutoEscape, Environment, Error, ErrorKind, Expression, Output, State, Value, context, filters, functions,
+};
 use minijinja_contrib::pycompat;
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,6 +77,9 @@ const CONCAT: &str = "metered:~";
 const TIMES: &str = "metered:*";
 const SLICE: &str = "metered:slice";
 const BUILT: &str = "metered:list";
+const IN: &str = "metered:in";
+const EQUAL: &str = "metered:==";
+const UNEQUAL: &str = "metered:!=";
 /// No place in the engine's table of filters.
 const BY_NAME: u8 = !0;
 
@@ -97,6 +103,9 @@ fn metered(program: &Instructions<'static>) -> Instructions<'static> {
             Instruction::StringConcat => filter(CONCAT, 2),
             Instruction::Mul => filter(TIMES, 2),
             Instruction::Slice => filter(SLICE, 4),
+            Instruction::In => filter(IN, 2),
+            Instruction::Eq => filter(EQUAL, 2),
+            Instruction::Ne => filter(UNEQUAL, 2),
             Instruction::EmitRaw(text) => {
                 vec![Instruction::LoadConst(Value::from_safe_string((*text).to_owned())), Instruction::Emit]
             }
@@ -124,9 +133,8 @@ fn is_two(instruction: &Instruction<'_>) -> bool {
     matches!(instruction, Instruction::EmitRaw(_) | Instruction::BuildList(_) | Instruction::BuildMap(_))
 }
 
-/// Filters that make something of what they are given; the others give back one thing of it, or a list of what other
-/// filters have made.
-const MAKING: [&str; 27] = [
+/// Filters that make something of what they are given, or look at all of it; the others give back one thing of it.
+const MAKING: [&str; 34] = [
     "safe",
     "escape",
     "e",
@@ -154,6 +162,13 @@ const MAKING: [&str; 27] = [
     "zip",
     "pprint",
     "urlencode",
+    "select",
+    "reject",
+    "selectattr",
+    "rejectattr",
+    "sum",
+    "min",
+    "max",
 ];
 
 fn environment() -> Environment<'static> {
@@ -168,6 +183,10 @@ fn environment() -> Environment<'static> {
     environment.add_filter(CONCAT, joined);
     environment.add_filter(TIMES, repeated);
     environment.add_filter(SLICE, sliced);
+    environment.add_filter(IN, contained);
+    environment.add_filter(EQUAL, equal);
+    environment.add_filter(UNEQUAL, |a: Value, b: Value| equal(a, b).map(|equal| !equal));
+    environment.add_filter("map", mapped);
     environment.add_filter(BUILT, |list: Value| spend(size(&list)?).map(|()| list));
     for name in MAKING.into_iter().chain(["format", "tojson"]) {
         environment.add_filter(name, move |arguments: Rest<Value>| {
@@ -206,6 +225,7 @@ type Operator = LazyLock<Result<Expression<'static, 'static>, String>>;
 static PLAIN_ADD: Operator = LazyLock::new(|| operator("a + b"));
 static PLAIN_TIMES: Operator = LazyLock::new(|| operator("a * b"));
 static PLAIN_SLICE: Operator = LazyLock::new(|| operator("a[b:c:d]"));
+static PLAIN_IN: Operator = LazyLock::new(|| operator("a in b"));
 
 fn evaluated(operator: &Operator, operands: Value) -> Result<Value, Error> {
     match &**operator {
@@ -291,6 +311,33 @@ fn sliced(a: Value, b: Value, c: Value, d: Value) -> Result<Value, Error> {
     evaluated(&PLAIN_SLICE, context! { a, b, c, d })
 }
 
+fn is_list(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map)
+}
+
+/// Nothing is made, but each item is looked at, and a list is compared with each.
+fn contained(a: Value, b: Value) -> Result<Value, Error> {
+    let each = if is_list(&a) { size(&a)?.div_ceil(size_of::<Value>()) } else { 1 };
+    spend(length(&b)?.saturating_mul(each))?;
+    evaluated(&PLAIN_IN, context! { a, b })
+}
+
+fn equal(a: Value, b: Value) -> Result<bool, Error> {
+    let looked_at = match (a.as_str(), b.as_str()) {
+        (Some(a), Some(b)) if a.len() == b.len() => a.len(),
+        _ if is_list(&a) && is_list(&b) => size(&a)?,
+        _ => 0,
+    };
+    spend(looked_at)?;
+    Ok(a == b)
+}
+
+/// The filter that it applies is one of these, which is charged as well.
+fn mapped(state: &State<'_, '_>, list: Value, arguments: Rest<Value>) -> Result<Vec<Value>, Error> {
+    spend(size(&list)?)?;
+    filters::map(state, list, arguments)
+}
+
 /// What a filter or method makes of its arguments, the first of them being what it is applied to: hardly more than they
 /// are, but for those that write one argument as often as another says.
 fn charge_for(name: &str, arguments: &[Value]) -> Result<(), Error> {
@@ -308,9 +355,24 @@ fn charge_for(name: &str, arguments: &[Value]) -> Result<(), Error> {
         }
         "indent" | "batch" | "slice" | "tojson" => given.saturating_mul(numbers(arguments)?),
         "format" => widths(text(0)),
+        "select" | "reject" | "selectattr" | "rejectattr" => tested(arguments)?,
         _ => 0,
     };
     spend(given.saturating_add(more))
+}
+
+/// Each item of a list is tested with all of the other arguments.
+fn tested(arguments: &[Value]) -> Result<usize, Error> {
+    let Some((list, others)) = arguments.split_first() else { return Ok(0) };
+    let items = match list.len() {
+        Some(items) => items,
+        None => size(list)? / size_of::<Value>(),
+    };
+    let mut each = 0usize;
+    for other in others {
+        each += size(other)?;
+    }
+    Ok(items.saturating_mul(each))
 }
 
 /// The sum of all numbers among arguments, named ones too.

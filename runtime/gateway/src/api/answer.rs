@@ -101,7 +101,11 @@ pub async fn answer(
 }
 
 fn admit(gateway: &Arc<Gateway>, endpoint: Endpoint, ask: Ask, mut caller: Caller) -> Result<Request, ApiError> {
-    let offer = gateway.offer_for(&caller.client, &ask.model)?;
+    let mut offer = gateway.offer_for(&caller.client, &ask.model)?;
+    // The newest worker may be of an older version than others.
+    if let Some(newest) = offer.as_mut().filter(|newest| ask.ends_by().is_some() && !newest.min_tokens) {
+        Arc::make_mut(newest).min_tokens = gateway.registry.heeds_ends(&ask.model);
+    }
     ask.check(offer.as_deref())?;
     check_count(&ask, gateway.limits.max_queue)?;
     if !caller.held.has_choices(ask.candidates as usize) {

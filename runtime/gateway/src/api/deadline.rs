@@ -40,6 +40,11 @@ impl Deadline {
         }
     }
 
+    /// When that is, if it is ever.
+    pub fn at(&self) -> Option<Instant> {
+        self.0.map(|(at, _)| at)
+    }
+
     /// This deadline or `other`, whichever is earlier.
     pub fn at_most(&self, other: Instant) -> Instant {
         self.0.map_or(other, |(at, _)| at.min(other))

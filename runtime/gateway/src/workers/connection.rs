@@ -23,6 +23,15 @@ const NEWEST: f64 = 0.2;
 
 pub type Outbound = mpsc::Sender<Result<GatewayMessage, Status>>;
 
+/// How near a worker is to having a model that it loads when it is asked. The nearest is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Nearness {
+    Loading,
+    Able,
+    /// It could not, the last time.
+    Unable,
+}
+
 #[derive(Debug)]
 pub struct Connection {
     pub id: u64,
@@ -119,6 +128,16 @@ impl Connection {
         loaded(&self.offers.read(), model).map(|(offer, _)| offer.clone())
     }
 
+    /// Whether it has this model, and heeds where a request says that an answer may end.
+    pub fn heeds_ends(&self, model: &str) -> bool {
+        loaded(&self.offers.read(), model).is_some_and(|(offer, _)| offer.min_tokens)
+    }
+
+    /// Whether any of its models is loaded.
+    pub fn has_loaded(&self) -> bool {
+        self.offers.read().iter().any(|(offer, _)| !offer.on_request)
+    }
+
     /// As whom an answer knows it that is given to it.
     pub fn server(&self, model: &str) -> Option<Server> {
         let offers = self.offers.read();
@@ -132,6 +151,18 @@ impl Connection {
         let offers = self.offers.read();
         let found = offers.iter().find(|(offer, _)| offer.name == model && offer.on_request);
         found.map(|(offer, _)| offer.progress.clone())
+    }
+
+    /// How near it is to having a model that it loads when it is asked; none if it has it, cannot, or loads it unasked
+    /// at its start.
+    pub fn nearness(&self, model: &str) -> Option<Nearness> {
+        let offers = self.offers.read();
+        let (offer, _) = offers.iter().find(|(offer, _)| offer.name == model && offer.on_request && !offer.at_start)?;
+        Some(match offer.progress.as_str() {
+            "" => Nearness::Able,
+            progress if progress.starts_with("loading") => Nearness::Loading,
+            _ => Nearness::Unable,
+        })
     }
 
     /// Names, and what is known of each: nothing as long as it is not loaded.

@@ -78,6 +78,27 @@ pub struct Task {
     pub check: Check,
 }
 
+/// How long a task may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// The client's own deadline.
+    pub until: Option<Instant>,
+    /// For a worker to be free.
+    pub queue: Duration,
+    /// For the worker's answer, of which nothing is heard before it is there.
+    pub stall: Duration,
+}
+
+impl Patience {
+    fn in_at_most(&self, longest: Duration) -> Instant {
+        self.at_most(Instant::now() + longest)
+    }
+
+    fn at_most(&self, at: Instant) -> Instant {
+        self.until.map_or(at, |until| until.min(at))
+    }
+}
+
 /// A task in the queue.
 pub struct Question {
     pub model: String,
@@ -172,15 +193,16 @@ impl Registry {
     }
 
     /// Has a worker compute an answer. It waits for its turn like any request, and another worker has it if one goes
-    /// or fails.
+    /// or fails. While a worker computes, it does not wait.
     pub async fn compute(
         self: &Arc<Self>,
         task: &Task,
         max_queue: usize,
-        deadline: Instant,
+        patience: Patience,
     ) -> Result<Answer, ApiError> {
         let model = task.model.as_str();
-        let mut attempts = Attempts { model, deadline, failures: 0 };
+        let mut waits = patience.in_at_most(patience.queue);
+        let mut attempts = Attempts { model, deadline: waits, failures: 0 };
         let mut avoid = None;
         loop {
             let (asker, placed) = oneshot::channel();
@@ -198,12 +220,22 @@ impl Registry {
                 Some(_) => self.readmit_question(&question),
             }
             let waiting = Waiting(question);
-            let placed = timeout_at(deadline, placed).await.map_err(|_| ApiError::no_capacity(model))?;
+            let placed = timeout_at(waits, placed).await.map_err(|_| ApiError::no_capacity(model))?;
             drop(waiting);
             let mut asked = placed.map_err(|_| ApiError::no_capacity(model))??;
             avoid = Some(asked.connection.id);
+            attempts.deadline = patience.in_at_most(patience.stall);
+            let (since, failures) = (Instant::now(), attempts.failures);
             if let Some(answer) = attempts.answer(&mut asked).await? {
                 return Ok(answer);
+            }
+            waits = match attempts.failures > failures {
+                true => patience.in_at_most(patience.queue),
+                // One without room has made it wait, but for the time that it may have been at it.
+                false => patience.at_most(waits + since.elapsed().saturating_sub(OVERLOADED_PAUSE)),
+            };
+            if waits <= Instant::now() {
+                return Err(ApiError::no_capacity(model));
             }
         }
     }

@@ -136,7 +136,7 @@ impl Registry {
         state.next_id += 1;
         let connection = Arc::new(Connection::new(state.next_id, namespace, hello, outbound));
         state.connections.insert(connection.id, connection.clone());
-        self.metrics.workers.set(state.connections.len() as i64);
+        self.count(&state);
         self.happenings.tell(What::Attached, &connection.worker, connection.models(), 0);
         self.look_at(&mut state, &connection);
         connection
@@ -147,9 +147,16 @@ impl Registry {
         let mut state = self.state.lock();
         let sound = connection.offers_now(offers);
         if sound {
+            self.count(&state);
             self.look_at(&mut state, connection);
         }
         sound
+    }
+
+    /// One that has nothing loaded serves nobody, and is not counted.
+    fn count(&self, state: &State) {
+        let loaded = state.connections.values().filter(|connection| connection.has_loaded()).count();
+        self.metrics.workers.set(loaded as i64);
     }
 
     /// What it has is known from now on, and what waits for that is given to it.
@@ -322,9 +329,15 @@ impl Registry {
         }
     }
 
-    /// Whether some worker has the model, busy or not.
+    /// Whether some worker has the model and takes more, busy or not.
     pub fn has_worker(&self, name: &str) -> bool {
-        self.state.lock().connections.values().any(|connection| connection.offer(name).is_some())
+        let state = self.state.lock();
+        state.connections.values().any(|connection| connection.offer(name).is_some() && !connection.is_draining())
+    }
+
+    /// Whether some worker has the model, and heeds where a request says that an answer may end.
+    pub fn heeds_ends(&self, name: &str) -> bool {
+        self.state.lock().connections.values().any(|connection| connection.heeds_ends(name))
     }
 
     /// What a model's newest worker offers, if it has had one; none of a model that is not known.
@@ -352,7 +365,7 @@ impl Registry {
     /// A worker for a question, whether it has a slot or not.
     pub fn least_loaded(&self, model: &str) -> Option<Arc<Connection>> {
         let state = self.state.lock();
-        let mut candidates = candidates(&state, model, None);
+        let mut candidates = candidates(&state, model, None, false);
         candidates.iter_mut().for_each(|candidate| candidate.assigned = 0);
         let picked = LeastLoaded.pick(&Route::default(), &candidates)?;
         state.connections.get(&picked).cloned()
@@ -371,7 +384,7 @@ impl Registry {
     fn remove(&self, state: &mut State, id: u64) {
         // The choices that it loses come back by their drivers.
         if let Some(connection) = state.connections.remove(&id) {
-            self.metrics.workers.set(state.connections.len() as i64);
+            self.count(state);
             let streams = connection.abandon();
             self.happenings.tell(What::Gone, &connection.worker, connection.models(), streams);
         }
@@ -396,20 +409,24 @@ impl Registry {
     }
 
     fn serve_choice(&self, state: &mut State, choice: &Arc<Choice>) -> Taken {
-        if let Some(connection) = self.place(state, choice) {
-            self.begin(state, &connection, choice);
+        if let Some((connection, worker)) = self.place(state, choice) {
+            // Only what a worker is given has been routed.
+            if self.begin(state, &connection, choice) {
+                self.metrics.routed.with_label_values(&[self.policy.name(), worker]).inc();
+            }
             return Taken::Yes;
         }
         // One that any worker may take is ahead of all behind it; one that only some may take is not.
-        match choice.variant().is_none() && choice.avoid().is_none() {
+        match choice.variant().is_none() && choice.avoid().is_none() && !choice.job.says_ends() {
             true => Taken::Stop,
             false => Taken::Not,
         }
     }
 
-    fn place(&self, state: &State, choice: &Choice) -> Option<Arc<Connection>> {
+    /// The worker that it should go to, and whether that is the policy's favourite.
+    fn place(&self, state: &State, choice: &Choice) -> Option<(Arc<Connection>, &'static str)> {
         let (variant, avoid) = (choice.variant(), choice.avoid());
-        let mut candidates = candidates(state, choice.job.model(), variant.as_ref());
+        let mut candidates = candidates(state, choice.job.model(), variant.as_ref(), choice.job.says_ends());
         if candidates.len() > 1 {
             candidates.retain(|candidate| Some(candidate.worker) != avoid);
         }
@@ -420,18 +437,18 @@ impl Registry {
             Some(_) => "other",
             None => "any",
         };
-        self.metrics.routed.with_label_values(&[self.policy.name(), worker]).inc();
-        state.connections.get(&picked).cloned()
+        Some((state.connections.get(&picked).cloned()?, worker))
     }
 
-    fn begin(&self, state: &mut State, connection: &Arc<Connection>, choice: &Arc<Choice>) {
+    /// Whether it went to the worker.
+    fn begin(&self, state: &mut State, connection: &Arc<Connection>, choice: &Arc<Choice>) -> bool {
         let model = choice.job.model();
         let Some(server) = connection.server(model) else {
-            return;
+            return false;
         };
         // One whose time is over is on its way out of the queue.
         let Some(generate) = choice.begin(server) else {
-            return;
+            return false;
         };
         connection.put(choice);
         if !generate.generated.is_empty() {
@@ -442,6 +459,7 @@ impl Registry {
             tracing::warn!(worker = &*connection.worker, "worker does not read; taken as gone");
             self.remove(state, connection.id);
         }
+        true
     }
 
     /// The answer has ended, or nobody wants it any more, or not for now.
@@ -490,14 +508,15 @@ impl Registry {
     }
 }
 
-/// A model that nobody has is loaded where least is to do, unless a worker is at it.
+/// A model that nobody has is loaded where least is to do, unless a worker is at it. Those that load it at their start
+/// do not count: they may never be able to.
 fn ask_to_load(state: &State, model: &str) {
     let there = || state.connections.values().filter(|connection| !connection.is_draining());
     if there().any(|connection| connection.offer(model).is_some()) {
         return;
     }
-    let able = there().filter_map(|connection| Some((connection, connection.progress(model)?)));
-    let picked = able.min_by_key(|(connection, progress)| (progress.is_empty(), connection.assigned()));
+    let able = there().filter_map(|connection| Some((connection, connection.nearness(model)?)));
+    let picked = able.min_by_key(|(connection, nearness)| (*nearness, connection.assigned()));
     if let Some((connection, _)) = picked {
         // One that does not read any more is found out by what else is sent to it.
         connection.send(Body::LoadModel(LoadModel { model: model.to_owned() }));
@@ -505,7 +524,7 @@ fn ask_to_load(state: &State, model: &str) {
 }
 
 fn serve_question(state: &State, question: &Question) -> Taken {
-    let mut candidates = candidates(state, &question.model, None);
+    let mut candidates = candidates(state, &question.model, None, false);
     if candidates.len() > 1 {
         candidates.retain(|candidate| Some(candidate.worker) != question.avoid);
     }
@@ -536,11 +555,18 @@ fn make_room(queue: &mut Queue, wanted: usize, priority: i32, max_queue: usize, 
     Ok(())
 }
 
-/// The workers that could take a choice of `model` with, if there is one, this variant.
-fn candidates(state: &State, model: &str, variant: Option<&Variant>) -> Vec<crate::routing::Candidate> {
+/// The workers that could take a choice of `model` with, if there is one, this variant; `says_ends`: only those that
+/// heed where it may end.
+fn candidates(
+    state: &State,
+    model: &str,
+    variant: Option<&Variant>,
+    says_ends: bool,
+) -> Vec<crate::routing::Candidate> {
     let candidate =
         |connection: &Arc<Connection>| Some((connection.candidate(model, variant)?, connection.is_ejected()));
-    let mut candidates: Vec<_> = state.connections.values().filter_map(candidate).collect();
+    let able = state.connections.values().filter(|connection| !says_ends || connection.heeds_ends(model));
+    let mut candidates: Vec<_> = able.filter_map(candidate).collect();
     without_ejected(&mut candidates, |(_, ejected)| *ejected);
     let mut candidates: Vec<_> = candidates.into_iter().map(|(candidate, _)| candidate).collect();
     compare_speeds(&mut candidates);
@@ -601,9 +627,10 @@ pub(crate) mod tests {
     use crate::choice::Phase;
     use crate::choice::tests::job;
     use crate::routing::PolicyName;
+    use crate::workers::inquiry::{Answer, Patience, Task};
     use tokio::sync::mpsc;
     use tonic::Status;
-    use vicuna_protocol::inference::GatewayMessage;
+    use vicuna_protocol::inference::{GatewayMessage, Generate, Sampling};
 
     pub type Sent = mpsc::Receiver<Result<GatewayMessage, Status>>;
 
@@ -645,6 +672,57 @@ pub(crate) mod tests {
         connection.answer("count-1", crate::workers::inquiry::Answer::TokenCount(Default::default()));
         inquiry.await.unwrap();
         assert_eq!(choice.progress().phase, Phase::Running);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_waits_until_a_worker_has_it_and_not_while_that_computes() {
+        let registry = registry();
+        let (connection, _sent) = attach(&registry, hello("w", "1"));
+        let task = Task {
+            model: "ns/m".into(),
+            key: "k".into(),
+            priority: 0,
+            request: "embd-1".into(),
+            body: Body::Embed(Default::default()),
+            check: Arc::new(|_: &ModelOffer| Ok::<(), ApiError>(())),
+        };
+        let patience = Patience { until: None, queue: Duration::from_secs(1), stall: Duration::from_secs(10) };
+        let mut computed = std::pin::pin!(registry.compute(&task, 8, patience));
+        assert!(futures::poll!(&mut computed).is_pending());
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert!(futures::poll!(&mut computed).is_pending());
+        connection.answer("embd-1", Answer::Embeddings(Default::default()));
+        computed.await.unwrap();
+        let (_choice, _seats) = ask(&registry);
+        let started = Instant::now();
+        assert_eq!(registry.compute(&task, 8, patience).await.unwrap_err().code, "no_capacity");
+        assert_eq!(started.elapsed().as_secs(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_says_where_it_ends_goes_to_workers_that_heed_it() {
+        let registry = registry();
+        let (_older, _sent) = attach(&registry, hello("w-1", "1"));
+        let sampling = Sampling { min_tokens: 2, ..Sampling::default() };
+        let generate = Generate { sampling: Some(sampling), ..job().generate.clone() };
+        let job = Arc::new(Job { generate, ..Job::default() });
+        let choice = Arc::new(Choice::new(job, 0, Arc::default()));
+        let _seats = registry.admit(vec![choice.clone()], 8).unwrap();
+        assert!(choice.is_queued() && !registry.heeds_ends("ns/m"));
+        let mut newer = hello("w-2", "2");
+        newer.models[0].min_tokens = true;
+        let (newer, _also_sent) = attach(&registry, newer);
+        assert_eq!(choice.last_worker(), Some(newer.id));
+        assert!(registry.heeds_ends("ns/m"));
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_drains_has_no_model_for_new_requests() {
+        let registry = registry();
+        let (worker, _sent) = attach(&registry, hello("w-1", "1"));
+        assert!(registry.has_worker("ns/m"));
+        registry.drain(&worker);
+        assert!(!registry.has_worker("ns/m"));
     }
 
     #[tokio::test]

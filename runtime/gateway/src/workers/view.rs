@@ -36,6 +36,8 @@ pub struct WorkerView {
 #[serde(rename_all = "snake_case")]
 pub enum State {
     Ready,
+    /// It has no model yet, or none any more, that is loaded.
+    Loading,
     Draining,
     /// For failing again and again.
     LeftOut,
@@ -53,10 +55,11 @@ pub struct Place {
 impl WorkerView {
     pub fn of(connection: &Connection) -> Self {
         let (load, draining) = connection.reported();
-        let state = match (draining, connection.is_ejected()) {
-            (true, _) => State::Draining,
-            (false, true) => State::LeftOut,
-            (false, false) => State::Ready,
+        let state = match (draining, connection.is_ejected(), connection.has_loaded()) {
+            (true, _, _) => State::Draining,
+            (false, true, _) => State::LeftOut,
+            (false, false, false) => State::Loading,
+            (false, false, true) => State::Ready,
         };
         Self {
             id: connection.id,
@@ -72,5 +75,24 @@ impl WorkerView {
             kv_tokens: load.kv_tokens,
             kv_used: load.kv_tokens.saturating_sub(load.kv_tokens_free),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::mpsc;
+    use vicuna_protocol::inference::{ModelOffer, WorkerHello};
+
+    #[test]
+    fn a_worker_is_ready_once_a_model_is_loaded() {
+        let offer = |on_request| vec![ModelOffer { name: "ns/m".into(), on_request, ..ModelOffer::default() }];
+        let hello = WorkerHello { worker: "w".into(), models: offer(true), slots: 4, ..WorkerHello::default() };
+        let connection = Connection::new(1, "ns", hello, mpsc::channel(1).0);
+        assert_eq!(WorkerView::of(&connection).state, State::Loading);
+        assert!(connection.offers_now(offer(false)));
+        assert_eq!(WorkerView::of(&connection).state, State::Ready);
+        connection.drain();
+        assert_eq!(WorkerView::of(&connection).state, State::Draining);
     }
 }

@@ -1353,7 +1353,7 @@ var Spark = class {
 };
 
 // src/live/card.ts
-var STATES = { ready: "ready", draining: "draining", left_out: "left out", gone: "gone" };
+var STATES = { ready: "ready", loading: "loading", draining: "draining", left_out: "left out", gone: "gone" };
 var CAPACITIES = { OnPrem: "on-prem", Spot: "spot", OnDemand: "on-demand", External: "external" };
 var capacity = (worker) => CAPACITIES[worker.place.capacity] ?? (worker.place.capacity || "unknown");
 var Card = class {
@@ -1397,7 +1397,7 @@ var Card = class {
   setState(state) {
     setText(this.state, STATES[state]);
     this.state.className = `badge ${state}`;
-    this.element.classList.toggle("leaving", state !== "ready");
+    this.element.classList.toggle("leaving", state !== "ready" && state !== "loading");
   }
 };
 var Gauge = class {

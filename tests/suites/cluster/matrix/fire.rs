@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use vicuna_tests::cluster::wait_for;
 use vicuna_tests::product::{
-    Asked, Chat, Forced, Objects, References, Reply, SYSTEM_NAMESPACE, Signal, VARIANTS, Variant, field, force,
+    Asked, Chat, Chunk, Forced, Objects, References, Reply, SYSTEM_NAMESPACE, Signal, VARIANTS, Variant, field, force,
     signal_pod,
 };
 
@@ -239,8 +239,9 @@ fn note(seen: &Mutex<(Burnt, Delivered)>, asked: &Asked, reference: &Reply, answ
     }
 }
 
-/// One stream to its end, as a client with a list of gateways reads it: where a connection breaks it goes on at the
-/// next gateway after the last event that it has. Gives how often that was.
+/// One stream to its end, as a client with a list of gateways reads it: where a connection breaks, or a gateway says
+/// that it shuts down, it goes on at the next gateway after the last event that it has. Gives how often that was. Any
+/// other error is the stream's end.
 fn ask(gateways: &[SocketAddr], asked: &Asked, number: usize) -> Result<(Reply, usize)> {
     const ATTEMPTS: usize = 60;
     let (mut reply, mut returns, mut last_id) = (Reply::default(), 0, None);
@@ -251,10 +252,12 @@ fn ask(gateways: &[SocketAddr], asked: &Asked, number: usize) -> Result<(Reply, 
         let heard = reply.letters();
         let broken = loop {
             let Some(chunk) = stream.next_chunk()? else { break anyhow!("the stream broke off") };
+            let shuts_down = matches!(&chunk, Chunk::Data(data) if data["error"]["code"] == "shutting_down");
             match reply.take(chunk, &mut last) {
                 Ok(true) => return Ok((reply, returns)),
                 Ok(false) => {}
-                Err(error) => break error,
+                Err(error) if shuts_down => break error,
+                Err(error) => return Err(error.context(format!("after {reply:?}"))),
             }
         };
         ensure!(gateways.len() > 1, "{broken}: {reply:?}");

@@ -154,6 +154,15 @@ impl Ask {
         self.tools.as_ref().is_some_and(|tools| tools.legacy)
     }
 
+    /// The field that says where an answer may end, which older workers do not heed.
+    pub fn ends_by(&self) -> Option<&'static str> {
+        match (self.sampling.min_tokens > 0, self.sampling.ignore_end) {
+            (true, _) => Some("min_tokens"),
+            (false, true) => Some("ignore_eos"),
+            (false, false) => None,
+        }
+    }
+
     /// Whether a model can do what is asked. Of one that has never had a worker nobody knows: what is
     /// asked waits for one, which it wakes, and which refuses what it cannot do.
     pub fn check(&self, offer: Option<&ModelOffer>) -> Result<(), ApiError> {
@@ -181,6 +190,9 @@ impl Ask {
         let held = self.tools.as_ref().and_then(Tools::held_by).or(self.format.as_ref().map(|_| "response_format"));
         if let Some(field) = held.filter(|_| !offer.json_schema) {
             return cannot(field, "cannot be held to a schema");
+        }
+        if let Some(field) = self.ends_by().filter(|_| !offer.min_tokens) {
+            return cannot(field, "has workers only that end an answer by themselves");
         }
         let longest = self.prompts.iter().filter_map(|prompt| match prompt {
             Prompt::Tokens(tokens) => Some(tokens.len()),

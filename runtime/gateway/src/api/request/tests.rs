@@ -126,6 +126,7 @@ fn errors_name_the_field() {
             "tool_choice.allowed_tools.mode",
         ),
         (json!({ "tools": tools, "tool_choice": allowed("auto", &["g"]) }), "tool_choice.allowed_tools.tools"),
+        (json!({ "tools": tools, "tool_choice": allowed("auto", &["f"; 129]) }), "tool_choice.allowed_tools.tools"),
         (json!({ "functions": [{ "name": "" }] }), "functions[0].name"),
         (json!({ "functions": [{ "name": "f", "parameters": 1 }] }), "functions[0].parameters"),
         (json!({ "functions": [{ "name": "f" }], "function_call": { "name": "g" } }), "function_call"),
@@ -191,10 +192,11 @@ fn allowed(mode: &str, names: &[&str]) -> Value {
 #[test]
 fn of_all_tools_only_the_allowed_ones_are_shown() {
     let ask = |mode| {
-        let body = json!({ "tools": [tool("f"), tool("g"), tool("h")], "tool_choice": allowed(mode, &["h", "f"]) });
+        let choice = allowed(mode, &["h", "f", "h"]);
+        let body = json!({ "tools": [tool("f"), tool("g"), tool("h")], "tool_choice": choice });
         chat(body).unwrap().tools.unwrap()
     };
-    assert_eq!(ask("auto").names, ["h", "f"]);
+    assert_eq!(ask("auto").names, ["f", "h"], "each once");
     assert!(!ask("auto").json.contains("\"g\"") && !ask("auto").wanted.required);
     assert!(ask("required").wanted.required);
 }
@@ -309,6 +311,11 @@ fn a_model_is_asked_only_for_what_it_offers() {
     assert_eq!(strict.check(Some(&only_tools)).unwrap_err().param.as_deref(), Some("tools"));
     assert_eq!(forced.check(Some(&only_tools)).unwrap_err().param.as_deref(), Some("tool_choice"));
     assert_eq!(forced.check(None), Ok(()), "nobody knows yet");
+    for (extra, param) in [(json!({ "min_tokens": 2 }), "min_tokens"), (json!({ "ignore_eos": true }), "ignore_eos")] {
+        let ask = chat(extra).unwrap();
+        assert_eq!(ask.check(Some(&plain)).unwrap_err().param.as_deref(), Some(param));
+        assert_eq!(ask.check(Some(&ModelOffer { min_tokens: true, ..plain.clone() })), Ok(()));
+    }
     let long = completion(json!({ "prompt": [1, 2, 3, 4, 5, 6, 7, 8] })).unwrap();
     let error = long.check(Some(&plain)).unwrap_err();
     assert_eq!((error.param.as_deref(), error.code), (Some("prompt"), "context_length_exceeded"));

@@ -3,6 +3,7 @@
 use super::super::error::ApiError;
 use super::super::fields::{Fields, wrong};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use vicuna_protocol::inference::ToolUse;
 
 const MAX_TOOLS: usize = 128;
@@ -42,8 +43,11 @@ pub fn tools(fields: &Fields) -> Result<Option<Tools>, ApiError> {
     if list.is_empty() || wanted == Wanted::Nothing {
         return Ok(None);
     }
-    let allowed = match &wanted {
-        Wanted::Of(_, indices) => indices.iter().map(|index| list[*index].clone()).collect(),
+    let allowed: Vec<Value> = match &wanted {
+        Wanted::Of(_, kept) => {
+            let those = list.into_iter().enumerate().filter(|(index, _)| kept.contains(index));
+            those.map(|(_, tool)| tool).collect()
+        }
         _ => list,
     };
     let parallel = fields.get("parallel_tool_calls").is_none() || fields.boolean("parallel_tool_calls")?;
@@ -98,7 +102,7 @@ enum Wanted {
     /// This one of the list.
     One(usize),
     /// None but these of the list; whether one must be called.
-    Of(bool, Vec<usize>),
+    Of(bool, BTreeSet<usize>),
 }
 
 /// `field`: where the client says it.
@@ -128,12 +132,14 @@ fn allowed(choice: &Value, list: &[Value]) -> Result<Wanted, ApiError> {
         Some("required") => true,
         _ => return Err(wrong(&format!("{path}.mode"), "auto or required")),
     };
-    let tools = choice.pointer("/allowed_tools/tools").and_then(Value::as_array).filter(|tools| !tools.is_empty());
-    let named = tools.and_then(|tools| tools.iter().map(|tool| position(list, name_of(tool))).collect());
-    let indices: Option<Vec<usize>> = named;
-    let indices =
-        indices.ok_or_else(|| wrong(&format!("{path}.tools"), "a list of some of the functions in `tools`"))?;
-    Ok(Wanted::Of(required, indices))
+    // Naming one again costs a few bytes, and must not take another copy of it.
+    let tools = choice.pointer("/allowed_tools/tools").and_then(Value::as_array);
+    let tools = tools.filter(|tools| !tools.is_empty() && tools.len() <= MAX_TOOLS);
+    let kept: Option<BTreeSet<usize>> =
+        tools.and_then(|tools| tools.iter().map(|tool| position(list, name_of(tool))).collect());
+    let expected = format!("a list of up to {MAX_TOOLS} of the functions in `tools`");
+    let kept = kept.ok_or_else(|| wrong(&format!("{path}.tools"), &expected))?;
+    Ok(Wanted::Of(required, kept))
 }
 
 fn position(list: &[Value], name: Option<&str>) -> Option<usize> {

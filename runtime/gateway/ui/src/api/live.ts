@@ -4,7 +4,7 @@ import { lines, request } from "./request.ts";
 export interface Worker {
   id: number;
   worker: string;
-  state: "ready" | "draining" | "left_out";
+  state: "ready" | "loading" | "draining" | "left_out";
   place: { node: string; pool: string; capacity: string };
   models: string[];
   attached_ms: number;

@@ -3,7 +3,7 @@ import type { Worker } from "../api/live.ts";
 import { h, replace, setText } from "../dom.ts";
 import { Spark } from "./spark.ts";
 
-const STATES = { ready: "ready", draining: "draining", left_out: "left out", gone: "gone" } as const;
+const STATES = { ready: "ready", loading: "loading", draining: "draining", left_out: "left out", gone: "gone" } as const;
 const CAPACITIES: Record<string, string> = { OnPrem: "on-prem", Spot: "spot", OnDemand: "on-demand", External: "external" };
 
 export const capacity = (worker: Worker): string => CAPACITIES[worker.place.capacity] ?? (worker.place.capacity || "unknown");
@@ -53,7 +53,7 @@ export class Card {
   private setState(state: keyof typeof STATES): void {
     setText(this.state, STATES[state]);
     this.state.className = `badge ${state}`;
-    this.element.classList.toggle("leaving", state !== "ready");
+    this.element.classList.toggle("leaving", state !== "ready" && state !== "loading");
   }
 }
 
