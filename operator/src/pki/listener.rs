@@ -205,11 +205,12 @@ impl Door {
         handshake: OwnedSemaphorePermit,
     ) -> io::Result<TlsStream<TcpStream>> {
         stream.set_nodelay(true)?;
-        let mut handshake = Some(handshake);
-        if tokio::time::timeout(SPEAKS_WITHIN, stream.readable()).await.is_err() {
+        // A socket may be called readable though nothing is there.
+        let (mut handshake, mut first) = (Some(handshake), [0]);
+        if tokio::time::timeout(SPEAKS_WITHIN, stream.peek(&mut first)).await.is_err() {
             handshake = None;
             let _waits = self.silent.try_acquire().map_err(|_| io::Error::other("too many callers say nothing"))?;
-            stream.readable().await?;
+            stream.peek(&mut first).await?;
         }
         let _handshake = match handshake {
             Some(handshake) => handshake,

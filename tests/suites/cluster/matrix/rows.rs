@@ -59,7 +59,7 @@ pub const ROWS: &[Row] = &[
     row("leader_partitioned", Shape { steps: MEDIUM, ..TWO }, leader_partitioned),
     row("store_down_in_an_emergency", Shape { min: 2, nodes: &SPOT, ..TWO }, store_down_in_an_emergency),
     row("node_comes_and_goes", Shape { steps: LONGEST, nodes: &["spot-1", "onprem-1"], ..TWO }, node_comes_and_goes),
-    row("ten_reclaims", Shape { steps: LONGEST, ..TWO }, ten_reclaims),
+    row("ten_reclaims", Shape { steps: LONGEST, notice_seconds: 5, ..TWO }, ten_reclaims),
     row(
         "return_to_the_first_pool",
         Shape { steps: LONG, max: 1, nodes: &["spot-1", "onprem-1"], ..TWO },
