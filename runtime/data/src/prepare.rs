@@ -72,7 +72,7 @@ pub enum PrepareError {
     #[error("the prepared sequences cannot be kept in the scratch folder: {0}; give it room and let it be written to")]
     Scratch(#[from] std::io::Error),
     #[error("the dataset {name}: {source}")]
-    Read { name: String, source: ReadError },
+    Read { name: String, source: Box<ReadError> },
     #[error("the dataset {name}, conversation {id}: {source}")]
     Encode { name: String, id: String, source: TemplateError },
     #[error(
@@ -137,7 +137,7 @@ impl<'a> Work<'a> {
     }
 
     fn source(&mut self, source: &Source) -> Result<(), PrepareError> {
-        let failed = |error| PrepareError::Read { name: source.name.clone(), source: error };
+        let failed = |error| PrepareError::Read { name: source.name.clone(), source: Box::new(error) };
         let Encoding { sequences, held_out, without_reply, .. } = self.encoding;
         self.skipped.extend(source.skipped.iter().map(|file| format!("{}: {file}", source.name)));
         for file in &source.files {

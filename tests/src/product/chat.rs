@@ -155,7 +155,7 @@ impl Stream {
 
     /// The next chunk as it is; nothing when the connection is over.
     pub fn next_chunk(&mut self) -> Result<Option<Chunk>> {
-        while let Some(line) = self.lines.next() {
+        for line in self.lines.by_ref() {
             let line = line?;
             if line.is_empty() {
                 let (id, chunk) = std::mem::take(&mut self.event);
