@@ -12,9 +12,8 @@ use golden::{FAMILIES, made_by_transformers};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use support::Fixture;
 use tch::{Device, Tensor};
@@ -41,7 +40,7 @@ use vicuna_trainer::tree::Summand;
 const STEPS: u64 = 30;
 
 /// transformers and PEFT, as PYTHONPATH.
-fn python_path() -> Option<std::ffi::OsString> {
+fn python_path() -> Option<OsString> {
     let transformers = golden::transformers()?;
     let Some(peft) = golden::newest("peft-") else {
         eprintln!("skipped: PEFT is not installed, run tests/tools/peft.sh");
@@ -50,23 +49,10 @@ fn python_path() -> Option<std::ffi::OsString> {
     std::env::join_paths([peft, transformers]).ok()
 }
 
-fn python(path: &std::ffi::OsStr, verb: &str, base: &Path, adapter: &Path, input: &Value) -> Value {
+fn python(path: &OsStr, verb: &str, base: &Path, adapter: &Path, input: &Value) -> Value {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden.py");
-    let mut child = Command::new("python3")
-        .arg(script)
-        .arg(verb)
-        .args([base, adapter])
-        .env("PYTHONPATH", path)
-        .env("HF_HUB_OFFLINE", "1")
-        .env_remove("LD_LIBRARY_PATH")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(input.to_string().as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "golden.py {verb} failed");
-    serde_json::from_slice(&output.stdout).unwrap()
+    let arguments = [OsStr::new(verb), base.as_os_str(), adapter.as_os_str()];
+    serde_json::from_str(&golden::script_says(&script, path, &arguments, &input.to_string())).unwrap()
 }
 
 #[derive(Default)]

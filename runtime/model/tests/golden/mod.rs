@@ -1,6 +1,8 @@
 //! Hugging Face transformers as the golden tests of this crate and of the trainer use it: `logits.py` in a Python that
 //! `tests/tools/transformers.sh` installed.
 
+use std::ffi::OsStr;
+use std::fmt::Debug;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -32,10 +34,20 @@ pub fn transformers() -> Option<PathBuf> {
 pub fn python(site: &Path, arguments: &[&str], input: &str) -> String {
     // The trainer's tests include this file, too.
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/logits.py");
+    script_says(&script, site.as_os_str(), arguments, input)
+}
+
+/// Runs a script with this PYTHONPATH and returns what it prints.
+pub fn script_says<A: AsRef<OsStr> + Debug>(
+    script: &Path,
+    python_path: &OsStr,
+    arguments: &[A],
+    input: &str,
+) -> String {
     let mut child = Command::new("python3")
         .arg(script)
         .args(arguments)
-        .env("PYTHONPATH", site)
+        .env("PYTHONPATH", python_path)
         .env("HF_HUB_OFFLINE", "1")
         .env_remove("LD_LIBRARY_PATH")
         .stdin(Stdio::piped())
@@ -44,7 +56,7 @@ pub fn python(site: &Path, arguments: &[&str], input: &str) -> String {
         .unwrap();
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "logits.py {arguments:?} failed");
+    assert!(output.status.success(), "{} {arguments:?} failed", script.display());
     String::from_utf8(output.stdout).unwrap()
 }
 
