@@ -87,13 +87,18 @@ static FILES: LazyLock<Files> = LazyLock::new(|| {
     Files { gguf, folder, adapter }
 });
 
-/// A copy of a folder with one file of it broken.
-fn broken(folder: &Path, name: &str, breaks: &[Break], reach: usize) -> tempfile::TempDir {
+fn copy(folder: &Path) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(folder).unwrap() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
     }
+    copy
+}
+
+/// A copy of a folder with one file of it broken.
+fn broken(folder: &Path, name: &str, breaks: &[Break], reach: usize) -> tempfile::TempDir {
+    let copy = copy(folder);
     let mut bytes = std::fs::read(folder.join(name)).unwrap();
     breaks.iter().for_each(|one| one.apply(&mut bytes, reach));
     std::fs::write(copy.path().join(name), bytes).unwrap();
@@ -112,6 +117,20 @@ fn what_is_broken_below_loads_when_it_is_whole() {
     std::fs::remove_file(&file).unwrap();
     assert_eq!(loaded.config.layers, load(FILES.folder.path()).unwrap().config.layers);
     assert!(Adapter::load(FILES.adapter.path()).is_ok());
+}
+
+#[test]
+fn a_tokenizer_that_its_library_would_panic_over_is_refused() {
+    let whole = std::fs::read_to_string(FILES.folder.path().join("tokenizer.json")).unwrap();
+    let cut = whole[..whole.find(r#""decoder""#).unwrap() + 20].to_owned();
+    let mut mapped: serde_json::Value = serde_json::from_str(&whole).unwrap();
+    mapped["normalizer"] = serde_json::json!({ "type": "Precompiled", "precompiled_charsmap": "AAAA" });
+    for broken in [cut, mapped.to_string()] {
+        let folder = copy(FILES.folder.path());
+        std::fs::write(folder.path().join("tokenizer.json"), broken).unwrap();
+        let error = load(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+    }
 }
 
 proptest! {

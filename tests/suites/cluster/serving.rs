@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use vicuna_tests::cluster::{repository, wait_for};
-use vicuna_tests::product::{Chat, Objects, StreamEvent, Workers, field};
+use vicuna_tests::product::{Answer, Chat, Objects, StreamEvent, Workers, field};
 
 use crate::fixture::{Fixture, NAMESPACE, SOON, TRAINED, make_tiny, put_folder, serving as one_worker};
 
@@ -45,9 +45,24 @@ pub fn a_stream_survives_its_worker(fixture: &Fixture) -> Result<()> {
     // It is not to end by itself.
     let chat = Chat { banned: ENDS.to_vec(), ..chat(fixture, 400) };
     let undisturbed = chat.ask(WORDS)?;
-    let workers = Workers::of(&format!("{NAMESPACE}/tiny"))?;
+    // A stream may still end in the moment before the kill; then it has shown nothing, and another is asked.
+    for _ in 0..5 {
+        let answer = killed_amid(&chat)?;
+        ensure!(answer.text == undisturbed.text, "{:?} is not {:?}", answer.text, undisturbed.text);
+        ready(fixture)?;
+        if answer.resumes >= 1 {
+            println!("  longest gap {:?}", answer.longest_gap);
+            return Ok(());
+        }
+    }
+    Err(anyhow!("no worker was killed in time"))
+}
+
+/// The answer to a stream during which all workers are killed, after its first words.
+fn killed_amid(chat: &Chat) -> Result<Answer> {
+    let workers = wait_for("a worker", SOON, || Ok(Workers::of(&chat.model).ok()))?;
     let amid = AtomicBool::new(false);
-    let answer = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         scope.spawn(|| workers.kill_amid(&amid));
         let answer = chat.stream(WORDS).and_then(|stream| {
             stream.read_to_end(|event| {
@@ -58,11 +73,7 @@ pub fn a_stream_survives_its_worker(fixture: &Fixture) -> Result<()> {
         // Also where nothing came.
         amid.store(true, Ordering::Release);
         answer
-    })?;
-    ensure!(answer.resumes >= 1, "the worker was not killed in time: {answer:?}");
-    ensure!(answer.text == undisturbed.text, "{:?} is not {:?}", answer.text, undisturbed.text);
-    println!("  longest gap {:?}", answer.longest_gap);
-    ready(fixture)
+    })
 }
 
 pub fn replicas_follow_demand(fixture: &Fixture) -> Result<()> {
