@@ -187,6 +187,10 @@ fn errors_name_the_file_the_record_and_what_to_do() {
     assert!(said.contains("gone.json") && said.contains("check the path"), "{said}");
     let said = fails(&["stats", &broken, "--language", "klingon"]);
     assert!(said.contains("there is no language \"klingon\"; use one of"), "{said}");
+    let whole = std::fs::read_to_string(tokenizer(&folder)).unwrap();
+    let cut = written(&folder, "cut.json", &whole[..whole.find(r#""decoder""#).unwrap() + 20]);
+    let said = fails(&["stats", &broken, "--tokenizer", &cut]);
+    assert!(said.contains("cut.json") && !said.contains("panicked"), "{said}");
     let said = fails(&["stats", &broken, "--tokenizer", &tokenizer(&folder)]);
     assert!(said.contains("vicuna_v1.1") && said.contains("<|im_start|>"), "{said}");
 }

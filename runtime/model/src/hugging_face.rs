@@ -21,7 +21,9 @@ pub(crate) fn open(directory: &Path) -> Result<OnDisk, ModelError> {
         add_end_tokens(&mut config, &token_ids(&generation["eos_token_id"]));
     }
     let weights = weights(directory, &config)?;
-    let tokenizer = read_tokenizer(&directory.join("tokenizer.json"))?;
+    let path = directory.join("tokenizer.json");
+    let tokenizer =
+        vicuna_tokenizer::read(&path).map_err(|error| ModelError::Tokenizer(format!("{}: {error}", path.display())))?;
     Ok(OnDisk {
         special_tokens: SpecialTokens::read(directory, &config, &tokenizer)?,
         config,
@@ -29,16 +31,6 @@ pub(crate) fn open(directory: &Path) -> Result<OnDisk, ModelError> {
         tokenizer,
         chat_template: chat_template(directory)?,
     })
-}
-
-/// The library panics over some of what is wrong: where the JSON ends within a decoder, where a character map cannot be read.
-fn read_tokenizer(path: &Path) -> Result<Tokenizer, ModelError> {
-    let json = read_json(path)?;
-    let refused = |why: &str| ModelError::Tokenizer(format!("{}: {why}", path.display()));
-    match std::panic::catch_unwind(|| serde_json::from_value(json)) {
-        Ok(read) => read.map_err(|error| refused(&error.to_string())),
-        Err(_) => Err(refused("not a tokenizer")),
-    }
 }
 
 pub(crate) fn load(directory: &Path) -> Result<Pretrained, ModelError> {

@@ -46,8 +46,9 @@ pub fn a_stream_survives_its_worker(fixture: &Fixture) -> Result<()> {
     let chat = Chat { banned: ENDS.to_vec(), ..chat(fixture, 400) };
     let undisturbed = chat.ask(WORDS)?;
     // A stream may still end in the moment before the kill; then it has shown nothing, and another is asked.
+    let mut answer = Answer::default();
     for _ in 0..5 {
-        let answer = killed_amid(&chat)?;
+        answer = killed_amid(&chat)?;
         ensure!(answer.text == undisturbed.text, "{:?} is not {:?}", answer.text, undisturbed.text);
         ready(fixture)?;
         if answer.resumes >= 1 {
@@ -55,7 +56,7 @@ pub fn a_stream_survives_its_worker(fixture: &Fixture) -> Result<()> {
             return Ok(());
         }
     }
-    Err(anyhow!("no worker was killed in time"))
+    Err(anyhow!("the worker was not killed in time: {answer:?}"))
 }
 
 /// The answer to a stream during which all workers are killed, after its first words.

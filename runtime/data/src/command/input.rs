@@ -157,7 +157,7 @@ fn own_template(file: &Path) -> Result<Template> {
 }
 
 pub fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
-    let read = Tokenizer::from_file(path);
+    let read = vicuna_tokenizer::read(path);
     read.map_err(|error| anyhow!("cannot read the tokenizer {}: {error}; give a tokenizer.json", path.display()))
 }
 
